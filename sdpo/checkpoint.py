@@ -1,0 +1,125 @@
+"""Checkpoints of a run: written beside and renamed, so that one that is there is whole."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sdpo.checkpoint_paths import STATE_FILE, checkpoint_dir, list_checkpoints
+from sdpo.data.order import Place
+from sdpo.errors import UserError
+from sdpo.files import rename_complete, write_json
+from sdpo.weights import load_strictly, read_state_dict
+
+log = logging.getLogger(__name__)
+
+UNET_FILE = "unet.pth"
+OPTIMIZER_FILE = "optimizer.pt"
+# A checkpoint made under other values of these is of another run.
+SAME_RUN = ("train_method", "sdxl", "seed", "use_adafactor", "streaming")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands: optimizer steps done and the next place in its data."""
+
+    step: int
+    place: Place
+
+
+def save_checkpoint(
+    output_dir: Path,
+    progress: Progress,
+    unet: dict[str, torch.Tensor],
+    training: dict[str, Any],
+    args: argparse.Namespace,
+    limit: int | None,
+) -> Path:
+    """Write `checkpoint-N/` (by one process alone) and delete what is beyond `limit`.
+
+    Args:
+        unet: the plain state dict, saved as unet.pth.
+        training: state dicts of optimizer, scheduler and, in fp16, gradient scaler.
+    """
+    final = checkpoint_dir(output_dir, progress.step)
+    if final.exists():
+        return final
+    beside = final.with_name(final.name + ".tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    torch.save({k: v.detach().cpu().contiguous() for k, v in unet.items()}, beside / UNET_FILE)
+    torch.save(training, beside / OPTIMIZER_FILE)
+    state = {"step": progress.step, "place": list(progress.place), "args": vars(args)}
+    write_json(beside / STATE_FILE, state)
+    rename_complete(beside, final)
+    log.info("saved %s", final)
+    if limit is not None:
+        for old in list_checkpoints(output_dir)[:-limit]:
+            _remove(old)
+    return final
+
+
+def _remove(path: Path) -> None:
+    # Renamed first: a kill half-way through must not leave something that looks complete.
+    doomed = path.with_name(path.name + ".tmp")
+    shutil.rmtree(doomed, ignore_errors=True)
+    path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def clear_unfinished(output_dir: Path) -> None:
+    """Delete what a killed run left half-written."""
+    for path in output_dir.glob("checkpoint-*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def read_progress(path: Path, args: argparse.Namespace) -> Progress:
+    """Where a checkpoint stands, checked to be of the same run.
+
+    Raises:
+        UserError: it was made with other flags than a resumed run can have.
+    """
+    state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+    now, then = vars(args), state["args"]
+    for name in SAME_RUN:
+        if then.get(name) != now[name]:
+            raise UserError(
+                f"--resume_from_checkpoint: {path} was made with --{name} {then.get(name)}, this "
+                f"run has {now[name]}; give another --output_dir, or the same flag"
+            )
+    changed = [k for k in now if k in then and then[k] != now[k] and k not in _MAY_DIFFER]
+    if changed:
+        changes = ", ".join(f"--{k} {then[k]} -> {now[k]}" for k in changed)
+        log.warning("resuming %s with changed flags: %s", path.name, changes)
+    return Progress(state["step"], Place(*state["place"]))
+
+
+_MAY_DIFFER = {"resume_from_checkpoint", "max_train_steps", "num_train_epochs", "output_dir"}
+
+
+def load_unet(path: Path, unet: torch.nn.Module) -> None:
+    """Load a checkpoint's UNet in place.
+
+    Raises:
+        UserError: it does not fit.
+    """
+    load_strictly(unet, read_state_dict(path / UNET_FILE), str(path / UNET_FILE))
+
+
+def load_training(path: Path) -> dict[str, Any]:
+    """The state dicts that `save_checkpoint` was given as `training`.
+
+    Raises:
+        UserError: unreadable.
+    """
+    try:
+        return torch.load(path / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(f"cannot read {path / OPTIMIZER_FILE}: {error}") from None

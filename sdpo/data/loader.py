@@ -1,0 +1,117 @@
+"""From flags to an endless, resumable stream of `PairBatch`, with bad images counted."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+from collections.abc import Iterator
+
+from torch.utils.data import DataLoader
+
+from sdpo.data.order import FIRST, Place, PlaceSampler
+from sdpo.data.pairs import BadRow, PairBatch, PairDataset, PairDecoder, StreamingPairs, collate
+from sdpo.data.source import PairSource
+from sdpo.data.transforms import PairTransform
+from sdpo.errors import UserError
+
+log = logging.getLogger(__name__)
+
+# Below this many pairs seen, a share of bad ones says little; the limit counts as if of so many.
+MIN_SEEN = 200
+
+
+class BadRowCounter:
+    """Names each undecodable row once in the log and stops once too large a share is bad."""
+
+    def __init__(self, max_fraction: float) -> None:
+        self.max_fraction = max_fraction
+        self.rows: set[int] = set()
+        self.seen = 0
+
+    def update(self, batch_size: int, bad_rows: list[BadRow]) -> None:
+        """Count one batch.
+
+        Raises:
+            UserError: more than `max_fraction` of the pairs seen (at least of 200) are bad.
+        """
+        self.seen += batch_size
+        for bad in bad_rows:
+            if bad.row not in self.rows:
+                log.warning("row %d skipped, its image cannot be decoded: %s", bad.row, bad.reason)
+                self.rows.add(bad.row)
+        allowed = self.max_fraction * max(self.seen, MIN_SEEN)
+        if len(self.rows) > allowed:
+            named = ", ".join(str(row) for row in sorted(self.rows)[:5])
+            raise UserError(
+                f"{len(self.rows)} of {self.seen} pairs cannot be decoded (rows {named}, ...), "
+                f"more than --max_bad_fraction {self.max_fraction} allows: mend them or raise it"
+            )
+
+
+class PairLoader:
+    """Endless batches of one process from `start` on.
+
+    `place_after(batch)` is what a checkpoint stores to go on from there.
+    """
+
+    def __init__(
+        self,
+        source: PairSource,
+        args: argparse.Namespace,
+        rank: int,
+        world_size: int,
+        start: Place = FIRST,
+        pin_memory: bool = False,
+    ) -> None:
+        self.rank, self.batch_size = rank, args.train_batch_size
+        self.stride = self.batch_size * world_size
+        self.counter = BadRowCounter(args.max_bad_fraction)
+        transform = PairTransform(args.resolution, args.random_crop, not args.no_hflip)
+        decoder = PairDecoder(source.columns, source.base, transform, args.proportion_empty_prompts)
+        workers = {
+            "num_workers": args.dataloader_num_workers,
+            "persistent_workers": args.dataloader_num_workers > 0,
+            "pin_memory": pin_memory,
+            "collate_fn": collate,
+        }
+        self.steps_per_epoch: int | None = None
+        if args.streaming:
+            stream = StreamingPairs(
+                source,
+                decoder,
+                args.seed,
+                self.batch_size,
+                rank,
+                world_size,
+                start,
+                args.max_train_samples,
+                args.dreamlike_pairs_only,
+            )
+            self._loader = DataLoader(stream, batch_size=None, **workers)
+            return
+        sampler = PlaceSampler(len(source), self.batch_size, rank, world_size, start)
+        self.steps_per_epoch = sampler.steps_per_epoch
+        dataset = PairDataset(source, decoder, args.seed)
+        self._loader = DataLoader(dataset, batch_sampler=sampler, **workers)
+
+    def __iter__(self) -> Iterator[PairBatch]:
+        batches = iter(self._loader)
+        while True:
+            try:
+                batch = next(batches)
+            except UserError as error:
+                # A worker's error arrives wrapped in its traceback; the sentence is its last part.
+                raise UserError(str(error).rsplit("UserError: ", 1)[-1].strip()) from None
+            self.counter.update(len(batch), batch.bad_rows)
+            yield batch
+
+    def place_after(self, batch: PairBatch) -> Place:
+        """Where the run stands once every process has taken its part of this step."""
+        epoch, position = batch.place
+        return Place(epoch, position - self.rank * self.batch_size + self.stride)
+
+
+def steps_for_epochs(epochs: int, steps_per_epoch: int, accumulation: int) -> int:
+    """Optimizer steps that `epochs` passes over the data make."""
+    return math.ceil(epochs * steps_per_epoch / accumulation)

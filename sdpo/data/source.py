@@ -1,0 +1,189 @@
+"""Opening preference pairs and choosing the rows to train on, without decoding an image.
+
+Pick-a-Pic's columns (jpg_0, jpg_1, label_0, caption, model_0, model_1), or image_0 and image_1 in
+place of jpg_0 and jpg_1. label_0 is 1 where image 0 is preferred, 0 where image 1 is, 0.5 in a tie.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdpo.data.local import find_local_files
+from sdpo.errors import UserError
+from sdpo.randomness import generator
+
+if TYPE_CHECKING:
+    import datasets
+
+log = logging.getLogger(__name__)
+
+LABEL = "label_0"
+DREAMLIKE = "dream"
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The names under which a dataset holds the parts of a pair."""
+
+    image_0: str
+    image_1: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class PairSource:
+    """Decided pairs: `rows` is a `datasets` object whose images are not decoded.
+
+    `origin[i]` is the row of the dataset as it was given; None while streaming.
+    """
+
+    rows: datasets.Dataset | datasets.IterableDataset
+    columns: Columns
+    base: Path | None
+    origin: Any = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def open_pairs(args: argparse.Namespace) -> PairSource:
+    """The pairs that train.py's data flags name.
+
+    Raises:
+        UserError: not to be found, columns missing, no decided pair left.
+    """
+    rows, base = _load(args)
+    columns = _find_columns(rows, args)
+    needed = [columns.image_0, columns.image_1, LABEL, columns.caption]
+    needed += ["model_0", "model_1"] if args.dreamlike_pairs_only else []
+    rows = _without_decoding(rows.select_columns(list(dict.fromkeys(needed))))
+    if args.streaming:
+        return PairSource(rows, columns, base)
+    rows, origin = _choose_rows(rows, args)
+    return PairSource(rows, columns, base, origin)
+
+
+def _load(args: argparse.Namespace) -> tuple[Any, Path | None]:
+    import datasets
+
+    common = {"split": args.split, "streaming": args.streaming, "cache_dir": args.cache_dir}
+    flag = "--train_data_dir" if args.train_data_dir else "--dataset_name"
+    name = args.train_data_dir or args.dataset_name
+    local = Path(name).expanduser()
+    try:
+        if local.is_dir():
+            found = find_local_files(local, args.split, flag)
+            common["split"] = "train"  # what load_dataset calls plain data_files
+            rows = datasets.load_dataset(found.kind, data_files=found.files, **common)
+            return rows, found.base
+        return datasets.load_dataset(name, args.dataset_config_name, **common), None
+    except UserError:
+        raise
+    except ValueError as error:
+        if "split" in str(error).lower():
+            raise UserError(f"--split: {name} has no split {args.split!r}: {error}") from None
+        raise UserError(f"{flag}: cannot read {name}: {error}") from error
+    # Hub and file errors come in many classes; all of them mean that the pairs are not there.
+    except Exception as error:
+        raise UserError(
+            f"{flag}: cannot open {name} ({type(error).__name__}: {_first_line(error)}); give a "
+            "dataset that this machine can reach, or a local directory with --train_data_dir"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or ["no detail"])[0]
+
+
+def _find_columns(rows: Any, args: argparse.Namespace) -> Columns:
+    names = list(rows.column_names or next(iter(rows)).keys())
+
+    def pick(flag: str, *candidates: str) -> str:
+        for candidate in candidates:
+            if candidate in names:
+                return candidate
+        raise UserError(
+            f"{flag}: the data has no column {' or '.join(candidates)}; its columns are: "
+            f"{', '.join(names)}"
+        )
+
+    data_flag = "--train_data_dir" if args.train_data_dir else "--dataset_name"
+    pick(data_flag, LABEL)
+    if args.dreamlike_pairs_only:
+        pick("--dreamlike_pairs_only", "model_0")
+        pick("--dreamlike_pairs_only", "model_1")
+    return Columns(
+        image_0=pick(data_flag, "jpg_0", "image_0"),
+        image_1=pick(data_flag, "jpg_1", "image_1"),
+        caption=pick("--caption_column", args.caption_column),
+    )
+
+
+def _without_decoding(rows: Any) -> Any:
+    import datasets
+
+    for name, feature in (rows.features or {}).items():
+        if isinstance(feature, datasets.Image):
+            rows = rows.cast_column(name, datasets.Image(decode=False))
+    return rows
+
+
+def _choose_rows(rows: datasets.Dataset, args: argparse.Namespace) -> tuple[Any, Any]:
+    """Drop ties and what else the flags exclude, in Arrow; images are not touched."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    labels = _arrow_column(rows, LABEL)
+    try:
+        labels = labels.cast(pa.float64())
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise UserError(f"column {LABEL} must hold 0, 0.5 or 1: {error}") from None
+    decided = pc.fill_null(pc.is_in(labels, value_set=pa.array([0.0, 1.0])), False)
+    tie = pc.fill_null(pc.equal(labels, 0.5), False)
+    _refuse_other_labels(labels, pc.or_(pc.or_(decided, tie), labels.is_null()))
+    keep = decided
+    log.info(
+        "%d rows: %d decided pairs, %d ties dropped, %d without a label dropped",
+        len(labels),
+        pc.sum(decided).as_py() or 0,
+        pc.sum(tie).as_py() or 0,
+        labels.null_count,
+    )
+    if args.dreamlike_pairs_only:
+        for model in ("model_0", "model_1"):
+            from_dreamlike = pc.match_substring(_arrow_column(rows, model), DREAMLIKE)
+            keep = pc.and_(keep, pc.fill_null(from_dreamlike, False))
+        log.info("--dreamlike_pairs_only keeps %d of them", pc.sum(keep).as_py() or 0)
+    origin = np.flatnonzero(keep.to_numpy(zero_copy_only=False))
+    if not len(origin):
+        raise UserError("no pair is left to train on: all rows are ties or excluded by the flags")
+    if args.max_train_samples is not None and args.max_train_samples < len(origin):
+        import torch
+
+        order = torch.randperm(len(origin), generator=generator(args.seed, "max_train_samples"))
+        origin = np.sort(origin[order[: args.max_train_samples].numpy()])
+        log.info("--max_train_samples keeps %d of them", len(origin))
+    return (rows if len(origin) == len(rows) else rows.select(origin)), origin
+
+
+def _arrow_column(rows: datasets.Dataset, name: str) -> Any:
+    """One column as a pyarrow array, without loading the others."""
+    column = rows.select_columns([name]).with_format("arrow")[:].column(0)
+    return column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
+
+
+def _refuse_other_labels(labels: Any, known: Any) -> None:
+    import pyarrow.compute as pc
+
+    if pc.all(known).as_py() in (True, None):
+        return
+    row = pc.index(known, False).as_py()
+    raise UserError(
+        f"row {row}: {LABEL} is {labels[row].as_py()}; it must be 1 (image 0 preferred), "
+        "0 (image 1 preferred) or 0.5 (a tie)"
+    )

@@ -1,0 +1,22 @@
+"""How a user's mistake is reported: one sentence on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+EXIT_BAD_INPUT = 2
+
+
+class UserError(Exception):
+    """Something the user can put right; the message names what is wrong and what would be right."""
+
+
+def run_main(main: Callable[[], int | None], program: str) -> None:
+    """Run `main` and exit; a `UserError` becomes one line on stderr and exit code 2."""
+    try:
+        code = main()
+    except UserError as error:
+        print(f"{program}: error: {error}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_BAD_INPUT)
+    sys.exit(code or 0)

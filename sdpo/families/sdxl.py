@@ -1,0 +1,68 @@
+"""Stable Diffusion XL: two CLIP text encoders, a pooled embedding and size conditions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from sdpo.families.base import Conditioning, Family, Frozen, ModelSource, tokenize
+
+
+class SDXL(Family):
+    """UNet conditioned on the penultimate hidden states of both encoders, joined along the width,
+    the pooled output of the second, and time ids (R, R, 0, 0, R, R): original size, crop corner
+    and target size."""
+
+    name = "sdxl"
+    sdxl = True
+    default_resolution = 1024
+    sample_guidance = 5.0
+
+    def _text_encoder_classes(self) -> dict[str, Any]:
+        from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+        return {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+
+    def _tokenizer_parts(self) -> tuple[str, ...]:
+        return ("tokenizer", "tokenizer_2")
+
+    def vae_dtype(self, vae: nn.Module, dtype: torch.dtype) -> torch.dtype:
+        """float32 for a VAE that overflows in float16, as SDXL's own does."""
+        overflows = dtype == torch.float16 and vae.config.force_upcast
+        return torch.float32 if overflows else dtype
+
+    @torch.no_grad()
+    def encode_captions(self, frozen: Frozen, captions: list[str], resolution: int) -> Conditioning:
+        """Hidden states (B, tokens, width 1 + width 2), pooled text and time ids."""
+        hidden = []
+        for tokenizer, encoder in zip(frozen.tokenizers, frozen.text_encoders, strict=True):
+            ids = tokenize(tokenizer, captions, encoder.device)
+            output = encoder(ids, output_hidden_states=True)
+            hidden.append(output.hidden_states[-2])
+        pooled = output.text_embeds
+        time_ids = torch.tensor(
+            [[resolution, resolution, 0, 0, resolution, resolution]],
+            dtype=pooled.dtype,
+            device=pooled.device,
+        )
+        return Conditioning(
+            torch.cat(hidden, dim=-1),
+            {"text_embeds": pooled, "time_ids": time_ids.repeat(len(captions), 1)},
+        )
+
+    def pipeline(self, unet: nn.Module, frozen: Frozen, source: ModelSource) -> Any:
+        """A `StableDiffusionXLPipeline` without a watermarker."""
+        from diffusers import StableDiffusionXLPipeline
+
+        return StableDiffusionXLPipeline(
+            vae=frozen.vae,
+            text_encoder=frozen.text_encoders[0],
+            text_encoder_2=frozen.text_encoders[1],
+            tokenizer=frozen.tokenizers[0],
+            tokenizer_2=frozen.tokenizers[1],
+            unet=unet,
+            scheduler=self.load_sampler(source),
+            add_watermarker=False,
+        )

@@ -1,0 +1,35 @@
+"""Writing so that a kill at any moment leaves either the old file or the new one, whole."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write beside, flush to disk, rename."""
+    beside = path.with_name(path.name + ".tmp")
+    with open(beside, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`value` as indented JSON, written whole."""
+    write_text(path, json.dumps(value, indent=2, default=str) + "\n")
+
+
+def rename_complete(beside: Path, path: Path) -> None:
+    """Flush every file of the directory `beside` to disk and rename it to `path`."""
+    for file in beside.rglob("*"):
+        if file.is_file():
+            descriptor = os.open(file, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+    os.rename(beside, path)

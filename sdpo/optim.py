@@ -1,0 +1,59 @@
+"""Optimizer and learning-rate schedule, as the recipes name them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+
+def build_optimizer(
+    parameters: Iterable[nn.Parameter], args: argparse.Namespace, learning_rate: float
+) -> torch.optim.Optimizer:
+    """AdamW, or with --use_adafactor Adafactor at a fixed rate (no relative step, no scaling by the
+    parameters, clip threshold 1.0)."""
+    parameters = list(parameters)
+    if args.use_adafactor:
+        from transformers.optimization import Adafactor
+
+        return Adafactor(
+            parameters,
+            lr=learning_rate,
+            weight_decay=args.adam_weight_decay,
+            clip_threshold=1.0,
+            scale_parameter=False,
+            relative_step=False,
+            warmup_init=False,
+        )
+    return torch.optim.AdamW(
+        parameters,
+        lr=learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+        eps=args.adam_epsilon,
+    )
+
+
+def scaled_learning_rate(args: argparse.Namespace, num_processes: int) -> float:
+    """The rate to train at: with --scale_lr, --learning_rate is meant per pair."""
+    if not args.scale_lr:
+        return args.learning_rate
+    pairs = num_processes * args.train_batch_size * args.gradient_accumulation_steps
+    return args.learning_rate * pairs
+
+
+def build_scheduler(
+    optimizer: torch.optim.Optimizer, args: argparse.Namespace, max_train_steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """--lr_scheduler over optimizer steps; it is stepped once for each, whatever the number of
+    processes."""
+    from diffusers.optimization import get_scheduler
+
+    return get_scheduler(
+        args.lr_scheduler,
+        optimizer=optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=max_train_steps,
+    )

@@ -1,0 +1,262 @@
+"""The training loop: accumulate, step, log, checkpoint, stop cleanly."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch import nn
+from tqdm.auto import tqdm
+
+from sdpo.checkpoint import Progress, save_checkpoint
+from sdpo.checkpoint_paths import latest_checkpoint
+from sdpo.data.loader import PairLoader
+from sdpo.data.order import Place
+from sdpo.data.pairs import PairBatch
+from sdpo.errors import UserError
+from sdpo.families.base import Family, Frozen, ModelSource
+from sdpo.forward import noise_pairs, predict, predict_reference, predict_winners_only
+from sdpo.losses import LossOutput, get_method, preference_loss
+from sdpo.metrics import StepMetrics
+from sdpo.runlog import RunLog, peak_memory_gib
+from sdpo.signals import StopRequest
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Models:
+    """What a run trains and what it trains against."""
+
+    family: Family
+    source: ModelSource
+    unet: nn.Module  # as `Accelerator.prepare` gave it
+    reference: nn.Module
+    frozen: Frozen
+
+
+class Trainer:
+    """One run. `train()` returns the exit code: 0 when all steps are done."""
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        accelerator: Accelerator,
+        models: Models,
+        loader: PairLoader,
+        optimizer: Any,
+        scheduler: Any,
+        start: Progress,
+        max_train_steps: int,
+    ) -> None:
+        self.args, self.accelerator, self.models = args, accelerator, models
+        self.loader, self.optimizer, self.scheduler = loader, optimizer, scheduler
+        self.progress, self.max_train_steps = start, max_train_steps
+        self.output_dir = Path(args.output_dir)
+        self.parameters = [p for p in models.unet.parameters() if p.requires_grad]
+        self.nonfinite_in_a_row = self.nonfinite_steps = 0
+        self.stop = StopRequest()
+        self.stop_agreed = False
+        self.device = accelerator.device
+        self.winners_only = not getattr(get_method(args.train_method), "USES_LOSERS", True)
+
+    def train(self) -> int:
+        """Train up to `max_train_steps`.
+
+        Raises:
+            UserError: too many bad images or non-finite steps in a row.
+        """
+        main = self.accelerator.is_main_process
+        run_log = RunLog(self.output_dir, self.progress.step) if main else None
+        bar = tqdm(
+            total=self.max_train_steps,
+            initial=self.progress.step,
+            desc=self.args.train_method,
+            unit="step",
+            disable=not self.accelerator.is_local_main_process,
+        )
+        batches = iter(self.loader)
+        self.models.unet.train()
+        if self.progress.step == 0:
+            self._draw_samples()
+        try:
+            while self.progress.step < self.max_train_steps:
+                entry = self._step(batches)
+                if entry is None:
+                    break
+                if run_log:
+                    run_log.write(entry)
+                    self._track(entry)
+                bar.update()
+                bar.set_postfix(
+                    loss=f"{entry['loss']:.4f}",
+                    drift=f"{entry['winner_drift']:+.1e}",
+                    acc=f"{entry['implicit_acc']:.2f}",
+                )
+                if self.stop_agreed:
+                    break
+                if self.progress.step % self.args.checkpointing_steps == 0:
+                    self._save_unless_nonfinite()
+                if self.progress.step % self.args.validation_steps == 0:
+                    self._draw_samples()
+        finally:
+            bar.close()
+            if run_log:
+                run_log.close()
+        if self.progress.step >= self.max_train_steps:
+            self.save()
+            return 0
+        self._save_unless_nonfinite()
+        log.warning("stopped by signal %s at step %d", self.stop.signum, self.progress.step)
+        return self.stop.exit_code or 130
+
+    def _step(self, batches: Iterator[PairBatch]) -> dict[str, Any] | None:
+        """One optimizer step; None where a signal came before it was complete."""
+        began = time.perf_counter()
+        metrics = StepMetrics()
+        bad_before = len(self.loader.counter.rows)
+        place = self.progress.place
+        for micro in range(self.args.gradient_accumulation_steps):
+            # Several processes agree on stopping at the step's end: one that left now would leave
+            # the others waiting for its gradients.
+            if self.stop and self.accelerator.num_processes == 1:
+                self.optimizer.zero_grad(set_to_none=True)
+                self.stop_agreed = True
+                return None
+            batch = next(batches)
+            last = micro == self.args.gradient_accumulation_steps - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.models.unet):
+                output = self._losses(batch)
+                self.accelerator.backward(output.loss / self.args.gradient_accumulation_steps)
+            metrics.add(output.metrics)
+            place = self.loader.place_after(batch)
+        grad_norm = self.accelerator.clip_grad_norm_(self.parameters, self.args.max_grad_norm)
+        means, sums = metrics.reduce(
+            self.accelerator,
+            {
+                "stop": float(bool(self.stop)),
+                "bad_rows": float(len(self.loader.counter.rows) - bad_before),
+            },
+        )
+        self.stop_agreed = sums["stop"] > 0
+        self._apply(means["loss"], float(grad_norm))
+        step = self.progress.step + 1
+        lr = self.scheduler.get_last_lr()[0]
+        self.scheduler.step()
+        self.progress = Progress(step, Place(*place))
+        pairs = self.loader.stride * self.args.gradient_accumulation_steps
+        return {
+            "step": step,
+            "epoch": place.epoch,
+            **means,
+            "lr": lr,
+            "grad_norm": float(grad_norm),
+            "pairs_per_s": pairs / (time.perf_counter() - began),
+            "peak_memory_gib": peak_memory_gib(self.device),
+            "nonfinite_steps": self.nonfinite_steps,
+            "bad_rows": int(sums["bad_rows"]),
+        }
+
+    def _losses(self, batch: PairBatch) -> LossOutput:
+        args, models = self.args, self.models
+        with self.accelerator.autocast():
+            inputs = noise_pairs(
+                models.family,
+                models.frozen,
+                batch,
+                args.resolution,
+                self.device,
+                args.noise_offset,
+                args.input_perturbation,
+            )
+        reference = predict_reference(models.reference, inputs, self.accelerator.autocast())
+        with self.accelerator.autocast():
+            forward = predict_winners_only if self.winners_only else predict
+            prediction = forward(models.unet, inputs)
+        return preference_loss(
+            args.train_method,
+            prediction,
+            reference,
+            inputs.target,
+            beta=args.beta_dpo,
+            mu=args.winner_preserving_mu if args.use_winner_preserving else None,
+            scope=args.winner_preserving_scope,
+            alpha=args.dmpo_alpha,
+            form=models.family.name,
+        )
+
+    def _apply(self, loss: float, grad_norm: float) -> None:
+        """Step the optimizer, or skip and count a step that is not finite."""
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        scaler = self.accelerator.scaler
+        # In fp16 the gradient scaler itself skips an overflow and lowers its scale; while the scale
+        # is still above 1 that is how it finds its value, not a fault.
+        searching = scaler is not None and math.isfinite(loss) and scaler.get_scale() > 1.0
+        if finite or scaler is not None:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if finite:
+            self.nonfinite_in_a_row = 0
+            return
+        if searching:
+            return
+        self.nonfinite_steps += 1
+        self.nonfinite_in_a_row += 1
+        log.warning(
+            "step %d skipped: loss %s, gradient norm %s", self.progress.step + 1, loss, grad_norm
+        )
+        if self.nonfinite_in_a_row > self.args.max_nonfinite_steps:
+            kept = latest_checkpoint(self.output_dir)
+            raise UserError(
+                f"loss or gradient was not finite in {self.nonfinite_in_a_row} steps in a row "
+                f"(--max_nonfinite_steps {self.args.max_nonfinite_steps}): lower --learning_rate "
+                "or --beta_dpo, or use --mixed_precision bf16 or no; the last good checkpoint is "
+                f"{kept or 'none yet'}"
+            )
+
+    def _save_unless_nonfinite(self) -> None:
+        # Amid non-finite steps the weights may already be bad: the last good checkpoint stays last.
+        if self.nonfinite_in_a_row == 0 and self.progress.step > 0:
+            self.save()
+
+    def save(self) -> None:
+        """Write a checkpoint. Called by every process; the main one writes, the others wait."""
+        if self.accelerator.is_main_process:
+            training = {
+                "optimizer": self.optimizer.state_dict(),
+                "scheduler": self.scheduler.state_dict(),
+            }
+            if self.accelerator.scaler is not None:
+                training["scaler"] = self.accelerator.scaler.state_dict()
+            save_checkpoint(
+                self.output_dir,
+                self.progress,
+                self.accelerator.unwrap_model(self.models.unet).state_dict(),
+                training,
+                self.args,
+                self.args.checkpoints_total_limit,
+            )
+        self.accelerator.wait_for_everyone()
+
+    def _track(self, entry: dict[str, Any]) -> None:
+        numbers = {k: v for k, v in entry.items() if k not in ("step", "epoch")}
+        self.accelerator.log(numbers, step=entry["step"])
+
+    def _draw_samples(self) -> None:
+        if self.args.validation_prompts and self.accelerator.is_main_process:
+            from sdpo.validation import draw_grid
+
+            unet = self.accelerator.unwrap_model(self.models.unet)
+            unet.eval()
+            with self.accelerator.autocast():
+                draw_grid(self.args, self.models, unet, self.accelerator, self.progress.step)
+            unet.train()
+        self.accelerator.wait_for_everyone()

@@ -1,0 +1,188 @@
+"""Train a UNet on preference pairs: `accelerate launch train.py ...`, or on one device
+`python train.py ...`. This file wires; losses, data, models and loop are in `sdpo/`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+from sdpo.args import parse_args
+from sdpo.errors import UserError, run_main
+
+log = logging.getLogger("sdpo")
+
+
+def main() -> int:
+    """Check the flags, build, train, export; returns the exit code."""
+    args = parse_args(sys.argv[1:])
+
+    import torch
+
+    from sdpo.checkpoint import Progress, clear_unfinished, load_training, load_unet, read_progress
+    from sdpo.data.loader import PairLoader, steps_for_epochs
+    from sdpo.data.order import FIRST
+    from sdpo.data.source import open_pairs
+    from sdpo.families import get_family
+    from sdpo.families.base import ModelSource
+    from sdpo.forward import make_reference
+    from sdpo.optim import build_optimizer, build_scheduler, scaled_learning_rate
+    from sdpo.runlog import describe_run, write_config
+    from sdpo.trainer import Models, Trainer
+
+    accelerator = build_accelerator(args)
+    output_dir = Path(args.output_dir)
+    if accelerator.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        clear_unfinished(output_dir)
+    accelerator.wait_for_everyone()
+    if args.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+
+    family = get_family(args.sdxl)
+    source = ModelSource(
+        base=args.pretrained_model_name_or_path,
+        vae=args.pretrained_vae_model_name_or_path,
+        revision=args.revision,
+        unet_init=args.unet_init,
+        cache_dir=args.cache_dir,
+    )
+    resume_from = find_checkpoint(args)
+    start = read_progress(resume_from, args) if resume_from else Progress(0, FIRST)
+    family.load_unet_config(source)
+    with accelerator.main_process_first():
+        pairs = open_pairs(args)
+    loader = PairLoader(
+        pairs,
+        args,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        start=start.place,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    max_train_steps = args.max_train_steps or steps_for_epochs(
+        args.num_train_epochs, loader.steps_per_epoch, args.gradient_accumulation_steps
+    )
+
+    dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    weight_dtype = dtype[args.mixed_precision]
+    with accelerator.main_process_first():
+        unet = family.load_unet(source)
+        frozen = family.load_frozen(source)
+    frozen.to(accelerator.device, weight_dtype, family.vae_dtype(frozen.vae, weight_dtype))
+    unet.to(accelerator.device)
+    reference = make_reference(unet, weight_dtype)
+    if resume_from:
+        load_unet(resume_from, unet)
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+
+    learning_rate = scaled_learning_rate(args, accelerator.num_processes)
+    optimizer = build_optimizer(unet.parameters(), args, learning_rate)
+    scheduler = build_scheduler(optimizer, args, max_train_steps)
+    unet, optimizer = accelerator.prepare(unet, optimizer)
+    if resume_from:
+        training = load_training(resume_from)
+        optimizer.load_state_dict(training["optimizer"])
+        scheduler.load_state_dict(training["scheduler"])
+        if accelerator.scaler is not None and "scaler" in training:
+            accelerator.scaler.load_state_dict(training["scaler"])
+        log.info("resuming from %s", resume_from)
+
+    if accelerator.is_main_process:
+        resolved = {
+            "family": family.name,
+            "processes": accelerator.num_processes,
+            "device": str(accelerator.device),
+            "pairs": None if args.streaming else len(pairs),
+            "pairs_per_step": loader.stride * args.gradient_accumulation_steps,
+            "learning_rate": learning_rate,
+            "max_train_steps": max_train_steps,
+            "unet_parameters": sum(p.numel() for p in reference.parameters()),
+            "resumed_from": str(resume_from) if resume_from else None,
+        }
+        write_config(output_dir, describe_run(args, resolved))
+        log.info("%s", resolved)
+    start_trackers(accelerator, args)
+
+    models = Models(family, source, unet, reference, frozen)
+    trainer = Trainer(
+        args, accelerator, models, loader, optimizer, scheduler, start, max_train_steps
+    )
+    code = trainer.train()
+    if code == 0 and accelerator.is_main_process:
+        from sdpo.export import export_pipeline
+
+        exported = export_pipeline(
+            output_dir / "pipeline", family, source, accelerator.unwrap_model(unet)
+        )
+        log.info("wrote %s", exported)
+    accelerator.end_training()
+    return code
+
+
+def build_accelerator(args: argparse.Namespace) -> Any:
+    """The accelerator, and logging on the main process.
+
+    Raises:
+        UserError: the device cannot do --mixed_precision, or a tracker is not installed.
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import ProjectConfiguration
+
+    output_dir = Path(args.output_dir)
+    try:
+        accelerator = Accelerator(
+            mixed_precision=args.mixed_precision,
+            log_with=None if args.report_to == "none" else args.report_to,
+            project_config=ProjectConfiguration(
+                project_dir=str(output_dir), logging_dir=str(output_dir / args.logging_dir)
+            ),
+        )
+    except ValueError as error:
+        flag = "--mixed_precision" if "precision" in str(error) else "--report_to"
+        raise UserError(f"{flag} {getattr(args, flag[2:])}: {error}") from None
+    logging.basicConfig(
+        level=logging.INFO if accelerator.is_main_process else logging.WARNING,
+        format="%(asctime)s %(levelname)s %(message)s",
+        datefmt="%H:%M:%S",
+    )
+    quieten_libraries()
+    return accelerator
+
+
+def quieten_libraries() -> None:
+    """Leave the console to the run: the libraries report errors only, and no bar of theirs but the
+    one for building a dataset."""
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    for chatty in ("httpx", "httpx2", "datasets", "accelerate", "PIL"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+
+
+def find_checkpoint(args: argparse.Namespace) -> Path | None:
+    """The checkpoint to go on from, or None for a fresh run."""
+    from sdpo.checkpoint_paths import latest_checkpoint
+
+    if args.resume_from_checkpoint == "none":
+        return None
+    if args.resume_from_checkpoint == "latest":
+        return latest_checkpoint(Path(args.output_dir))
+    return Path(args.resume_from_checkpoint)
+
+
+def start_trackers(accelerator: Any, args: argparse.Namespace) -> None:
+    """Start --report_to's trackers; flags that they cannot store are given as text."""
+    plain = (bool, int, float, str)
+    config = {k: v if isinstance(v, plain) else str(v) for k, v in vars(args).items()}
+    accelerator.init_trackers(args.tracker_project_name, config=config)
+
+
+if __name__ == "__main__":
+    run_main(main, "train.py")
