@@ -42,13 +42,7 @@ def main() -> int:
         torch.backends.cuda.matmul.allow_tf32 = True
 
     family = get_family(args.sdxl)
-    source = ModelSource(
-        base=args.pretrained_model_name_or_path,
-        vae=args.pretrained_vae_model_name_or_path,
-        revision=args.revision,
-        unet_init=args.unet_init,
-        cache_dir=args.cache_dir,
-    )
+    source = ModelSource.from_args(args)
     resume_from = find_checkpoint(args)
     start = read_progress(resume_from, args) if resume_from else Progress(0, FIRST)
     family.load_unet_config(source)
@@ -132,6 +126,8 @@ def build_accelerator(args: argparse.Namespace) -> Any:
     from accelerate import Accelerator
     from accelerate.utils import ProjectConfiguration
 
+    from sdpo.runlog import quieten_libraries
+
     output_dir = Path(args.output_dir)
     try:
         accelerator = Accelerator(
@@ -151,19 +147,6 @@ def build_accelerator(args: argparse.Namespace) -> Any:
     )
     quieten_libraries()
     return accelerator
-
-
-def quieten_libraries() -> None:
-    """Leave the console to the run: the libraries report errors only, and no bar of theirs but the
-    one for building a dataset."""
-    import diffusers
-    import transformers
-
-    diffusers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    for chatty in ("httpx", "httpx2", "datasets", "accelerate", "PIL"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
 def find_checkpoint(args: argparse.Namespace) -> Path | None:

@@ -10,6 +10,7 @@ import argparse
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 from sdpo.errors import UserError, run_main
 from sdpo.losses.names import method_names
@@ -31,6 +32,26 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:  # type: ignore[override]
         # One sentence, as every other mistake; argparse would print the whole usage before it.
         raise UserError(f"{message} (see --help)")
+
+
+class _Replace(argparse.Action):
+    """Of two flags that exclude each other the last one given counts, so that arguments added to a
+    recipe can replace its own."""
+
+    EXCLUDES = {  # noqa: RUF012
+        "dataset_name": "train_data_dir",
+        "train_data_dir": "dataset_name",
+        "max_train_steps": "num_train_epochs",
+        "num_train_epochs": "max_train_steps",
+    }
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        setattr(namespace, self.dest, values)
+        setattr(namespace, self.EXCLUDES[self.dest], None)
+
+
+# A switch that a recipe sets can be taken back with --no-NAME.
+_SWITCH = argparse.BooleanOptionalAction
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -76,12 +97,15 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add(
         "--dataset_name",
+        action=_Replace,
         metavar="ID_OR_DIR",
-        help="preference pairs on the hub, e.g. yuvalkirstain/pickapic_v2, or a local directory",
+        help="preference pairs on the hub, e.g. yuvalkirstain/pickapic_v2, or a local directory; "
+        "of this and --train_data_dir the last one given counts",
     )
     add("--dataset_config_name", help="configuration of the dataset on the hub")
     add(
         "--train_data_dir",
+        action=_Replace,
         metavar="DIR",
         help="local pairs: parquet files in Pick-a-Pic's columns, or metadata.jsonl/metadata.csv "
         "with caption, image_0, image_1, label_0",
@@ -128,7 +152,8 @@ def _add_method(group: argparse._ArgumentGroup) -> None:
     add("--dmpo_alpha", type=float, default=0.01, metavar="ALPHA", help="DMPO only, default: 0.01")
     add(
         "--use_winner_preserving",
-        action="store_true",
+        action=_SWITCH,
+        default=False,
         help="scale the loser's gradient so that a step does not raise the winner's loss",
     )
     add(
@@ -159,25 +184,53 @@ def _add_optimisation(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--train_batch_size", type=int, default=1, metavar="PAIRS", help="per process, default: 1")
     add("--gradient_accumulation_steps", type=int, default=1, metavar="N", help="default: 1")
-    add("--num_train_epochs", type=int, metavar="N", help="instead of --max_train_steps")
-    add("--max_train_steps", type=int, metavar="N", help="optimizer steps (default: 2000)")
+    add(
+        "--num_train_epochs",
+        action=_Replace,
+        type=int,
+        metavar="N",
+        help="passes over the data, instead of --max_train_steps",
+    )
+    add(
+        "--max_train_steps",
+        action=_Replace,
+        type=int,
+        metavar="N",
+        help="optimizer steps (default: 2000)",
+    )
     add("--learning_rate", type=float, default=1e-8, metavar="LR", help="default: 1e-8")
     add(
         "--scale_lr",
-        action="store_true",
+        action=_SWITCH,
+        default=False,
         help="multiply the rate by processes x batch x accumulation (a rate per pair)",
     )
     add("--lr_scheduler", choices=LR_SCHEDULERS, default="constant_with_warmup")
     add("--lr_warmup_steps", type=int, default=500, metavar="N", help="default: 500")
-    add("--use_adafactor", action="store_true", help="Adafactor instead of AdamW (less memory)")
+    add(
+        "--use_adafactor",
+        action=_SWITCH,
+        default=False,
+        help="Adafactor instead of AdamW (less memory)",
+    )
     add("--adam_beta1", type=float, default=0.9)
     add("--adam_beta2", type=float, default=0.999)
     add("--adam_weight_decay", type=float, default=1e-2, help="Adafactor's weight decay too")
     add("--adam_epsilon", type=float, default=1e-8)
     add("--max_grad_norm", type=float, default=1.0)
-    add("--gradient_checkpointing", action="store_true", help="less memory, slower backward pass")
+    add(
+        "--gradient_checkpointing",
+        action=_SWITCH,
+        default=False,
+        help="less memory, slower backward pass",
+    )
     add("--mixed_precision", choices=MIXED_PRECISION, default="no", help="default: no")
-    add("--allow_tf32", action="store_true", help="TF32 matrix products on NVIDIA GPUs")
+    add(
+        "--allow_tf32",
+        action=_SWITCH,
+        default=False,
+        help="TF32 matrix products on NVIDIA GPUs",
+    )
     add(
         "--max_nonfinite_steps",
         type=int,
@@ -233,8 +286,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.resolution = 1024 if args.sdxl else 512
     if args.train_method == "sft" and args.use_winner_preserving:
         raise UserError("--use_winner_preserving has no meaning with --train_method sft: no losers")
-    if (args.dataset_name is None) == (args.train_data_dir is None):
-        raise UserError("give either --dataset_name or --train_data_dir, one of them")
+    if args.dataset_name is None and args.train_data_dir is None:
+        raise UserError("the data is missing: give --dataset_name or --train_data_dir")
     _read_validation_prompts(args)
     check_model_location(args)
     check_data_location(args)
@@ -265,8 +318,6 @@ def _check_numbers(args: argparse.Namespace) -> None:
             raise UserError(f"--{name} must be at least 0 and below 1, got {value}")
     if args.resolution is not None and args.resolution % 8:
         raise UserError(f"--resolution must be a multiple of 8, got {args.resolution}")
-    if args.max_train_steps is not None and args.num_train_epochs is not None:
-        raise UserError("give --max_train_steps or --num_train_epochs, not both")
     if args.streaming and args.num_train_epochs is not None:
         raise UserError("--streaming does not know an epoch's length: give --max_train_steps")
     if args.streaming and args.dataloader_num_workers > 1:

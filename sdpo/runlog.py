@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import math
 import platform
 import resource
@@ -114,3 +115,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             break
     return entries
+
+
+def quieten_libraries() -> None:
+    """Leave the console to the run: the libraries report errors only, and no bar of theirs but the
+    one for building a dataset."""
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    for chatty in ("httpx", "httpx2", "datasets", "accelerate", "PIL"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,6 +74,17 @@ class ModelSource:
     revision: str | None = None
     unet_init: str | None = None
     cache_dir: str | None = None
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> ModelSource:
+        """What train.py's flags name."""
+        return cls(
+            base=args.pretrained_model_name_or_path,
+            vae=args.pretrained_vae_model_name_or_path,
+            revision=args.revision,
+            unet_init=args.unet_init,
+            cache_dir=args.cache_dir,
+        )
 
 
 class Family(ABC):

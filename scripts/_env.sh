@@ -1,0 +1,64 @@
+# Sourced by the other scripts, from the repository's root: sets PYTHON and installs what is missing.
+#
+# PYTHON is $SDPO_PYTHON, else that of the active virtual or conda environment, else .venv's, which is
+# made when there is none. .venv gets the exact versions of constraints.txt; an environment of your
+# own keeps the versions it has as long as they are within the ranges of the requirements file.
+
+fail() {
+  echo "$(basename "$0"): error: $1" >&2
+  exit 2
+}
+
+suitable() {
+  "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null
+}
+
+find_python() {
+  local name
+  for name in python3 python3.13 python3.12 python3.11 python3.10 python; do
+    if command -v "$name" >/dev/null && suitable "$name"; then
+      echo "$name"
+      return
+    fi
+  done
+}
+
+use_python() {
+  OWN_VENV=
+  if [ -n "${SDPO_PYTHON:-}" ]; then
+    PYTHON=$SDPO_PYTHON
+    command -v "$PYTHON" >/dev/null || fail "SDPO_PYTHON: there is no program $PYTHON"
+  elif [ -n "${VIRTUAL_ENV:-}" ]; then
+    PYTHON=$VIRTUAL_ENV/bin/python
+  elif [ -n "${CONDA_PREFIX:-}" ]; then
+    PYTHON=$CONDA_PREFIX/bin/python
+  else
+    OWN_VENV=1
+    PYTHON=$PWD/.venv/bin/python
+    if ! [ -x "$PYTHON" ]; then
+      local base
+      base=$(find_python)
+      [ -n "$base" ] || fail "no Python 3.10 to 3.13 found; install one or name it: SDPO_PYTHON=..."
+      "$base" -m venv .venv || fail "could not make .venv with $base"
+    fi
+  fi
+  suitable "$PYTHON" || fail "$PYTHON is not a Python 3.10 to 3.13 (SDPO_PYTHON=... names another)"
+}
+
+# install_requirements FILE: once, and again when a requirements file or constraints.txt has changed.
+install_requirements() {
+  local file=$1 stamp wanted
+  local options=(-r "$file")
+  [ -z "$OWN_VENV" ] || options+=(-c constraints.txt)
+  stamp=$("$PYTHON" -c 'import sys; print(sys.prefix)')/.sdpo-${file%.txt}
+  wanted=$(cat requirements.txt requirements-dev.txt constraints.txt | cksum)
+  [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && return
+  echo "installing $file into $(dirname "$(dirname "$PYTHON")") (once; PyTorch is several GB)"
+  "$PYTHON" -m pip install --disable-pip-version-check "${options[@]}" |
+    { grep -v '^Requirement already satisfied' || true; } ||
+    fail "installing $file failed (see above)"
+  echo "$wanted" >"$stamp" 2>/dev/null || true
+}
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
+use_python

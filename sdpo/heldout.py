@@ -1,0 +1,198 @@
+"""What training did to pairs it never saw: errors of winners and losers against the reference, for
+every checkpoint of a run, over the same pairs, timesteps and noise.
+
+    python -m sdpo.heldout RUN_DIR --train_data_dir DIR --split heldout
+
+writes RUN_DIR/heldout.jsonl, one line a checkpoint. Step 0 is the reference itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdpo.checkpoint_paths import list_checkpoints, step_of
+from sdpo.errors import UserError, run_main
+from sdpo.files import write_text
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from sdpo.families.base import Family, Frozen
+    from sdpo.forward import NoisedPairs
+
+HELDOUT_FILE = "heldout.jsonl"
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The program's flags.
+
+    Raises:
+        UserError: on a run that is not there or holds no checkpoint.
+    """
+    parser = argparse.ArgumentParser(prog="python -m sdpo.heldout", description=__doc__)
+    add = parser.add_argument
+    add("run", type=Path, help="--output_dir of a run")
+    add("--dataset_name", help="held-out pairs on the hub (default: the run's own data)")
+    add("--train_data_dir", help="held-out pairs on disk (default: the run's own data)")
+    add("--split", required=True, help="split to evaluate on, e.g. validation_unique")
+    add("--max_pairs", type=int, default=256, help="default: 256")
+    add("--timesteps", type=int, default=4, help="timesteps per pair, stratified (default: 4)")
+    add("--batch_size", type=int, default=32, help="pairs at a time (default: 32)")
+    args = parser.parse_args(argv)
+    if not (args.run / "config.json").is_file():
+        raise UserError(f"{args.run} is not a run: it has no config.json")
+    if not list_checkpoints(args.run):
+        raise UserError(f"{args.run} holds no complete checkpoint")
+    for name in ("max_pairs", "timesteps", "batch_size"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    return args
+
+
+def main() -> int:
+    """Evaluate every checkpoint of one run and write heldout.jsonl."""
+    args = parse_args(sys.argv[1:])
+    import torch
+    from accelerate import Accelerator
+    from tqdm.auto import tqdm
+
+    from sdpo.checkpoint import UNET_FILE
+    from sdpo.data.source import open_pairs
+    from sdpo.families import get_family
+    from sdpo.families.base import ModelSource
+    from sdpo.runlog import quieten_libraries
+    from sdpo.weights import load_strictly, read_state_dict
+
+    quieten_libraries()
+    run_args = _run_args(args)
+    device = Accelerator().device
+    family = get_family(run_args.sdxl)
+    source = ModelSource.from_args(run_args)
+    pairs = open_pairs(run_args)
+    frozen = family.load_frozen(source).to(device, torch.float32, torch.float32)
+    unet = family.load_unet(source).to(device).eval()
+    inputs = list(heldout_inputs(family, frozen, pairs, run_args, args, device))
+    beta = run_args.beta_dpo
+    reference = pair_errors(unet, inputs, args.timesteps)
+    entries = [summarise(0, *reference, *reference, beta)]
+    checkpoints = list_checkpoints(args.run)
+    for path in tqdm(checkpoints, desc=f"held-out {args.run.name}", unit="checkpoint"):
+        load_strictly(unet, read_state_dict(path / UNET_FILE), str(path))
+        errors = pair_errors(unet, inputs, args.timesteps)
+        entries.append(summarise(step_of(path), *errors, *reference, beta))
+    lines = "".join(json.dumps(entry) + "\n" for entry in entries)
+    write_text(args.run / HELDOUT_FILE, lines)
+    return 0
+
+
+def _run_args(args: argparse.Namespace) -> argparse.Namespace:
+    """The run's own flags, its data replaced by the held-out split, without augmentation."""
+    values = json.loads((args.run / "config.json").read_text(encoding="utf-8"))["args"]
+    if args.dataset_name or args.train_data_dir:
+        values["dataset_name"], values["train_data_dir"] = args.dataset_name, args.train_data_dir
+    values.update(
+        split=args.split,
+        max_train_samples=args.max_pairs,
+        streaming=False,
+        random_crop=False,
+        no_hflip=True,
+        proportion_empty_prompts=0.0,
+    )
+    return argparse.Namespace(**values)
+
+
+def heldout_inputs(
+    family: Family,
+    frozen: Frozen,
+    pairs: Any,
+    run_args: argparse.Namespace,
+    args: argparse.Namespace,
+    device: torch.device,
+) -> Iterator[NoisedPairs]:
+    """The same noised pairs for every checkpoint, at `args.timesteps` timesteps each.
+
+    Timesteps are stratified: the i-th of k is drawn from the i-th k-th of the schedule.
+    """
+    import torch
+
+    from sdpo import randomness
+    from sdpo.data.pairs import PairDecoder, collate
+    from sdpo.data.transforms import PairTransform, UndecodableImage
+    from sdpo.forward import noise_pairs
+
+    transform = PairTransform(run_args.resolution, hflip=False)
+    decode = PairDecoder(pairs.columns, pairs.base, transform, 0.0)
+    count = frozen.scheduler.config.num_train_timesteps
+    for stratum in range(args.timesteps):
+        for first in range(0, len(pairs), args.batch_size):
+            samples = []
+            for i in range(first, min(first + args.batch_size, len(pairs))):
+                try:
+                    samples.append(decode(pairs.rows[i], (run_args.seed, stratum, i)))
+                except UndecodableImage as error:
+                    raise UserError(f"row {int(pairs.origin[i])}: {error}") from None
+            batch = collate(samples)
+            draws = [randomness.uniform(*key, "stratum") for key in batch.keys]
+            timesteps = torch.tensor([int((stratum + d) / args.timesteps * count) for d in draws])
+            yield noise_pairs(
+                family, frozen, batch, run_args.resolution, device, timesteps=timesteps
+            )
+
+
+def pair_errors(
+    unet: nn.Module, inputs: list[NoisedPairs], timesteps: int
+) -> tuple[Tensor, Tensor]:
+    """Winners' and losers' errors, mean of squares over pixels, each (timesteps, pairs) float32 on
+    the CPU."""
+    import torch
+
+    from sdpo.forward import predict
+    from sdpo.losses.terms import per_sample_mse
+
+    winners, losers = [], []
+    with torch.no_grad():
+        for item in inputs:
+            error_w, error_l = per_sample_mse(predict(unet, item).float() - item.target).chunk(2)
+            winners.append(error_w.cpu())
+            losers.append(error_l.cpu())
+    return (
+        torch.cat(winners).reshape(timesteps, -1),
+        torch.cat(losers).reshape(timesteps, -1),
+    )
+
+
+def summarise(
+    step: int, winner: Tensor, loser: Tensor, ref_winner: Tensor, ref_loser: Tensor, beta: float
+) -> dict[str, float]:
+    """One checkpoint's line, from errors (timesteps, pairs). Drifts are also given in percent of the
+    reference's mean error, with the standard error of the winner's over pairs."""
+    drift_w, drift_l = winner - ref_winner, loser - ref_loser
+    margin = drift_w - drift_l
+    per_pair = drift_w.mean(0)
+    standard_error = per_pair.std() / len(per_pair) ** 0.5
+    return {
+        "step": step,
+        "pairs": len(per_pair),
+        "timesteps": len(drift_w),
+        "winner_mse": winner.mean().item(),
+        "loser_mse": loser.mean().item(),
+        "ref_winner_mse": ref_winner.mean().item(),
+        "ref_loser_mse": ref_loser.mean().item(),
+        "winner_drift": drift_w.mean().item(),
+        "loser_drift": drift_l.mean().item(),
+        "winner_drift_percent": 100 * (drift_w.mean() / ref_winner.mean()).item(),
+        "winner_drift_percent_se": 100 * (standard_error / ref_winner.mean()).item(),
+        "loser_drift_percent": 100 * (drift_l.mean() / ref_loser.mean()).item(),
+        "margin": margin.mean().item(),
+        "implicit_acc": (-0.5 * beta * margin > 0).float().mean().item(),
+    }
+
+
+if __name__ == "__main__":
+    run_main(main, "sdpo.heldout")
