@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sdpo.errors import UserError, run_main
+from sdpo.families.names import FAMILY_FLAGS
 from sdpo.losses.names import method_names
 from sdpo.preflight import check_data_location, check_model_location, check_output_dir
 
@@ -283,7 +284,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.max_train_steps is None and args.num_train_epochs is None:
         args.max_train_steps = 2000
     if args.resolution is None:
-        args.resolution = 1024 if args.sdxl else 512
+        args.resolution = FAMILY_FLAGS["sdxl" if args.sdxl else "sd15"].resolution
     if args.train_method == "sft" and args.use_winner_preserving:
         raise UserError("--use_winner_preserving has no meaning with --train_method sft: no losers")
     if args.dataset_name is None and args.train_data_dir is None:

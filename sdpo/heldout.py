@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from sdpo.data.source import PairSource
     from sdpo.families.base import Family, Frozen
     from sdpo.forward import NoisedPairs
 
@@ -99,7 +101,8 @@ def _run_args(args: argparse.Namespace) -> argparse.Namespace:
     values.update(
         split=args.split,
         max_train_samples=args.max_pairs,
-        streaming=False,
+        # Reading a split of a dataset on the hub must not download the others.
+        streaming=not Path(values["train_data_dir"] or values["dataset_name"]).is_dir(),
         random_crop=False,
         no_hflip=True,
         proportion_empty_prompts=0.0,
@@ -110,7 +113,7 @@ def _run_args(args: argparse.Namespace) -> argparse.Namespace:
 def heldout_inputs(
     family: Family,
     frozen: Frozen,
-    pairs: Any,
+    pairs: PairSource,
     run_args: argparse.Namespace,
     args: argparse.Namespace,
     device: torch.device,
@@ -128,21 +131,41 @@ def heldout_inputs(
 
     transform = PairTransform(run_args.resolution, hflip=False)
     decode = PairDecoder(pairs.columns, pairs.base, transform, 0.0)
+    rows = first_rows(pairs, args.max_pairs)
     count = frozen.scheduler.config.num_train_timesteps
     for stratum in range(args.timesteps):
-        for first in range(0, len(pairs), args.batch_size):
+        for first in range(0, len(rows), args.batch_size):
             samples = []
-            for i in range(first, min(first + args.batch_size, len(pairs))):
+            for i in range(first, min(first + args.batch_size, len(rows))):
+                number, row = rows[i]
                 try:
-                    samples.append(decode(pairs.rows[i], (run_args.seed, stratum, i)))
+                    samples.append(decode(row, (run_args.seed, stratum, i)))
                 except UndecodableImage as error:
-                    raise UserError(f"row {int(pairs.origin[i])}: {error}") from None
+                    raise UserError(f"row {number} cannot be decoded: {error}") from None
             batch = collate(samples)
             draws = [randomness.uniform(*key, "stratum") for key in batch.keys]
             timesteps = torch.tensor([int((stratum + d) / args.timesteps * count) for d in draws])
             yield noise_pairs(
                 family, frozen, batch, run_args.resolution, device, timesteps=timesteps
             )
+
+
+def first_rows(pairs: PairSource, count: int) -> list[tuple[int, dict[str, Any]]]:
+    """Up to `count` decided pairs, undecoded, with their rows' numbers.
+
+    Raises:
+        UserError: there is none.
+    """
+    from sdpo.data.pairs import is_wanted
+
+    if pairs.origin is not None:
+        chosen = range(min(count, len(pairs)))
+        return [(int(pairs.origin[i]), pairs.rows[i]) for i in chosen]
+    numbered = ((i, row) for i, row in enumerate(pairs.rows) if is_wanted(row, i))
+    found = list(islice(numbered, count))
+    if not found:
+        raise UserError("--split: no decided pair in it")
+    return found
 
 
 def pair_errors(
@@ -170,8 +193,8 @@ def pair_errors(
 def summarise(
     step: int, winner: Tensor, loser: Tensor, ref_winner: Tensor, ref_loser: Tensor, beta: float
 ) -> dict[str, float]:
-    """One checkpoint's line, from errors (timesteps, pairs). Drifts are also given in percent of the
-    reference's mean error, with the standard error of the winner's over pairs."""
+    """One checkpoint's line, from errors (timesteps, pairs). Drifts are given in percent of the
+    reference's mean error too, the winner's with its standard error over pairs."""
     drift_w, drift_l = winner - ref_winner, loser - ref_loser
     margin = drift_w - drift_l
     per_pair = drift_w.mean(0)

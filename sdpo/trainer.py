@@ -89,7 +89,7 @@ class Trainer:
             self._draw_samples()
         try:
             while self.progress.step < self.max_train_steps:
-                entry = self._step(batches)
+                entry = self.step(batches)
                 if entry is None:
                     break
                 if run_log:
@@ -118,7 +118,7 @@ class Trainer:
         log.warning("stopped by signal %s at step %d", self.stop.signum, self.progress.step)
         return self.stop.exit_code or 130
 
-    def _step(self, batches: Iterator[PairBatch]) -> dict[str, Any] | None:
+    def step(self, batches: Iterator[PairBatch]) -> dict[str, Any] | None:
         """One optimizer step; None where a signal came before it was complete."""
         began = time.perf_counter()
         metrics = StepMetrics()
@@ -153,13 +153,15 @@ class Trainer:
         self.scheduler.step()
         self.progress = Progress(step, Place(*place))
         pairs = self.loader.stride * self.args.gradient_accumulation_steps
+        seconds = time.perf_counter() - began
         return {
             "step": step,
             "epoch": place.epoch,
             **means,
             "lr": lr,
             "grad_norm": float(grad_norm),
-            "pairs_per_s": pairs / (time.perf_counter() - began),
+            "seconds": seconds,
+            "pairs_per_s": pairs / seconds,
             "peak_memory_gib": peak_memory_gib(self.device),
             "nonfinite_steps": self.nonfinite_steps,
             "bad_rows": int(sums["bad_rows"]),
@@ -167,16 +169,17 @@ class Trainer:
 
     def _losses(self, batch: PairBatch) -> LossOutput:
         args, models = self.args, self.models
-        with self.accelerator.autocast():
-            inputs = noise_pairs(
-                models.family,
-                models.frozen,
-                batch,
-                args.resolution,
-                self.device,
-                args.noise_offset,
-                args.input_perturbation,
-            )
+        # Outside autocast: the frozen parts have their dtype, which for a VAE may be float32 because
+        # it overflows in float16.
+        inputs = noise_pairs(
+            models.family,
+            models.frozen,
+            batch,
+            args.resolution,
+            self.device,
+            args.noise_offset,
+            args.input_perturbation,
+        )
         reference = predict_reference(models.reference, inputs, self.accelerator.autocast())
         with self.accelerator.autocast():
             forward = predict_winners_only if self.winners_only else predict

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sdpo.data.order import FIRST, Place, epoch_permutation
-from sdpo.data.source import DREAMLIKE, LABEL, Columns, PairSource
+from sdpo.data.source import DREAMLIKE, LABEL, Columns, PairSource, bad_label
 from sdpo.data.transforms import PairTransform, UndecodableImage, open_image
 from sdpo.errors import UserError
 from sdpo.randomness import Key, integer, uniform
@@ -134,6 +134,22 @@ class PairDataset(torch.utils.data.Dataset):
             index = integer(len(self), *key, "replacement", len(bad))
 
 
+def is_wanted(row: dict[str, Any], number: int, dreamlike_only: bool = False) -> bool:
+    """Whether a row is a decided pair (and, where asked for, of dreamlike models alone).
+
+    Raises:
+        UserError: its label is none of 0, 0.5 and 1.
+    """
+    label = row[LABEL]
+    if label is None or float(label) == 0.5:
+        return False
+    if float(label) not in (0.0, 1.0):
+        raise UserError(bad_label(number, label))
+    if dreamlike_only:
+        return all(DREAMLIKE in (row[name] or "") for name in ("model_0", "model_1"))
+    return True
+
+
 class StreamingPairs(torch.utils.data.IterableDataset):
     """Batches (lists of `Pair`) of one process, read in order and without end from a stream.
 
@@ -219,25 +235,13 @@ class StreamingPairs(torch.utils.data.IterableDataset):
         shuffled.set_epoch(epoch)
         taken = 0
         for row in shuffled:
-            if not self._wanted(row):
+            number = row.pop(_NUMBER)
+            if not is_wanted(row, number, self.dreamlike_only):
                 continue
             if self.max_samples is not None and taken >= self.max_samples:
                 return
             taken += 1
-            yield row.pop(_NUMBER), row
-
-    def _wanted(self, row: dict[str, Any]) -> bool:
-        label = row[LABEL]
-        if label is None or float(label) == 0.5:
-            return False
-        if float(label) not in (0.0, 1.0):
-            raise UserError(
-                f"row {row[_NUMBER]}: {LABEL} is {label}; it must be 1 (image 0 preferred), "
-                "0 (image 1 preferred) or 0.5 (a tie)"
-            )
-        if self.dreamlike_only:
-            return all(DREAMLIKE in (row[m] or "") for m in ("model_0", "model_1"))
-        return True
+            yield number, row
 
 
 _NUMBER = "__row__"

@@ -183,7 +183,12 @@ def _refuse_other_labels(labels: Any, known: Any) -> None:
     if pc.all(known).as_py() in (True, None):
         return
     row = pc.index(known, False).as_py()
-    raise UserError(
-        f"row {row}: {LABEL} is {labels[row].as_py()}; it must be 1 (image 0 preferred), "
-        "0 (image 1 preferred) or 0.5 (a tie)"
+    raise UserError(bad_label(row, labels[row].as_py()))
+
+
+def bad_label(row: int, label: float) -> str:
+    """The sentence about a label that is none of 0, 0.5 and 1."""
+    return (
+        f"row {row}: {LABEL} is {label}; it must be 1 (image 0 preferred), 0 (image 1 preferred) "
+        "or 0.5 (a tie)"
     )

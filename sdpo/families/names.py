@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 class _Flag(NamedTuple):
     label: str
     advice: str
+    resolution: int  # pixels, where --resolution is not given
 
 
 FAMILY_FLAGS = {
-    "sd15": _Flag("SD1.5", "leave --sdxl out"),
-    "sdxl": _Flag("SDXL", "add --sdxl"),
+    "sd15": _Flag("SD1.5", "leave --sdxl out", 512),
+    "sdxl": _Flag("SDXL", "add --sdxl", 1024),
 }
 
 

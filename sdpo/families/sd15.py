@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from sdpo.families.base import Conditioning, Family, Frozen, ModelSource, tokenize
+from sdpo.families.names import FAMILY_FLAGS
 
 
 class SD15(Family):
@@ -15,7 +16,7 @@ class SD15(Family):
 
     name = "sd15"
     sdxl = False
-    default_resolution = 512
+    default_resolution = FAMILY_FLAGS["sd15"].resolution
     sample_guidance = 7.5
 
     def _text_encoder_classes(self) -> dict[str, Any]:

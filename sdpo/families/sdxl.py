@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from sdpo.families.base import Conditioning, Family, Frozen, ModelSource, tokenize
+from sdpo.families.names import FAMILY_FLAGS
 
 
 class SDXL(Family):
@@ -17,7 +18,7 @@ class SDXL(Family):
 
     name = "sdxl"
     sdxl = True
-    default_resolution = 1024
+    default_resolution = FAMILY_FLAGS["sdxl"].resolution
     sample_guidance = 5.0
 
     def _text_encoder_classes(self) -> dict[str, Any]:

@@ -1,0 +1,153 @@
+"""Computed memory of a training step at true size: weights, gradients, optimizer, activations.
+
+    python scripts/bench/memory.py
+
+Nothing is allocated: the UNets are built on the meta device and the bytes that autograd keeps for
+the backward pass are added up. Attention counts as a fused kernel (queries, keys, values, output,
+one statistic per row). Not counted: work space, fragmentation, the CUDA context (leave 2 to 3 GiB)
+and, with several processes, the buckets in which gradients are exchanged (as much as `grads`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+GIB = 2**30
+# Bytes per parameter held by the optimizer; Adafactor's factored second moments are under 1 %.
+OPTIMIZER_BYTES = {"AdamW": 8, "Adafactor": 0}
+# The frozen parts in bf16: VAE and text encoders, parameters of the published models.
+FROZEN_PARAMETERS = {"sd15": 83_653_863 + 123_060_480, "sdxl": 83_653_863 + 817_719_808}
+RESOLUTION = {"sd15": 512, "sdxl": 1024}
+ROWS = (
+    ("sd15", "AdamW", 8, False),
+    ("sd15", "AdamW", 8, True),
+    ("sd15", "AdamW", 1, True),
+    ("sd15", "Adafactor", 1, True),
+    ("sdxl", "Adafactor", 8, True),
+    ("sdxl", "Adafactor", 1, True),
+)
+
+
+def fused_attention(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+    """Stands in for scaled_dot_product_attention: keeps what a fused kernel keeps."""
+    import torch
+
+    class Attention(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, q: Any, k: Any, v: Any) -> Any:
+            out = q.new_empty(*q.shape[:-1], v.shape[-1])
+            ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
+            return out
+
+        @staticmethod
+        def backward(ctx: Any, grad: Any) -> Any:
+            return ctx.saved_tensors[:3]
+
+    return Attention.apply(query, key, value)
+
+
+class KeptBytes:
+    """Adds up the storages that autograd keeps, and the most that one checkpointed block adds."""
+
+    def __init__(self, unet: Any) -> None:
+        from diffusers.models.attention import BasicTransformerBlock
+        from diffusers.models.resnet import ResnetBlock2D
+
+        self.own = {p.untyped_storage()._cdata for p in unet.parameters()}
+        self.storages: dict[int, Any] = {}
+        self.largest_block = 0
+        for module in unet.modules():
+            if isinstance(module, ResnetBlock2D | BasicTransformerBlock):
+                module.register_forward_pre_hook(self._enter)
+                module.register_forward_hook(self._leave)
+
+    def keep(self, tensor: Any) -> Any:
+        """The pack hook."""
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.own:
+            self.storages.setdefault(storage._cdata, storage)
+        return tensor
+
+    def total(self) -> int:
+        """Bytes kept so far."""
+        return sum(s.nbytes() for s in self.storages.values())
+
+    def _enter(self, *_: Any) -> None:
+        self._before = self.total()
+
+    def _leave(self, *_: Any) -> None:
+        self.largest_block = max(self.largest_block, self.total() - self._before)
+
+
+def activation_bytes(family: str, resolution: int, samples: int, checkpointing: bool) -> int:
+    """Bytes of activations at the peak for `samples` images (two a pair), bf16.
+
+    With checkpointing: the inputs of all blocks, and the largest block computed again.
+    """
+    import torch
+    from true_size import build_unet
+
+    with torch.device("meta"):
+        unet = build_unet(family).bfloat16().train()
+        side = resolution // 8
+        width = unet.config.cross_attention_dim
+        kwargs: dict[str, Any] = {
+            "encoder_hidden_states": torch.empty(samples, 77, width).bfloat16()
+        }
+        if family == "sdxl":
+            kwargs["added_cond_kwargs"] = {
+                "text_embeds": torch.empty(samples, 1280).bfloat16(),
+                "time_ids": torch.empty(samples, 6).bfloat16(),
+            }
+        noisy = torch.empty(samples, 4, side, side).bfloat16()
+        timesteps = torch.zeros(samples, dtype=torch.long)
+
+        def kept_by_forward() -> KeptBytes:
+            kept = KeptBytes(unet)
+            with (
+                mock.patch("torch.nn.functional.scaled_dot_product_attention", fused_attention),
+                torch.autograd.graph.saved_tensors_hooks(kept.keep, lambda tensor: tensor),
+            ):
+                unet(noisy, timesteps, **kwargs)
+            return kept
+
+        whole = kept_by_forward()
+        if not checkpointing:
+            return whole.total()
+        unet.enable_gradient_checkpointing()
+        return kept_by_forward().total() + whole.largest_block
+
+
+def main() -> None:
+    """Print the table."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    import diffusers
+
+    diffusers.utils.logging.set_verbosity_error()
+    from true_size import PARAMETERS
+
+    head = ("model", "optimizer", "pairs", "ckpt", "weights", "casts", "grads", "optim", "frozen")
+    print(" ".join(f"{h:>10}" for h in (*head, "activ.", "total GiB")))
+    for family, optimizer, pairs, checkpointing in ROWS:
+        n = PARAMETERS[family]
+        # Under autocast the float32 weights have bf16 copies for as long as a step lasts.
+        weights, casts, gradients = 4 * n, 2 * n, 4 * n
+        states = OPTIMIZER_BYTES[optimizer] * n
+        frozen = 2 * n + 2 * FROZEN_PARAMETERS[family]
+        resolution = RESOLUTION[family]
+        activations = activation_bytes(family, resolution, 2 * pairs, checkpointing)
+        parts = (weights, casts, gradients, states, frozen, activations)
+        cells = [family, optimizer, str(pairs), "yes" if checkpointing else "no"]
+        cells += [f"{part / GIB:.1f}" for part in (*parts, sum(parts))]
+        print(" ".join(f"{cell:>10}" for cell in cells))
+
+
+if __name__ == "__main__":
+    main()
