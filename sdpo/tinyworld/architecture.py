@@ -1,0 +1,281 @@
+"""Tiny Stable Diffusion pipelines in the genuine diffusers layout, with random weights by seed.
+
+    python -m sdpo.tinyworld.architecture --family sdxl --size micro --out DIR
+
+Same parts, names and files as ``stable-diffusion-v1-5`` and ``stable-diffusion-xl-base-1.0``, only
+smaller: the VAE halves a 64 px image twice (4 x 16 x 16 latents) and prompts hold 24 tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sdpo.errors import UserError, run_main
+
+if TYPE_CHECKING:
+    from diffusers import (
+        AutoencoderKL,
+        StableDiffusionPipeline,
+        StableDiffusionXLPipeline,
+        UNet2DConditionModel,
+    )
+    from transformers import CLIPTextConfig, CLIPTokenizer
+
+    Pipeline = StableDiffusionPipeline | StableDiffusionXLPipeline
+
+FAMILIES = ("sd15", "sdxl")
+PROMPT_LENGTH = 24
+LATENT_SIZE = 16
+
+
+@dataclass(frozen=True)
+class Size:
+    """Widths of one size: channels of the VAE and UNet levels, width of the text encoders."""
+
+    vae_channels: tuple[int, ...]
+    unet_channels: tuple[int, ...]
+    text_width: int
+    heads: int
+    norm_groups: int
+    time_id_width: int
+
+
+SIZES = {
+    "small": Size((8, 16, 32), (32, 64), 64, 4, 8, 8),
+    "micro": Size((4, 8, 8), (8, 16), 16, 2, 4, 4),
+}
+
+
+def learn_merges(words: tuple[str, ...]) -> list[tuple[str, str]]:
+    """Byte-pair merges, in order, after which each word is a single ``word</w>`` token.
+
+    Takes the most frequent pair each time, so that applying merges by rank, as BPE does, cannot
+    get stuck halfway through a word.
+    """
+    spelled = [[*word[:-1], word[-1] + "</w>"] for word in words]
+    merges = []
+    while any(len(pieces) > 1 for pieces in spelled):
+        counts: dict[tuple[str, str], int] = {}
+        for pieces in spelled:
+            for pair in pairwise(pieces):
+                counts[pair] = counts.get(pair, 0) + 1
+        best = min(counts, key=lambda pair: (-counts[pair], pair))
+        merges.append(best)
+        for pieces in spelled:
+            i = 0
+            while i + 1 < len(pieces):
+                if (pieces[i], pieces[i + 1]) == best:
+                    pieces[i : i + 2] = [best[0] + best[1]]
+                i += 1
+    return merges
+
+
+def build_tokenizer() -> CLIPTokenizer:
+    """CLIP's byte-level BPE over the world's words; any other text falls apart into bytes."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import CLIPTokenizer
+
+    from sdpo.tinyworld import world
+
+    merges = learn_merges(world.vocabulary())
+    letters = sorted(ByteLevel.alphabet())
+    # The order of CLIP's own vocabulary: bytes, bytes that end a word, merges, specials.
+    pieces = [*letters, *(letter + "</w>" for letter in letters)]
+    pieces += [first + second for first, second in merges]
+    pieces += ["<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(
+        vocab={piece: i for i, piece in enumerate(pieces)},
+        merges=merges,
+        model_max_length=PROMPT_LENGTH,
+    )
+
+
+def _text_config(size: Size, tokenizer: CLIPTokenizer, layers: int) -> CLIPTextConfig:
+    from transformers import CLIPTextConfig
+
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=size.text_width,
+        intermediate_size=4 * size.text_width,
+        projection_dim=size.text_width,
+        num_hidden_layers=layers,
+        num_attention_heads=size.heads,
+        max_position_embeddings=PROMPT_LENGTH,
+        # Pooling takes the state at the first token of this id.
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def build_vae(size_name: str) -> AutoencoderKL:
+    """Autoencoder of factor 4 with 4 latent channels: (B, 3, 64, 64) to (B, 4, 16, 16)."""
+    from diffusers import AutoencoderKL
+
+    from sdpo.tinyworld import world
+
+    size = SIZES[size_name]
+    levels = len(size.vae_channels)
+    return AutoencoderKL(
+        sample_size=world.IMAGE_SIZE,
+        latent_channels=4,
+        block_out_channels=size.vae_channels,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        layers_per_block=1,
+        norm_num_groups=size.norm_groups // 2,
+    )
+
+
+def _build_unet(family: str, size: Size) -> UNet2DConditionModel:
+    from diffusers import UNet2DConditionModel
+
+    extra: dict[str, object] = {}
+    context_width = size.text_width
+    if family == "sdxl":
+        context_width = 2 * size.text_width
+        extra = {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": size.time_id_width,
+            "projection_class_embeddings_input_dim": 6 * size.time_id_width + size.text_width,
+            "use_linear_projection": True,
+        }
+    return UNet2DConditionModel(
+        sample_size=LATENT_SIZE,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=size.unet_channels,
+        layers_per_block=1,
+        # Attention at 8 x 8 alone, as SDXL leaves it out at full size: on a CPU a step costs half.
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=context_width,
+        # diffusers reads this as the number of heads.
+        attention_head_dim=size.heads,
+        norm_num_groups=size.norm_groups,
+        **extra,
+    )
+
+
+def build_pipeline(family: str, size: str = "small", seed: int = 0) -> Pipeline:
+    """Pipeline with random float32 weights, equal for equal arguments; the RNG is left as it was.
+
+    ``family`` is "sd15" or "sdxl", ``size`` is "small" (what ships in ``assets/``) or "micro" (for
+    tests). Raises ValueError for other names.
+    """
+    if family not in FAMILIES:
+        raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {family!r}")
+    if size not in SIZES:
+        raise ValueError(f"size must be one of {', '.join(SIZES)}, got {size!r}")
+    import torch
+    from diffusers import (
+        EulerDiscreteScheduler,
+        PNDMScheduler,
+        StableDiffusionPipeline,
+        StableDiffusionXLPipeline,
+    )
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    widths = SIZES[size]
+    tokenizer = build_tokenizer()
+    betas = {
+        "num_train_timesteps": 1000,
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "prediction_type": "epsilon",
+        "steps_offset": 1,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        vae = build_vae(size)
+        unet = _build_unet(family, widths)
+        # SDXL reads its encoders one layer before the last, so they get one more.
+        text_encoder = CLIPTextModel(
+            _text_config(widths, tokenizer, layers=2 if family == "sd15" else 3)
+        )
+        if family == "sdxl":
+            text_encoder_2 = CLIPTextModelWithProjection(_text_config(widths, tokenizer, layers=3))
+    if family == "sd15":
+        pipeline = StableDiffusionPipeline(
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            unet=unet,
+            scheduler=PNDMScheduler(**betas, skip_prk_steps=True, set_alpha_to_one=False),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    else:
+        pipeline = StableDiffusionXLPipeline(
+            vae=vae,
+            text_encoder=text_encoder,
+            text_encoder_2=text_encoder_2,
+            tokenizer=tokenizer,
+            tokenizer_2=build_tokenizer(),
+            unet=unet,
+            scheduler=EulerDiscreteScheduler(**betas, timestep_spacing="leading"),
+            # Captions are dropped to "" in training, so "" is also the unconditional prompt.
+            force_zeros_for_empty_prompt=False,
+            add_watermarker=False,
+        )
+    for module in pipeline.components.values():
+        if isinstance(module, torch.nn.Module):
+            module.eval()
+    return pipeline
+
+
+def save_pipeline(pipeline: Pipeline, directory: str | os.PathLike[str]) -> None:
+    """``save_pretrained`` written beside and renamed; replaces ``directory`` if it is there.
+
+    Adds each tokenizer's vocab.json and merges.txt, which real checkpoints have and newer
+    transformers no longer write.
+    """
+    target = Path(directory)
+    beside = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    pipeline.save_pretrained(beside)
+    for name in ("tokenizer", "tokenizer_2"):
+        tokenizer = getattr(pipeline, name, None)
+        if tokenizer is None:
+            continue
+        bpe = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+        merges = [m if isinstance(m, str) else " ".join(m) for m in bpe["merges"]]
+        (beside / name / "vocab.json").write_text(json.dumps(bpe["vocab"], ensure_ascii=False))
+        (beside / name / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
+    if target.exists():
+        shutil.rmtree(target)
+    os.replace(beside, target)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line entry."""
+    parser = argparse.ArgumentParser(
+        prog="python -m sdpo.tinyworld.architecture",
+        description="Write a tiny pipeline with random weights in the diffusers layout.",
+    )
+    parser.add_argument("--family", choices=FAMILIES, required=True)
+    parser.add_argument("--size", choices=tuple(SIZES), default="small")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write the pipeline to")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    if args.seed < 0:
+        raise UserError(f"--seed must not be negative, got {args.seed}")
+    # Overwriting is only safe for what an earlier call left there.
+    if args.out.exists() and not (args.out / "model_index.json").is_file():
+        raise UserError(f"--out {args.out} exists and holds no pipeline; choose a new folder")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    save_pipeline(build_pipeline(args.family, args.size, args.seed), args.out)
+    print(args.out)
+
+
+if __name__ == "__main__":
+    run_main(main, "python -m sdpo.tinyworld.architecture")

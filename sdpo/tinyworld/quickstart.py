@@ -1,0 +1,213 @@
+"""The safeguard's effect on a laptop: the same preference training twice, without and with it.
+
+    python -m sdpo.tinyworld.quickstart
+
+Writes preference pairs, runs train.py twice from the shipped tiny model (same seed, same data),
+measures every checkpoint on held-out pairs, samples the end results, and draws both. All of it goes
+through the programs that real runs use. Killed at any point, the same command goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sdpo.errors import UserError, run_main
+from sdpo.files import write_json
+from sdpo.losses.names import method_names
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from sdpo.tinyworld.oracle import OracleScore
+
+ROOT = Path(__file__).resolve().parents[2]
+BASE = ROOT / "assets" / "tiny-sd15"
+RESOLUTION = 64
+SAMPLE_PROMPTS = 128
+SAMPLE_BATCH = 64
+GUIDANCE = 5.0
+EVALUATION_SEED = 1234
+
+
+@dataclass(frozen=True)
+class TinyRecipe:
+    """What a method needs on the tiny world; found by trying, see the README."""
+
+    beta: float
+    mu: float
+    learning_rate: float
+    alpha: float = 0.0
+
+
+RECIPES = {
+    "diffusion-dpo": TinyRecipe(beta=5000, mu=0.9, learning_rate=1e-4),
+    "dspo": TinyRecipe(beta=0.001, mu=0.2, learning_rate=1e-4),
+    "dmpo": TinyRecipe(beta=2000, mu=0.9, learning_rate=1e-4, alpha=0.01),
+}
+VARIANTS = ("plain", "safeguard")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The program's flags.
+
+    Raises:
+        UserError: on a value out of range.
+    """
+    parser = argparse.ArgumentParser(prog="quickstart", description=__doc__)
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("output/quickstart"), help="default: output/quickstart")
+    add("--method", choices=sorted(RECIPES), default="diffusion-dpo", help="of " + _known())
+    add("--steps", type=int, default=160, help="optimizer steps of each run (default: 160)")
+    add("--batch", type=int, default=32, help="pairs a step (default: 32)")
+    add("--pairs", type=int, default=4096, help="training pairs (default: 4096)")
+    add("--seed", type=int, default=0, help="default: 0")
+    args = parser.parse_args(argv)
+    for name in ("steps", "batch", "pairs"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if args.pairs < 2 * args.batch:
+        raise UserError(f"--pairs must be at least twice --batch ({2 * args.batch})")
+    if args.seed < 0:
+        raise UserError(f"--seed must be at least 0, got {args.seed}")
+    if not (BASE / "model_index.json").is_file():
+        raise UserError(
+            f"{BASE} is missing: get it with the repository, or make it with "
+            "bash scripts/pretrain_tinyworld.sh"
+        )
+    return args
+
+
+def _known() -> str:
+    return ", ".join(method_names())
+
+
+def main() -> int:
+    """Train both variants, evaluate, draw, print the table."""
+    args = parse_args(sys.argv[1:])
+    args.out.mkdir(parents=True, exist_ok=True)
+    pairs = ensure_pairs(args.out, args.pairs, args.seed)
+    for variant in VARIANTS:
+        train(args, variant, pairs)
+        evaluate_heldout(args.out / variant, pairs)
+
+    from sdpo.tinyworld import world
+    from sdpo.tinyworld.quickstart_figures import draw_curves, draw_samples, print_table, rows_of
+
+    prompts = world.evaluation_prompts(SAMPLE_PROMPTS)
+    images = {"base": sample_model(BASE, prompts)}
+    images |= {name: sample_model(args.out / name / "pipeline", prompts) for name in VARIANTS}
+    scores = {name: oracle_score(found, prompts) for name, found in images.items()}
+    rows = rows_of(args.out, scores)
+    draw_curves(args.out, args.out / "curves.png", args.method)
+    draw_samples(images, prompts, args.out / "samples.png")
+    write_json(args.out / "summary.json", {"command": sys.argv[1:], "rows": rows})
+    print_table(rows)
+    print(f"\nLook at {args.out / 'curves.png'} and {args.out / 'samples.png'}")
+    return 0
+
+
+def ensure_pairs(out: Path, count: int, seed: int) -> Path:
+    """Write training and held-out pairs unless they are there."""
+    from sdpo.tinyworld.pairs import write_pairs
+
+    directory = out / "pairs"
+    if not list(directory.glob("train-*.parquet")) or not list(directory.glob("heldout-*.parquet")):
+        write_pairs(directory, count, 256, seed)
+    return directory
+
+
+def train(args: argparse.Namespace, variant: str, pairs: Path) -> None:
+    """One train.py run; it resumes by itself and is over at once when it is done."""
+    recipe = RECIPES[args.method]
+    command = [
+        *(sys.executable, str(ROOT / "train.py")),
+        *("--pretrained_model_name_or_path", str(BASE)),
+        *("--train_data_dir", str(pairs)),
+        *("--cache_dir", str(args.out / "cache")),
+        *("--output_dir", str(args.out / variant)),
+        *("--train_method", args.method),
+        *("--beta_dpo", str(recipe.beta)),
+        *("--dmpo_alpha", str(recipe.alpha)),
+        *("--winner_preserving_mu", str(recipe.mu)),
+        *("--resolution", str(RESOLUTION)),
+        *("--train_batch_size", str(args.batch)),
+        *("--max_train_steps", str(args.steps)),
+        *("--checkpointing_steps", str(max(1, args.steps // 10))),
+        *("--learning_rate", str(recipe.learning_rate)),
+        *("--lr_warmup_steps", "0"),
+        *("--proportion_empty_prompts", "0.1"),
+        *("--seed", str(args.seed)),
+        "--no_hflip",  # captions say left and right
+    ]
+    if variant == "safeguard":
+        command.append("--use_winner_preserving")
+    run(command, f"training ({variant})")
+
+
+def evaluate_heldout(directory: Path, pairs: Path) -> None:
+    """Errors of every checkpoint on held-out pairs, to heldout.jsonl."""
+    run(
+        [
+            *(sys.executable, "-m", "sdpo.heldout", str(directory)),
+            *("--train_data_dir", str(pairs)),
+            *("--split", "heldout"),
+        ],
+        f"held-out evaluation ({directory.name})",
+    )
+
+
+def run(command: list[str], what: str) -> None:
+    """Run one of the project's programs.
+
+    Raises:
+        UserError: it ended with an error, which it has printed.
+    """
+    code = subprocess.run(command, cwd=ROOT).returncode
+    if code:
+        raise UserError(f"{what} ended with exit code {code}; see above, then run this again")
+
+
+def sample_model(directory: Path, prompts: list[str]) -> list[Image.Image]:
+    """One image a prompt from a pipeline directory; the same noise for every model."""
+    import torch
+    from accelerate import Accelerator
+    from diffusers import StableDiffusionPipeline
+    from tqdm.auto import tqdm
+
+    from sdpo.runlog import quieten_libraries
+    from sdpo.validation import sample
+
+    quieten_libraries()
+    pipeline = StableDiffusionPipeline.from_pretrained(directory, torch_dtype=torch.float32)
+    pipeline.to(Accelerator().device)
+    images: list[Image.Image] = []
+    name = directory.parent.name if directory.name == "pipeline" else "base"
+    with tqdm(total=len(prompts), desc=f"sampling {name}", unit="image") as bar:
+        for first in range(0, len(prompts), SAMPLE_BATCH):
+            chunk = prompts[first : first + SAMPLE_BATCH]
+            images += sample(
+                pipeline,
+                chunk,
+                EVALUATION_SEED + first,
+                RESOLUTION,
+                GUIDANCE,
+                batch_size=SAMPLE_BATCH,
+            )
+            bar.update(len(chunk))
+    return images
+
+
+def oracle_score(images: list[Image.Image], prompts: list[str]) -> OracleScore:
+    """The oracle's means over the images."""
+    from sdpo.tinyworld.oracle import mean_score
+
+    return mean_score(images, prompts)
+
+
+if __name__ == "__main__":
+    run_main(main, "quickstart")

@@ -1,0 +1,148 @@
+"""The quickstart's pictures and table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from sdpo.heldout import HELDOUT_FILE
+from sdpo.runlog import METRICS_FILE, read_metrics
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from sdpo.tinyworld.oracle import OracleScore
+
+LABELS = {"plain": "without safeguard", "safeguard": "with safeguard"}
+COLOURS = {"plain": "#c8442b", "safeguard": "#2a6fbb"}
+SMOOTHING = 10  # optimizer steps
+
+
+def read_heldout(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's heldout.jsonl."""
+    text = (run / HELDOUT_FILE).read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def rows_of(out: Path, scores: dict[str, OracleScore]) -> list[dict[str, Any]]:
+    """One row a model: held-out drift at the last checkpoint, oracle scores, training seconds."""
+    rows = []
+    for name, score in scores.items():
+        row: dict[str, Any] = {
+            "model": name,
+            "oracle": score.score,
+            "follows": score.follows,
+            "clean": score.clean,
+        }
+        if name in LABELS:
+            last = read_heldout(out / name)[-1]
+            steps = read_metrics(out / name / METRICS_FILE)
+            row |= {
+                "winner_drift_percent": last["winner_drift_percent"],
+                "loser_drift_percent": last["loser_drift_percent"],
+                "implicit_acc": last["implicit_acc"],
+                "loser_scale": float(np.mean([s["loser_scale"] for s in steps])),
+                "seconds": sum(s["seconds"] for s in steps),
+            }
+        rows.append(row)
+    return rows
+
+
+def print_table(rows: Sequence[dict[str, Any]]) -> None:
+    """The rows on the console; drifts in percent of the reference's held-out error."""
+    head = ("model", "winner drift", "loser drift", "implicit acc", "oracle", "seconds")
+    print("\n" + " ".join(f"{h:>18}" for h in head))
+    for row in rows:
+        trained = "seconds" in row
+        cells = [
+            LABELS.get(row["model"], row["model"]),
+            f"{row['winner_drift_percent']:+.1f} %" if trained else "-",
+            f"{row['loser_drift_percent']:+.1f} %" if trained else "-",
+            f"{row['implicit_acc']:.2f}" if trained else "-",
+            f"{row['oracle']:.3f}",
+            f"{row['seconds']:.0f}" if trained else "-",
+        ]
+        print(" ".join(f"{c:>18}" for c in cells))
+
+
+def draw_curves(out: Path, path: Path, method: str) -> None:
+    """Held-out errors against the reference, margin, and the safeguard's scale, over steps."""
+    figure, axes = plt.subplots(1, 4, figsize=(16, 3.8), constrained_layout=True)
+    for name, label in LABELS.items():
+        heldout = read_heldout(out / name)
+        steps = [entry["step"] for entry in heldout]
+        for axis, key in zip(
+            axes[:3], ("winner_drift_percent", "loser_drift_percent", "margin"), strict=True
+        ):
+            values = [entry[key] for entry in heldout]
+            axis.plot(steps, values, "o-", ms=3, color=COLOURS[name], label=label)
+        trained = read_metrics(out / name / METRICS_FILE)
+        scale = _smooth([entry["loser_scale"] for entry in trained])
+        axes[3].plot([entry["step"] for entry in trained], scale, color=COLOURS[name], label=label)
+    titles = (
+        "winner: held-out error vs reference, %",
+        "loser: held-out error vs reference, %",
+        "held-out margin (negative: preferred)",
+        "scale of the loser's gradient",
+    )
+    for axis, title in zip(axes, titles, strict=True):
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("optimizer step")
+        axis.axhline(0, color="black", lw=0.8, ls=":")
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[3].set_ylim(-0.03, 1.06)
+    axes[0].legend(frameon=False)
+    figure.suptitle(f"{method} on the tiny world: same seed, same data, same step size")
+    _save(figure, path)
+
+
+def draw_samples(
+    images: dict[str, list[Image.Image]], prompts: Sequence[str], path: Path, columns: int = 8
+) -> None:
+    """The same prompts and noises, a row for each model."""
+    figure, axes = plt.subplots(
+        len(images), columns, figsize=(1.55 * columns, 1.65 * len(images) + 0.5)
+    )
+    for row, (name, found) in enumerate(images.items()):
+        for column in range(columns):
+            axis = axes[row, column]
+            axis.imshow(found[column], interpolation="nearest")
+            axis.set_xticks([])
+            axis.set_yticks([])
+            if row == 0:
+                axis.set_title(_wrapped(prompts[column]), fontsize=7)
+        axes[row, 0].set_ylabel(LABELS.get(name, name), fontsize=9)
+    figure.tight_layout(pad=0.6)
+    _save(figure, path)
+
+
+def _smooth(values: Sequence[float]) -> np.ndarray:
+    """Mean over the last `SMOOTHING` values."""
+    total = np.cumsum(np.concatenate([[0.0], values]))
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(ends - SMOOTHING, 0)
+    return (total[ends] - total[starts]) / (ends - starts)
+
+
+def _wrapped(text: str, width: int = 24) -> str:
+    import textwrap
+
+    return "\n".join(textwrap.wrap(text, width))
+
+
+def _save(figure: plt.Figure, path: Path) -> None:
+    import os
+
+    beside = path.with_name(path.name + ".tmp")
+    figure.savefig(beside, dpi=110, format="png")
+    plt.close(figure)
+    os.replace(beside, path)

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from sdpo.errors import UserError
+from sdpo.tinyworld import architecture, oracle, pretrain
+
+
+def test_dataset_has_the_intended_imperfections() -> None:
+    images, captions = pretrain.make_dataset(800, 0)
+    assert images.shape == (800, 64, 64, 3) and images.dtype == np.uint8
+    again, same = pretrain.make_dataset(800, 0)
+    assert np.array_equal(images, again) and captions == same
+    scores = [oracle.score(image, text) for image, text in zip(images, captions, strict=True)]
+    wrong = np.mean([s.follows < 1.0 for s in scores])
+    degraded = np.mean([s.clean < 0.9 for s in scores])
+    assert wrong == pytest.approx(pretrain.WRONG_ATTRIBUTE_SHARE, abs=0.05)
+    assert degraded == pytest.approx(pretrain.DEGRADED_SHARE, abs=0.05)
+
+
+@pytest.mark.parametrize("family", architecture.FAMILIES)
+def test_training_lowers_the_loss_and_moves_all_parts(family: str) -> None:
+    pipeline = architecture.build_pipeline(family, "micro", 0)
+    start = {k: p.clone() for k, p in pipeline.text_encoder.named_parameters()}
+    latents = torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(0)).repeat(
+        8, 1, 1, 1
+    )
+    captions = ["a red circle", "a blue square", "a cyan triangle", ""] * 8
+    budget = pretrain.Budget(32, 1, 1, unet_steps=60, unet_batch=8, unet_learning_rate=3e-3)
+    loss = pretrain.train_denoiser(pipeline, latents, captions, budget, seed=0)
+    # Predicting nothing costs 1.
+    assert loss < 0.9
+    moved = [k for k, p in pipeline.text_encoder.named_parameters() if not torch.equal(p, start[k])]
+    assert "embeddings.token_embedding.weight" in " ".join(moved)
+    assert not pipeline.unet.training and not pipeline.text_encoder.training
+
+
+@pytest.mark.parametrize("family", architecture.FAMILIES)
+def test_conditioning_is_that_of_the_pipeline(family: str) -> None:
+    pipeline = architecture.build_pipeline(family, "micro", 0)
+    prompts = ["a red circle at the center on a white background", ""]
+    ids = pipeline.tokenizer(
+        prompts, padding="max_length", truncation=True, return_tensors="pt"
+    ).input_ids
+    with torch.no_grad():
+        ours = pretrain.conditioning(pipeline, ids)
+        theirs = pipeline.encode_prompt(
+            prompts,
+            device=torch.device("cpu"),
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=False,
+        )
+    assert torch.allclose(ours["encoder_hidden_states"], theirs[0], atol=1e-6)
+    if family == "sdxl":
+        assert torch.allclose(ours["added_cond_kwargs"]["text_embeds"], theirs[2], atol=1e-6)
+        assert ours["added_cond_kwargs"]["time_ids"].tolist() == [[64, 64, 0, 0, 64, 64]] * 2
+
+
+def test_command_writes_both_assets_and_their_cards(tmp_path: Path) -> None:
+    arguments = ["--size", "micro", "--images", "64", "--vae_steps", "3", "--unet_steps", "2"]
+    pretrain.main(
+        [
+            *arguments,
+            "--out",
+            str(tmp_path),
+            "--eval_images",
+            "2",
+            "--threads",
+            str(torch.get_num_threads()),
+        ]
+    )
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["tiny-sd15", "tiny-sdxl"]
+    pipelines = []
+    for family in architecture.FAMILIES:
+        card = json.loads((tmp_path / f"tiny-{family}" / "card.json").read_text())
+        assert card["family"] == family and card["oracle"]["images"] == 2
+        assert set(card["oracle"]) >= {"follows", "clean", "score", "chance_follows"}
+        pipelines.append(DiffusionPipeline.from_pretrained(tmp_path / f"tiny-{family}"))
+    first, second = (p.vae.state_dict() for p in pipelines)
+    assert all(torch.equal(first[k], second[k]) for k in first)
+    assert pipelines[0].vae.config.scaling_factor == pipelines[1].vae.config.scaling_factor
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"), [("--unet_steps", "0"), ("--seed", "-1"), ("--vae", "nowhere")]
+)
+def test_bad_flags_are_named(tmp_path: Path, flag: str, value: str) -> None:
+    with pytest.raises(UserError, match=flag):
+        pretrain.main(["--out", str(tmp_path), flag, value])
