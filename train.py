@@ -28,7 +28,7 @@ def main() -> int:
     from sdpo.families import get_family
     from sdpo.families.base import ModelSource
     from sdpo.forward import make_reference
-    from sdpo.optim import build_optimizer, build_scheduler, scaled_learning_rate
+    from sdpo.optim import build_optimizer, build_scheduler, restore, scaled_learning_rate
     from sdpo.runlog import describe_run, write_config
     from sdpo.trainer import Models, Trainer
 
@@ -79,8 +79,7 @@ def main() -> int:
     unet, optimizer = accelerator.prepare(unet, optimizer)
     if resume_from:
         training = load_training(resume_from)
-        optimizer.load_state_dict(training["optimizer"])
-        scheduler.load_state_dict(training["scheduler"])
+        restore(optimizer, scheduler, training)
         if accelerator.scaler is not None and "scaler" in training:
             accelerator.scaler.load_state_dict(training["scaler"])
         log.info("resuming from %s", resume_from)
@@ -140,6 +139,8 @@ def build_accelerator(args: argparse.Namespace) -> Any:
     except ValueError as error:
         flag = "--mixed_precision" if "precision" in str(error) else "--report_to"
         raise UserError(f"{flag} {getattr(args, flag[2:])}: {error}") from None
+    if args.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise UserError("--mixed_precision fp16 needs a GPU: on a CPU use bf16 or no")
     logging.basicConfig(
         level=logging.INFO if accelerator.is_main_process else logging.WARNING,
         format="%(asctime)s %(levelname)s %(message)s",

@@ -3,6 +3,7 @@
 # PYTHON is $SDPO_PYTHON, else that of the active virtual or conda environment, else .venv's, which is
 # made when there is none. .venv gets the exact versions of constraints.txt; an environment of your
 # own keeps the versions it has as long as they are within the ranges of the requirements file.
+# SDPO_SKIP_INSTALL=1 installs nothing.
 
 fail() {
   echo "$(basename "$0"): error: $1" >&2
@@ -47,6 +48,7 @@ use_python() {
 
 # install_requirements FILE: once, and again when a requirements file or constraints.txt has changed.
 install_requirements() {
+  [ "${SDPO_SKIP_INSTALL:-}" != 1 ] || return 0
   local file=$1 stamp wanted
   local options=(-r "$file")
   [ -z "$OWN_VENV" ] || options+=(-c constraints.txt)

@@ -280,6 +280,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         UserError: naming the flag and what would be right.
     """
     args = build_parser().parse_args(argv)
+    _expand_home(args)
     _check_numbers(args)
     if args.max_train_steps is None and args.num_train_epochs is None:
         args.max_train_steps = 2000
@@ -294,6 +295,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     check_data_location(args)
     check_output_dir(args)
     return args
+
+
+def _expand_home(args: argparse.Namespace) -> None:
+    # Shells leave the ~ of --flag=~/dir as it is.
+    for name in _PATHS:
+        value = getattr(args, name)
+        if value and value.startswith("~"):
+            setattr(args, name, str(Path(value).expanduser()))
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
@@ -325,6 +334,16 @@ def _check_numbers(args: argparse.Namespace) -> None:
         raise UserError("--streaming reads one stream: --dataloader_num_workers must be 0 or 1")
 
 
+_PATHS = (
+    "pretrained_model_name_or_path",
+    "pretrained_vae_model_name_or_path",
+    "unet_init",
+    "dataset_name",
+    "train_data_dir",
+    "cache_dir",
+    "output_dir",
+    "resume_from_checkpoint",
+)
 _POSITIVE_INTS = (
     "resolution",
     "max_train_samples",

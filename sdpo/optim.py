@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -57,3 +58,22 @@ def build_scheduler(
         num_warmup_steps=args.lr_warmup_steps,
         num_training_steps=max_train_steps,
     )
+
+
+def restore(
+    optimizer: Any,
+    scheduler: torch.optim.lr_scheduler.LambdaLR,
+    training: dict[str, Any],
+) -> None:
+    """Load what `Trainer.save` stored of both. Learning rate, weight decay and the like stay those
+    of this run's flags: where they were changed on resuming, the new ones count."""
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": training["optimizer"]["state"], "param_groups": groups})
+    scheduler.load_state_dict({**training["scheduler"], "base_lrs": scheduler.base_lrs})
+    rates = [
+        base * factor(scheduler.last_epoch)
+        for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    ]
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    scheduler._last_lr = rates

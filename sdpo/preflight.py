@@ -103,7 +103,7 @@ def check_output_dir(args: argparse.Namespace) -> None:
     Raises:
         UserError: otherwise.
     """
-    from sdpo.checkpoint_paths import is_complete, list_checkpoints
+    from sdpo.checkpoint_paths import is_complete, latest_checkpoint, list_checkpoints, step_of
 
     output = Path(args.output_dir).expanduser()
     if output.exists() and not output.is_dir():
@@ -115,8 +115,16 @@ def check_output_dir(args: argparse.Namespace) -> None:
                 f"--resume_from_checkpoint none: {output} already holds checkpoints; give another "
                 "--output_dir, or `latest` to go on from them"
             )
-    elif wanted != "latest" and not is_complete(Path(wanted).expanduser()):
-        raise UserError(
-            f"--resume_from_checkpoint: {wanted} is not a complete checkpoint directory; give one "
-            "like output/train/checkpoint-500, `latest` or `none`"
-        )
+    elif wanted != "latest":
+        named, newest = Path(wanted).expanduser(), latest_checkpoint(output)
+        if not is_complete(named):
+            raise UserError(
+                f"--resume_from_checkpoint: {wanted} is not a complete checkpoint directory; give "
+                "one like output/train/checkpoint-500, `latest` or `none`"
+            )
+        # They would be neither overwritten nor told apart from those of the new course.
+        if newest is not None and step_of(newest) > step_of(named):
+            raise UserError(
+                f"--resume_from_checkpoint: {output} already holds {newest.name}, which is later "
+                f"than {wanted}; give another --output_dir, or `latest` to go on from the newest"
+            )

@@ -169,8 +169,8 @@ class Trainer:
 
     def _losses(self, batch: PairBatch) -> LossOutput:
         args, models = self.args, self.models
-        # Outside autocast: the frozen parts have their dtype, which for a VAE may be float32 because
-        # it overflows in float16.
+        # Outside autocast: the frozen parts have a dtype of their own, float32 for a VAE that
+        # overflows in float16.
         inputs = noise_pairs(
             models.family,
             models.frozen,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -177,11 +178,11 @@ class StreamingPairs(torch.utils.data.IterableDataset):
     def __iter__(self) -> Iterator[list[Pair]]:
         epoch, position = self.start
         while True:
-            count = 0
+            steps = 0
             for step in self._steps(epoch, skip=position):
                 yield step
-                count += 1
-            if count == 0 and position == 0:
+                steps += 1
+            if steps == 0 and position == 0:
                 raise UserError(
                     f"--streaming: an epoch has fewer usable pairs than one step of all processes "
                     f"takes ({self.stride}): lower --train_batch_size"
@@ -208,31 +209,41 @@ class StreamingPairs(torch.utils.data.IterableDataset):
             position += self.stride
 
     def _decode(self, ahead: deque, rows: Iterator, index: int, key: Key) -> Pair:
-        """Decode `ahead[index]`; where that fails, the next row of the stream that decodes."""
+        """Decode `ahead[index]`; where that fails, the next row that decodes."""
         bad: list[BadRow] = []
-        while True:
-            if index == len(ahead):
-                following = next(rows, None)
-                if following is None:
-                    raise UserError(_all_bad(bad))
-                ahead.append(following)
-            number, row = ahead[index]
+        for number, row in self._rows_from(ahead, rows, index):
             try:
                 pair = self.decoder(row, key)
             except UndecodableImage as error:
                 bad.append(BadRow(number, str(error)))
-                index += 1
             else:
                 return Pair(pair.winner, pair.loser, pair.caption, key, tuple(bad))
             if len(bad) > MAX_REPLACEMENTS:
-                raise UserError(_all_bad(bad))
+                break
+        raise UserError(_all_bad(bad))
+
+    @staticmethod
+    def _rows_from(
+        ahead: deque, rows: Iterator, index: int
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The rows from `ahead[index]` on, reading on where `ahead` ends; after the epoch's last
+        row those of `ahead` before `index`."""
+        for i in count(index):
+            if i == len(ahead):
+                following = next(rows, None)
+                if following is None:
+                    break
+                ahead.append(following)
+            yield ahead[i]
+        yield from list(ahead)[:index]
 
     def _decided_rows(self, epoch: int) -> Iterator[tuple[int, dict[str, Any]]]:
         numbered = self.source.rows.map(
             lambda row, number: {**row, _NUMBER: number}, with_indices=True
         )
         shuffled = numbered.shuffle(seed=self.seed, buffer_size=SHUFFLE_BUFFER)
-        shuffled.set_epoch(epoch)
+        # --max_train_samples cuts the order off, which must then be the same in every epoch.
+        shuffled.set_epoch(epoch if self.max_samples is None else 0)
         taken = 0
         for row in shuffled:
             number = row.pop(_NUMBER)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from sdpo.randomness import Key, uniform
@@ -40,6 +40,9 @@ def open_image(value: Any, base: Path | None = None) -> Image.Image:
                 return image.convert("RGB")
         if isinstance(value, Image.Image):
             return value.convert("RGB")
+    # Pillow's own text would name the buffer by its address in memory.
+    except UnidentifiedImageError:
+        raise UndecodableImage("not in a known image format") from None
     # Decoders raise almost anything on broken files (SyntaxError and struct.error among them).
     except Exception as error:
         raise UndecodableImage(f"{type(error).__name__}: {error}") from None

@@ -1,0 +1,282 @@
+"""Running train.py: in this process, in a forked one that can be killed, or as a program."""
+
+from __future__ import annotations
+
+import io
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import redirect_stderr, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+REPO = Path(__file__).resolve().parents[2]
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+TIMING = ("seconds", "pairs_per_s", "peak_memory_gib")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run left in its output directory."""
+
+    out: Path
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
+
+    @property
+    def numbers(self) -> list[dict[str, Any]]:
+        """The metrics without those that depend on the machine's mood."""
+        return [{k: v for k, v in entry.items() if k not in TIMING} for entry in self.metrics]
+
+    def column(self, name: str) -> list[float]:
+        return [entry[name] for entry in self.metrics]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return json.loads((self.out / "config.json").read_text())
+
+    @property
+    def checkpoints(self) -> list[int]:
+        return sorted(int(p.name.split("-")[1]) for p in self.out.glob("checkpoint-*"))
+
+    def unet(self, step: int | None = None) -> dict[str, torch.Tensor]:
+        """unet.pth of a checkpoint, by default the newest."""
+        step = self.checkpoints[-1] if step is None else step
+        return torch.load(self.out / f"checkpoint-{step}" / "unet.pth", weights_only=True)
+
+
+def base_unet(model: Path) -> dict[str, torch.Tensor]:
+    """The UNet's weights in a saved pipeline."""
+    from safetensors.torch import load_file
+
+    return load_file(model / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def identical(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """Whether two state dicts are equal to the bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """The largest difference of any weight."""
+    assert a.keys() == b.keys()
+    return max((a[k].double() - b[k].double()).abs().max().item() for k in a)
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    """Every file below a directory, to check that nothing of it was touched."""
+    paths = (p for p in sorted(directory.rglob("*")) if p.is_file())
+    return {str(p.relative_to(directory)): p.read_bytes() for p in paths}
+
+
+def as_argv(flags: dict[str, Any]) -> list[str]:
+    """True gives a switch, None and False leave a flag out, a list gives several values."""
+    argv: list[str] = []
+    for name, value in flags.items():
+        if value is True:
+            argv.append(f"--{name}")
+        elif isinstance(value, list | tuple):
+            argv += [f"--{name}", *map(str, value)]
+        elif value is not None and value is not False:
+            argv += [f"--{name}", str(value)]
+    return argv
+
+
+def program(*arguments: Any, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+    """Run a program to its end from the repository's root."""
+    command = [str(a) for a in arguments]
+    return subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=300, **kwargs)
+
+
+def _reset_accelerate() -> None:
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
+def train_here(argv: list[str]) -> int:
+    """`train.py ARGV` in this process; returns its exit code, raises its `UserError`."""
+    import train
+
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    saved_argv, sys.argv = sys.argv, ["train.py", *argv]
+    _reset_accelerate()
+    try:
+        with redirect_stderr(io.StringIO()):
+            return train.main()
+    finally:
+        sys.argv = saved_argv
+        _reset_accelerate()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# A server that has imported the heavy modules once; each run is a fork of it, so that it is a
+# process of its own (exit code, signals, standard error) without the seconds of importing.
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload([f"{__package__}.preload"])
+
+
+def _child(argv: list[str], environment: dict[str, str], stderr: str) -> None:
+    from sdpo.errors import run_main
+
+    # A group of its own, so that a kill takes data workers along; they are forked, as they are
+    # where train.py runs as a program.
+    os.setpgrp()
+    multiprocessing.set_start_method("fork", force=True)
+    os.chdir(REPO)
+    os.environ.update(environment)
+    with open(stderr, "wb", buffering=0) as file:
+        os.dup2(file.fileno(), 2)
+        os.dup2(file.fileno(), 1)
+    sys.argv = ["train.py", *argv]
+    for number in SIGNALS:
+        signal.signal(number, signal.default_int_handler if number == 2 else signal.SIG_DFL)
+    import train
+
+    run_main(train.main, "train.py")
+
+
+class Forked:
+    """`train.py ARGV` in a process of its own."""
+
+    def __init__(self, argv: list[str], stderr: Path, environment: dict[str, str] | None = None):
+        self.stderr_file = stderr
+        self.process = _FORKS.Process(target=_child, args=(argv, environment or {}, str(stderr)))
+        self.process.start()
+
+    def wait(self) -> int:
+        """The exit code (minus the signal's number where one killed it)."""
+        self.process.join(240)
+        if self.process.exitcode is None:
+            self.kill()
+            raise AssertionError(f"train.py did not end:\n{self.stderr}")
+        return self.process.exitcode
+
+    def kill(self) -> None:
+        """End it, and its data workers, at once."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+    def send_at_step(self, number: int, out: Path, step: int, delay: float = 0.0) -> int:
+        """Send a signal once metrics.jsonl holds `step`, and `delay` seconds later; returns the
+        exit code."""
+        metrics = out / "metrics.jsonl"
+        deadline = time.monotonic() + 240
+        while self.process.is_alive() and time.monotonic() < deadline:
+            if metrics.is_file() and f'"step": {step},' in metrics.read_text():
+                time.sleep(delay)
+                if number == signal.SIGKILL:
+                    self.kill()
+                elif self.process.is_alive():
+                    os.kill(self.process.pid, number)
+                break
+            time.sleep(0.005)
+        return self.wait()
+
+    @property
+    def stderr(self) -> str:
+        return self.stderr_file.read_text()
+
+
+def free_port() -> int:
+    """A TCP port that nothing listens on at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Trainer:
+    """Runs train.py with tiny defaults; keyword arguments are flags and win over them."""
+
+    def __init__(self, models: dict[str, Path], pairs: Path, cache: Path, scratch: Path) -> None:
+        self.models, self.pairs, self.cache, self.scratch = models, pairs, cache, scratch
+        self._stderr = 0
+
+    def argv(self, out: Path, **flags: Any) -> list[str]:
+        """The command line's flags."""
+        data = {} if "dataset_name" in flags else {"train_data_dir": self.pairs}
+        steps = {} if "num_train_epochs" in flags else {"max_train_steps": 3}
+        return as_argv(
+            {
+                "pretrained_model_name_or_path": self.models[
+                    "sdxl" if flags.get("sdxl") else "sd15"
+                ],
+                **data,
+                **steps,
+                "resolution": 32,
+                "train_batch_size": 2,
+                "learning_rate": 1e-4,
+                "lr_warmup_steps": 0,
+                "report_to": "none",
+                "cache_dir": self.cache,
+                "output_dir": out,
+                **flags,
+            }
+        )
+
+    def __call__(self, out: Path, **flags: Any) -> Run:
+        """Train in this process, to the end."""
+        assert train_here(self.argv(out, **flags)) == 0
+        return Run(out)
+
+    def fork(self, out: Path, environment: dict[str, str] | None = None, **flags: Any) -> Forked:
+        """Start training in a process of its own."""
+        self._stderr += 1
+        stderr = self.scratch / f"stderr-{self._stderr}"
+        return Forked(self.argv(out, **flags), stderr, environment)
+
+    def start_processes(self, out: Path, count: int, **flags: Any) -> list[Forked]:
+        """Start training in `count` processes, as a launcher does."""
+        port = str(free_port())
+        ranks = []
+        for rank in range(count):
+            environment = {
+                "ACCELERATE_USE_CPU": "true",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+                "WORLD_SIZE": str(count),
+                "LOCAL_WORLD_SIZE": str(count),
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+            }
+            ranks.append(self.fork(out, environment, **flags))
+        return ranks
+
+    def processes(self, out: Path, count: int, **flags: Any) -> Run:
+        """Train in `count` processes, to the end."""
+        ranks = self.start_processes(out, count, **flags)
+        codes = [fork.wait() for fork in ranks]
+        assert codes == [0] * count, "\n".join(fork.stderr for fork in ranks)
+        return Run(out)
+
+    def run(self, out: Path) -> Run:
+        """What is in an output directory."""
+        return Run(out)
+
+    def fails(self, out: Path, **flags: Any) -> str:
+        """Train in a process of its own, which must end with exit code 2 and one sentence as the
+        last line on standard error, without a traceback; returns that line."""
+        fork = self.fork(out, **flags)
+        assert fork.wait() == 2, fork.stderr
+        return last_sentence(fork.stderr)
+
+
+def last_sentence(stderr: str) -> str:
+    """The last line of `stderr`, checked to be train.py's sentence."""
+    assert "Traceback" not in stderr, stderr
+    line = stderr.strip().splitlines()[-1]
+    # A progress bar may stand before it on a line of its own, ended by its own newline.
+    assert line.startswith("train.py: error: "), stderr
+    return line

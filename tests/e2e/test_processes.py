@@ -1,0 +1,114 @@
+"""The number of processes and of data workers does not change what is trained."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+
+import pytest
+
+from .harness import base_unet, distance, identical
+
+# Both ways of writing a step: 4 pairs of one process or 2 of each of two.
+FLAGS = {
+    "gradient_accumulation_steps": 2,
+    "max_train_steps": 4,
+    "checkpointing_steps": 2,
+    "use_winner_preserving": True,
+    "winner_preserving_scope": "pair",
+    # Adam divides a gradient by its size: rounding would be blown up to a full step where it is
+    # close to zero, were epsilon not larger than such gradients.
+    "adam_epsilon": 1e-3,
+    "learning_rate": 1e-3,
+    "lr_scheduler": "linear",
+    "lr_warmup_steps": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def one(train, tmp_path_factory):
+    return train(tmp_path_factory.mktemp("one"), **FLAGS, train_batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def two(train, tmp_path_factory):
+    return train.processes(tmp_path_factory.mktemp("two"), 2, **FLAGS, train_batch_size=2)
+
+
+def check_close(run, other, base) -> None:
+    moved = distance(base, other.unet())
+    assert moved > 5e-5
+    assert distance(run.unet(), other.unet()) < 0.01 * moved
+    for entry, expected in zip(run.numbers, other.numbers, strict=True):
+        assert entry == pytest.approx(expected, rel=2e-3, abs=2e-6)
+
+
+def test_two_processes_train_the_same(train, one, two):
+    assert two.config["resolved"]["processes"] == 2
+    assert two.config["resolved"]["pairs_per_step"] == one.config["resolved"]["pairs_per_step"] == 8
+    check_close(two, one, base_unet(train.models["sd15"]))
+
+
+def test_schedule_steps_once_per_optimizer_step(one, two):
+    # Warm-up over 2 steps, then linear to zero at step 4.
+    expected = [0.0, 0.5e-3, 1e-3, 0.5e-3]
+    assert one.column("lr") == pytest.approx(expected)
+    assert two.column("lr") == pytest.approx(expected)
+
+
+def test_one_process_goes_on_where_two_stopped(train, one, two, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(two.out, out)
+    shutil.rmtree(out / "checkpoint-4")
+    run = train(out, **FLAGS, train_batch_size=4)
+    assert run.config["resolved"]["resumed_from"].endswith("checkpoint-2")
+    check_close(run, one, base_unet(train.models["sd15"]))
+
+
+def test_two_processes_go_on_where_one_stopped(train, one, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(one.out, out)
+    shutil.rmtree(out / "checkpoint-4")
+    run = train.processes(out, 2, **FLAGS, train_batch_size=2)
+    check_close(run, one, base_unet(train.models["sd15"]))
+
+
+def test_streaming_in_two_processes(train, tmp_path):
+    flags = {**FLAGS, "streaming": True}
+    one = train(tmp_path / "one", **flags, train_batch_size=4)
+    two = train.processes(tmp_path / "two", 2, **flags, train_batch_size=2)
+    check_close(two, one, base_unet(train.models["sd15"]))
+
+
+def test_scale_lr_counts_processes(train, tmp_path):
+    flags = {"scale_lr": True, "learning_rate": 1e-6, "gradient_accumulation_steps": 3}
+    run = train.processes(tmp_path / "run", 2, **flags, max_train_steps=1, train_batch_size=2)
+    assert run.column("lr") == pytest.approx([1e-6 * 2 * 2 * 3])
+    assert run.config["resolved"]["learning_rate"] == pytest.approx(1.2e-5)
+
+
+def test_both_processes_stop_on_a_signal_to_one(train, tmp_path):
+    """The launcher sends a signal to all, but not at the same moment."""
+    flags = {**FLAGS, "max_train_steps": 400, "checkpointing_steps": 1000}
+    out = tmp_path / "run"
+    ranks = train.start_processes(out, 2, **flags)
+    assert ranks[0].send_at_step(signal.SIGTERM, out, 3) == 143, ranks[0].stderr
+    # The other one learns of it from the first; its own signal never came.
+    assert ranks[1].wait() in (130, 143), ranks[1].stderr
+    saved = [int(p.name.split("-")[1]) for p in out.glob("checkpoint-*")]
+    assert len(saved) == 1
+    assert saved[0] >= 3
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_data_workers(train, tmp_path, streaming):
+    flags = {"max_train_samples": 12, "max_train_steps": 5, "random_crop": True}
+    flags["streaming"] = streaming
+    counts = (0, 1) if streaming else (0, 2)
+    runs = []
+    for workers in counts:
+        fork = train.fork(tmp_path / str(workers), **flags, dataloader_num_workers=workers)
+        assert fork.wait() == 0, fork.stderr
+        runs.append(train.run(tmp_path / str(workers)))
+    assert identical(runs[0].unet(), runs[1].unet())
+    assert runs[0].numbers == runs[1].numbers

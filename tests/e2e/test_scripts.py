@@ -1,0 +1,202 @@
+"""The six recipes under scripts/train, with tiny stand-ins for what they would download."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+
+from .harness import Run, as_argv, program
+
+ALL = {
+    "dataset_config_name": None,
+    "split": "train",
+    "caption_column": "caption",
+    "proportion_empty_prompts": 0.2,
+    "random_crop": False,
+    "no_hflip": False,
+    "noise_offset": 0.0,
+    "input_perturbation": 0.0,
+    "train_batch_size": 8,
+    "gradient_accumulation_steps": 32,
+    "max_train_steps": 2000,
+    "num_train_epochs": None,
+    "lr_scheduler": "constant_with_warmup",
+    "lr_warmup_steps": 500,
+    "scale_lr": True,
+    "mixed_precision": "bf16",
+    "allow_tf32": True,
+    "checkpointing_steps": 500,
+    "max_grad_norm": 1.0,
+    "adam_weight_decay": 1e-2,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.999,
+    "use_winner_preserving": True,
+    "winner_preserving_scope": "batch",
+}
+SD15 = {
+    "sdxl": False,
+    "pretrained_model_name_or_path": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "pretrained_vae_model_name_or_path": None,
+    "resolution": 512,
+    "learning_rate": 1e-8,
+    "use_adafactor": False,
+    "gradient_checkpointing": False,
+}
+SDXL = {
+    "sdxl": True,
+    "pretrained_model_name_or_path": "stabilityai/stable-diffusion-xl-base-1.0",
+    "pretrained_vae_model_name_or_path": "madebyollin/sdxl-vae-fp16-fix",
+    "resolution": 1024,
+    "learning_rate": 1e-9,
+    "use_adafactor": True,
+    "gradient_checkpointing": True,
+}
+
+
+def own(method: str, beta: float, mu: float) -> dict:
+    return {"train_method": method, "beta_dpo": beta, "winner_preserving_mu": mu}
+
+
+RECIPES = {
+    "sd15_diffusion_dpo": {**ALL, **SD15, **own("diffusion-dpo", 5000, 0.9)},
+    "sd15_dspo": {**ALL, **SD15, **own("dspo", 0.001, 0.2)},
+    "sd15_dmpo": {**ALL, **SD15, **own("dmpo", 2000, 0.9), "dmpo_alpha": 0.01},
+    "sdxl_diffusion_dpo": {**ALL, **SDXL, **own("diffusion-dpo", 5000, 0.6)},
+    "sdxl_dspo": {**ALL, **SDXL, **own("dspo", 5000, 0.6)},
+    "sdxl_dmpo": {**ALL, **SDXL, **own("dmpo", 6000, 0.6), "dmpo_alpha": 0.01},
+}
+
+
+def script(name: str, *arguments, **environment: str):
+    env = {k: v for k, v in os.environ.items() if not k.startswith("SDPO_")}
+    env |= {"SDPO_PYTHON": sys.executable, "SDPO_SKIP_INSTALL": "1", **environment}
+    return program("bash", f"scripts/train/{name}.sh", *arguments, env=env)
+
+
+def tiny(train, out, family: str, **flags) -> list[str]:
+    """What stands in for the recipe's models, data and length."""
+    return as_argv(
+        {
+            "pretrained_model_name_or_path": train.models[family],
+            "pretrained_vae_model_name_or_path": "",
+            "train_data_dir": train.pairs,
+            "cache_dir": train.cache,
+            "resolution": 32,
+            "gradient_accumulation_steps": 1,
+            "max_train_steps": 2,
+            "dataloader_num_workers": 0,
+            "output_dir": out,
+            **flags,
+        }
+    )
+
+
+REPLACED = {
+    "pretrained_model_name_or_path",
+    "pretrained_vae_model_name_or_path",
+    "resolution",
+    "gradient_accumulation_steps",
+    "max_train_steps",
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe(train, tmp_path, name):
+    recipe = RECIPES[name]
+    family = name.split("_")[0]
+    out = tmp_path / "run"
+    done = script(name, *tiny(train, out, family))
+    assert done.returncode == 0, done.stderr
+    run = Run(out)
+    found = run.config["args"]
+    for flag in recipe.keys() - REPLACED:
+        assert found[flag] == recipe[flag], flag
+    assert found["dataset_name"] is None
+    assert run.column("step") == [1, 2]
+    # 8 pairs a step; the second of 500 warm-up steps
+    assert run.config["resolved"]["learning_rate"] == pytest.approx(8 * recipe["learning_rate"])
+    assert run.column("lr") == pytest.approx([0, 8 * recipe["learning_rate"] / 500])
+    assert (out / "pipeline" / "model_index.json").is_file()
+    assert list((out / "logs").rglob("events.out.tfevents.*"))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_as_it_stands(name, tmp_path, monkeypatch):
+    """The flags a recipe gives when nothing is overridden: `python` only prints them."""
+    python = tmp_path / "python"
+    python.write_text(
+        f'#!/bin/sh\ncase "$1" in -m|train.py) echo "$@" >>{tmp_path}/calls; exit 0;; esac\n'
+        f'exec {sys.executable} "$@"\n'
+    )
+    python.chmod(0o755)
+    done = script(name, SDPO_PYTHON=str(python))
+    assert done.returncode == 0, done.stderr
+    checked, started = (tmp_path / "calls").read_text().splitlines()
+    assert checked.split()[:2] == ["-m", "sdpo.args"]
+    assert started.split()[0] == "train.py"
+    assert checked.split()[2:] == started.split()[1:]
+
+    from sdpo.args import parse_args
+
+    args = vars(parse_args(started.split()[1:]))
+    for flag, value in RECIPES[name].items():
+        assert args[flag] == value, flag
+    assert args["dataset_name"] == "yuvalkirstain/pickapic_v2"
+    assert args["train_data_dir"] is None
+    assert args["output_dir"] == f"output/{name}"
+
+
+def test_arguments_win_and_processes_are_launched(train, tmp_path):
+    out = tmp_path / "run"
+    extra = ("--no-use_winner_preserving", "--no-scale_lr", "--no-allow_tf32")
+    flags = {"beta_dpo": 123, "learning_rate": 1e-5, "num_train_epochs": 1, "report_to": "none"}
+    flags |= {"max_train_samples": 33, "max_train_steps": None}
+    done = script(
+        "sd15_dmpo",
+        *tiny(train, out, "sd15", **flags),
+        *extra,
+        SDPO_LAUNCH_ARGS="--cpu --num_processes 2",
+    )
+    assert done.returncode == 0, done.stderr
+    run = Run(out)
+    args = run.config["args"]
+    assert args["use_winner_preserving"] is args["scale_lr"] is args["allow_tf32"] is False
+    assert args["beta_dpo"] == 123
+    assert args["max_train_steps"] is None
+    assert run.config["resolved"]["processes"] == 2
+    assert run.config["resolved"]["pairs_per_step"] == 16
+    assert run.config["resolved"]["learning_rate"] == 1e-5
+    assert run.column("step") == [1, 2]
+    assert run.column("loser_scale") == [1.0, 1.0]
+    assert not (out / "logs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--betadpo", "3"], "--betadpo"),
+        (["--winner_preserving_mu", "3"], "--winner_preserving_mu"),
+        (["--train_data_dir", "nowhere"], "--train_data_dir"),
+        (["--sdxl", "--pretrained_model_name_or_path", "SD15"], "leave --sdxl out"),
+    ],
+)
+def test_mistakes(train, tmp_path, arguments, said):
+    arguments = [str(train.models["sd15"]) if a == "SD15" else a for a in arguments]
+    out = tmp_path / "run"
+    for launch in ("", "--cpu --num_processes 2"):
+        done = script("sd15_dspo", "--output_dir", out, *arguments, SDPO_LAUNCH_ARGS=launch)
+        assert done.returncode == 2
+        assert len(done.stderr.splitlines()) == 1, done.stderr
+        assert done.stderr.startswith("train.py: error: ")
+        assert said in done.stderr
+        assert not out.exists()
+
+
+def test_python_that_is_not_there():
+    done = script("sd15_dspo", SDPO_PYTHON="no-such-python")
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "sd15_dspo.sh: error: SDPO_PYTHON: there is no program no-such-python"
+    ]

@@ -1,0 +1,6 @@
+"""Lets the tests of this folder import `loss_reference`."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
