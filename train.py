@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,10 @@ from sdpo.args import parse_args
 from sdpo.errors import UserError, run_main
 
 log = logging.getLogger("sdpo")
+
+# The others wait while one process of a machine downloads and converts a large dataset; the usual
+# ten minutes would end the run there.
+PREPARATION_LIMIT = timedelta(hours=12)
 
 
 def main() -> int:
@@ -45,8 +50,9 @@ def main() -> int:
     source = ModelSource.from_args(args)
     resume_from = find_checkpoint(args)
     start = read_progress(resume_from, args) if resume_from else Progress(0, FIRST)
+    check_same_start(accelerator, start.step)
     family.load_unet_config(source)
-    with accelerator.main_process_first():
+    with accelerator.local_main_process_first():
         pairs = open_pairs(args)
     loader = PairLoader(
         pairs,
@@ -62,7 +68,7 @@ def main() -> int:
 
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     weight_dtype = dtype[args.mixed_precision]
-    with accelerator.main_process_first():
+    with accelerator.local_main_process_first():
         unet = family.load_unet(source)
         frozen = family.load_frozen(source)
     frozen.to(accelerator.device, weight_dtype, family.vae_dtype(frozen.vae, weight_dtype))
@@ -123,7 +129,7 @@ def build_accelerator(args: argparse.Namespace) -> Any:
         UserError: the device cannot do --mixed_precision, or a tracker is not installed.
     """
     from accelerate import Accelerator
-    from accelerate.utils import ProjectConfiguration
+    from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 
     from sdpo.runlog import quieten_libraries
 
@@ -135,6 +141,7 @@ def build_accelerator(args: argparse.Namespace) -> Any:
             project_config=ProjectConfiguration(
                 project_dir=str(output_dir), logging_dir=str(output_dir / args.logging_dir)
             ),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PREPARATION_LIMIT)],
         )
     except ValueError as error:
         flag = "--mixed_precision" if "precision" in str(error) else "--report_to"
@@ -159,6 +166,22 @@ def find_checkpoint(args: argparse.Namespace) -> Path | None:
     if args.resume_from_checkpoint == "latest":
         return latest_checkpoint(Path(args.output_dir))
     return Path(args.resume_from_checkpoint)
+
+
+def check_same_start(accelerator: Any, step: int) -> None:
+    """All processes must have found the same checkpoint.
+
+    Raises:
+        UserError: they have not, as on machines that do not share a disk.
+    """
+    from accelerate.utils import gather_object
+
+    steps = gather_object([step])
+    if len(set(steps)) > 1:
+        raise UserError(
+            f"--output_dir: the processes would go on from different steps ({sorted(set(steps))}); "
+            f"{accelerator.num_processes} processes need one directory that all of them can read"
+        )
 
 
 def start_trackers(accelerator: Any, args: argparse.Namespace) -> None:

@@ -45,15 +45,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--split", required=True, help="split to evaluate on, e.g. validation_unique")
     add("--max_pairs", type=int, default=256, help="default: 256")
     add("--timesteps", type=int, default=4, help="timesteps per pair, stratified (default: 4)")
-    add("--batch_size", type=int, default=32, help="pairs at a time (default: 32)")
+    add("--batch_size", type=int, help="pairs at a time (default: the run's --train_batch_size)")
     args = parser.parse_args(argv)
     if not (args.run / "config.json").is_file():
         raise UserError(f"{args.run} is not a run: it has no config.json")
     if not list_checkpoints(args.run):
         raise UserError(f"{args.run} holds no complete checkpoint")
     for name in ("max_pairs", "timesteps", "batch_size"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} must be at least 1, got {getattr(args, name)}")
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} must be at least 1, got {value}")
     return args
 
 
@@ -132,11 +133,12 @@ def heldout_inputs(
     transform = PairTransform(run_args.resolution, hflip=False)
     decode = PairDecoder(pairs.columns, pairs.base, transform, 0.0)
     rows = first_rows(pairs, args.max_pairs)
+    batch_size = args.batch_size or run_args.train_batch_size
     count = frozen.scheduler.config.num_train_timesteps
     for stratum in range(args.timesteps):
-        for first in range(0, len(rows), args.batch_size):
+        for first in range(0, len(rows), batch_size):
             samples = []
-            for i in range(first, min(first + args.batch_size, len(rows))):
+            for i in range(first, min(first + batch_size, len(rows))):
                 number, row = rows[i]
                 try:
                     samples.append(decode(row, (run_args.seed, stratum, i)))
@@ -156,7 +158,7 @@ def first_rows(pairs: PairSource, count: int) -> list[tuple[int, dict[str, Any]]
     Raises:
         UserError: there is none.
     """
-    from sdpo.data.pairs import is_wanted
+    from sdpo.data.stream import is_wanted
 
     if pairs.origin is not None:
         chosen = range(min(count, len(pairs)))

@@ -124,6 +124,7 @@ def quieten_libraries() -> None:
     import transformers
 
     diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     for chatty in ("httpx", "httpx2", "datasets", "accelerate", "PIL"):

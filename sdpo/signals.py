@@ -23,5 +23,5 @@ class StopRequest:
 
     @property
     def exit_code(self) -> int:
-        """The shell's code for an end by this signal."""
-        return 128 + (self.signum or 0)
+        """The shell's code for an end by this signal; SIGTERM's where another process got it."""
+        return 128 + (self.signum or signal.SIGTERM)

@@ -15,6 +15,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from sdpo.checkpoint import Progress, save_checkpoint
 from sdpo.checkpoint_paths import latest_checkpoint
@@ -88,25 +89,8 @@ class Trainer:
         if self.progress.step == 0:
             self._draw_samples()
         try:
-            while self.progress.step < self.max_train_steps:
-                entry = self.step(batches)
-                if entry is None:
-                    break
-                if run_log:
-                    run_log.write(entry)
-                    self._track(entry)
-                bar.update()
-                bar.set_postfix(
-                    loss=f"{entry['loss']:.4f}",
-                    drift=f"{entry['winner_drift']:+.1e}",
-                    acc=f"{entry['implicit_acc']:.2f}",
-                )
-                if self.stop_agreed:
-                    break
-                if self.progress.step % self.args.checkpointing_steps == 0:
-                    self._save_unless_nonfinite()
-                if self.progress.step % self.args.validation_steps == 0:
-                    self._draw_samples()
+            with logging_redirect_tqdm():
+                self._loop(batches, run_log, bar)
         finally:
             bar.close()
             if run_log:
@@ -115,8 +99,29 @@ class Trainer:
             self.save()
             return 0
         self._save_unless_nonfinite()
-        log.warning("stopped by signal %s at step %d", self.stop.signum, self.progress.step)
-        return self.stop.exit_code or 130
+        log.warning("stopped by a signal after step %d", self.progress.step)
+        return self.stop.exit_code
+
+    def _loop(self, batches: Iterator[PairBatch], run_log: RunLog | None, bar: tqdm) -> None:
+        while self.progress.step < self.max_train_steps:
+            entry = self.step(batches)
+            if entry is None:
+                break
+            if run_log:
+                run_log.write(entry)
+                self._track(entry)
+            bar.update()
+            bar.set_postfix(
+                loss=f"{entry['loss']:.4f}",
+                drift=f"{entry['winner_drift']:+.1e}",
+                acc=f"{entry['implicit_acc']:.2f}",
+            )
+            if self.stop_agreed:
+                break
+            if self.progress.step % self.args.checkpointing_steps == 0:
+                self._save_unless_nonfinite()
+            if self.progress.step % self.args.validation_steps == 0:
+                self._draw_samples()
 
     def step(self, batches: Iterator[PairBatch]) -> dict[str, Any] | None:
         """One optimizer step; None where a signal came before it was complete."""

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from torch.utils.data import DataLoader
 
 from sdpo.data.order import FIRST, Place, PlaceSampler
-from sdpo.data.pairs import BadRow, PairBatch, PairDataset, PairDecoder, StreamingPairs, collate
+from sdpo.data.pairs import BadRow, PairBatch, PairDataset, PairDecoder, collate
 from sdpo.data.source import PairSource
+from sdpo.data.stream import StreamingPairs
 from sdpo.data.transforms import PairTransform
 from sdpo.errors import UserError
 
@@ -26,7 +27,7 @@ class BadRowCounter:
 
     def __init__(self, max_fraction: float) -> None:
         self.max_fraction = max_fraction
-        self.rows: set[int] = set()
+        self.rows: set[int | str] = set()
         self.seen = 0
 
     def update(self, batch_size: int, bad_rows: list[BadRow]) -> None:
@@ -38,7 +39,7 @@ class BadRowCounter:
         self.seen += batch_size
         for bad in bad_rows:
             if bad.row not in self.rows:
-                log.warning("row %d skipped, its image cannot be decoded: %s", bad.row, bad.reason)
+                log.warning("row %s skipped, its image cannot be decoded: %s", bad.row, bad.reason)
                 self.rows.add(bad.row)
         allowed = self.max_fraction * max(self.seen, MIN_SEEN)
         if len(self.rows) > allowed:

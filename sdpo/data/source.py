@@ -186,7 +186,7 @@ def _refuse_other_labels(labels: Any, known: Any) -> None:
     raise UserError(bad_label(row, labels[row].as_py()))
 
 
-def bad_label(row: int, label: float) -> str:
+def bad_label(row: int | str, label: float) -> str:
     """The sentence about a label that is none of 0, 0.5 and 1."""
     return (
         f"row {row}: {LABEL} is {label}; it must be 1 (image 0 preferred), 0 (image 1 preferred) "

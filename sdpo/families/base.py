@@ -153,8 +153,7 @@ class Family(ABC):
             subfolder=subfolder,
             revision=source.revision if flag == BASE_FLAG else None,
             cache_dir=source.cache_dir,
-            torch_dtype=torch.float32,
-        )
+        ).float()
 
     def load_frozen(self, source: ModelSource) -> Frozen:
         """VAE, text encoders, tokenizers and noise schedule, float32, without gradients.
@@ -167,22 +166,9 @@ class Family(ABC):
 
         common = {"revision": source.revision, "cache_dir": source.cache_dir}
         if source.vae:
-            vae = from_pretrained(
-                AutoencoderKL,
-                VAE_FLAG,
-                source.vae,
-                cache_dir=source.cache_dir,
-                torch_dtype=torch.float32,
-            )
+            vae = from_pretrained(AutoencoderKL, VAE_FLAG, source.vae, cache_dir=source.cache_dir)
         else:
-            vae = from_pretrained(
-                AutoencoderKL,
-                BASE_FLAG,
-                source.base,
-                subfolder="vae",
-                torch_dtype=torch.float32,
-                **common,
-            )
+            vae = from_pretrained(AutoencoderKL, BASE_FLAG, source.base, subfolder="vae", **common)
         scheduler = from_pretrained(
             DDPMScheduler, BASE_FLAG, source.base, subfolder="scheduler", **common
         )
@@ -192,17 +178,16 @@ class Family(ABC):
                 "losses are defined for models that predict noise (epsilon)"
             )
         encoders = [
-            from_pretrained(
-                cls, BASE_FLAG, source.base, subfolder=part, dtype=torch.float32, **common
-            )
+            from_pretrained(cls, BASE_FLAG, source.base, subfolder=part, **common)
             for part, cls in self._text_encoder_classes().items()
         ]
         tokenizers = [
             from_pretrained(CLIPTokenizer, BASE_FLAG, source.base, subfolder=part, **common)
             for part in self._tokenizer_parts()
         ]
+        # Libraries differ in whether they load a file's dtype, and in the name of that argument.
         for module in (vae, *encoders):
-            module.requires_grad_(False).eval()
+            module.float().requires_grad_(False).eval()
         return Frozen(vae, encoders, tokenizers, scheduler)
 
     def vae_dtype(self, vae: nn.Module, dtype: torch.dtype) -> torch.dtype:

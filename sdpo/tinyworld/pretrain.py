@@ -165,7 +165,7 @@ def evaluate(directory: Path, n: int, seed: int) -> dict[str, float]:
     from sdpo.tinyworld import oracle, world
 
     prompts = world.evaluation_prompts(n, seed)
-    pipeline = DiffusionPipeline.from_pretrained(directory, torch_dtype=torch.float32)
+    pipeline = DiffusionPipeline.from_pretrained(directory).to(torch.float32)
     scores = oracle.mean_score(sample_images(pipeline, prompts, seed), prompts)
     return {
         "images": n,
@@ -219,7 +219,7 @@ def _pretrain(args: argparse.Namespace, argv: list[str]) -> None:
         standardise_latents(vae, encode_latents(vae, images[:2048]))
         _round_to_half(vae)
     else:
-        vae = AutoencoderKL.from_pretrained(args.vae, torch_dtype=torch.float32)
+        vae = AutoencoderKL.from_pretrained(args.vae).float()
     vae_minutes = (time.monotonic() - started) / 60
     vae.to(memory_format=torch.channels_last)
     latents = encode_latents(vae, images) * vae.config.scaling_factor

@@ -183,8 +183,8 @@ def sample_model(directory: Path, prompts: list[str]) -> list[Image.Image]:
     from sdpo.validation import sample
 
     quieten_libraries()
-    pipeline = StableDiffusionPipeline.from_pretrained(directory, torch_dtype=torch.float32)
-    pipeline.to(Accelerator().device)
+    pipeline = StableDiffusionPipeline.from_pretrained(directory)
+    pipeline.to(Accelerator().device, torch.float32)
     images: list[Image.Image] = []
     name = directory.parent.name if directory.name == "pipeline" else "base"
     with tqdm(total=len(prompts), desc=f"sampling {name}", unit="image") as bar:

@@ -82,11 +82,22 @@ def test_the_last_row_of_an_epoch_may_be_bad(stream, make_rows, make_parquet, ro
 
 
 def test_a_bad_row_keeps_its_number_in_every_epoch(stream, make_rows, make_parquet):
-    # In one file; of several the order is shuffled too, and rows are numbered as they are read.
-    directory = make_parquet(make_rows(24, bad={5, 17}))
-    batches = stream(directory, 60, train_batch_size=4)
-    assert batches[-1].place.epoch >= 9
-    assert stream.bad_rows[-1] == {5, 17}
+    for shards, names in ((1, {5, 17}), (3, {"5 of shard 0", "1 of shard 2"})):
+        directory = make_parquet(make_rows(24, bad={5, 17}), shards=shards)
+        batches = stream(directory, 60, train_batch_size=4)
+        assert batches[-1].place.epoch >= 9
+        assert stream.bad_rows[-1] == names
+
+
+def test_more_rows_than_are_held(stream, make_rows, make_parquet, rows_of, monkeypatch):
+    monkeypatch.setattr("sdpo.data.stream.SHUFFLE_BUFFER", 5)
+    directory = make_parquet(make_rows(24), shards=2)
+    rows = [row for batch in stream(directory, 12) for row, _ in rows_of(batch)]
+    assert sorted(rows) == list(range(24))
+    # A row cannot come before it is read: its place less its number in the file is at most 5 early.
+    starts = 0 if rows[0] < 12 else 12
+    assert all((row - starts) % 24 <= place + 5 for place, row in enumerate(rows))
+    assert rows != sorted(rows)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

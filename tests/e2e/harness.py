@@ -237,8 +237,8 @@ class Trainer:
         stderr = self.scratch / f"stderr-{self._stderr}"
         return Forked(self.argv(out, **flags), stderr, environment)
 
-    def start_processes(self, out: Path, count: int, **flags: Any) -> list[Forked]:
-        """Start training in `count` processes, as a launcher does."""
+    def start_processes(self, out: Path | list[Path], count: int, **flags: Any) -> list[Forked]:
+        """Start training in `count` processes, as a launcher does; a list gives each its `out`."""
         port = str(free_port())
         ranks = []
         for rank in range(count):
@@ -251,7 +251,8 @@ class Trainer:
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
             }
-            ranks.append(self.fork(out, environment, **flags))
+            own = out[rank] if isinstance(out, list) else out
+            ranks.append(self.fork(own, environment, **flags))
         return ranks
 
     def processes(self, out: Path, count: int, **flags: Any) -> Run:
