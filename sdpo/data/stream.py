@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from itertools import count
+from itertools import count, islice
 from typing import Any
 
 import torch
@@ -21,8 +21,11 @@ SHUFFLE_BUFFER = 1000  # pairs held in memory, undecoded
 NumberedRow = tuple[int | str, dict[str, Any]]
 
 
-def shuffled_rows(rows: Any, seed: int, epoch: int) -> Iterator[NumberedRow]:
-    """One epoch of a `datasets.IterableDataset` with the rows' numbers, shards and rows shuffled.
+def shuffled_pairs(
+    rows: Any, seed: int, epoch: int, dreamlike_only: bool = False
+) -> Iterator[NumberedRow]:
+    """One epoch of the decided pairs of a `datasets.IterableDataset` with their rows' numbers,
+    shards and rows shuffled.
 
     Its own `shuffle` draws another order in a data worker than outside one, and with shards in
     another order it cannot tell a row's number. Here the order is a function of (seed, epoch).
@@ -30,6 +33,8 @@ def shuffled_rows(rows: Any, seed: int, epoch: int) -> Iterator[NumberedRow]:
     drawn = generator(seed, epoch, "stream-order")
     held: list[NumberedRow] = []
     for item in _numbered_rows(rows, torch.randperm(rows.num_shards, generator=drawn).tolist()):
+        if not is_wanted(item[1], item[0], dreamlike_only):
+            continue
         if len(held) < SHUFFLE_BUFFER:
             held.append(item)
             continue
@@ -101,7 +106,7 @@ class StreamingPairs(torch.utils.data.IterableDataset):
             epoch, position = epoch + 1, 0
 
     def _steps(self, epoch: int, skip: int) -> Iterator[list[Pair]]:
-        rows = self._decided_rows(epoch)
+        rows = self._pairs_of(epoch)
         for _ in range(skip):
             if next(rows, None) is None:
                 return
@@ -122,7 +127,7 @@ class StreamingPairs(torch.utils.data.IterableDataset):
     def _decode(self, ahead: deque, rows: Iterator, index: int, key: Key) -> Pair:
         """Decode `ahead[index]`; where that fails, the next row that decodes."""
         bad: list[BadRow] = []
-        for number, row in self._rows_from(ahead, rows, index):
+        for number, row in self._rows_from(ahead, rows, index, key[1]):
             try:
                 pair = self.decoder(row, key)
             except UndecodableImage as error:
@@ -133,10 +138,11 @@ class StreamingPairs(torch.utils.data.IterableDataset):
                 break
         raise UserError(all_bad(bad))
 
-    @staticmethod
-    def _rows_from(ahead: deque, rows: Iterator, index: int) -> Iterator[NumberedRow]:
+    def _rows_from(
+        self, ahead: deque, rows: Iterator, index: int, epoch: int
+    ) -> Iterator[NumberedRow]:
         """The rows from `ahead[index]` on, reading on where `ahead` ends; after the epoch's last
-        row those of `ahead` before `index`."""
+        row again from its first."""
         for i in count(index):
             if i == len(ahead):
                 following = next(rows, None)
@@ -144,16 +150,10 @@ class StreamingPairs(torch.utils.data.IterableDataset):
                     break
                 ahead.append(following)
             yield ahead[i]
-        yield from list(ahead)[:index]
+        yield from self._pairs_of(epoch)
 
-    def _decided_rows(self, epoch: int) -> Iterator[NumberedRow]:
+    def _pairs_of(self, epoch: int) -> Iterator[NumberedRow]:
         # --max_train_samples cuts the order off, which must then be the same in every epoch.
         order = epoch if self.max_samples is None else 0
-        taken = 0
-        for number, row in shuffled_rows(self.source.rows, self.seed, order):
-            if not is_wanted(row, number, self.dreamlike_only):
-                continue
-            if self.max_samples is not None and taken >= self.max_samples:
-                return
-            taken += 1
-            yield number, row
+        pairs = shuffled_pairs(self.source.rows, self.seed, order, self.dreamlike_only)
+        return islice(pairs, self.max_samples)

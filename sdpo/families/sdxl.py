@@ -57,6 +57,9 @@ class SDXL(Family):
         """A `StableDiffusionXLPipeline` without a watermarker."""
         from diffusers import StableDiffusionXLPipeline
 
+        config = StableDiffusionXLPipeline.load_config(
+            source.base, revision=source.revision, cache_dir=source.cache_dir
+        )
         return StableDiffusionXLPipeline(
             vae=frozen.vae,
             text_encoder=frozen.text_encoders[0],
@@ -65,5 +68,6 @@ class SDXL(Family):
             tokenizer_2=frozen.tokenizers[1],
             unet=unet,
             scheduler=self.load_sampler(source),
+            force_zeros_for_empty_prompt=config.get("force_zeros_for_empty_prompt", True),
             add_watermarker=False,
         )

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from .harness import Run, as_argv, program
+from .harness import Run, as_argv, free_port, program
 
 ALL = {
     "dataset_config_name": None,
@@ -148,6 +148,37 @@ def test_recipe_as_it_stands(name, tmp_path, monkeypatch):
     assert args["output_dir"] == f"output/{name}"
 
 
+@pytest.mark.parametrize(
+    ("gpus", "given", "expected"),
+    [
+        (1, "", None),
+        (8, "", "--multi_gpu --num_processes 8 --num_machines 1"),
+        (1, "--num_machines 2 --num_processes 2", "--multi_gpu --num_processes 1 --num_machines 1"),
+        (8, "--config_file mine.yaml", "--num_processes 8 --num_machines 1"),
+        (8, "--use_fsdp", "--num_processes 8 --num_machines 1"),
+        (1, "--debug", "--num_processes 1 --num_machines 1"),
+    ],
+)
+def test_how_processes_are_launched(tmp_path, gpus, given, expected):
+    """`python` counts `gpus` devices and otherwise only prints what it is called with."""
+    python = tmp_path / "python"
+    python.write_text(
+        f'#!/bin/sh\ncase "$*" in *device_count*) echo {gpus}; exit;; *sys.version*) exit;; esac\n'
+        f'echo "$@" >>{tmp_path}/calls\n'
+    )
+    python.chmod(0o755)
+    done = script("sd15_dspo", SDPO_PYTHON=str(python), SDPO_LAUNCH_ARGS=given)
+    assert done.returncode == 0, done.stderr
+    started = (tmp_path / "calls").read_text().splitlines()[-1]
+    if expected is None:
+        assert started.startswith("train.py --dataset_name")
+        return
+    before, _, after = started.partition(" train.py ")
+    fixed = "--mixed_precision no --dynamo_backend no"
+    assert before == f"-m accelerate.commands.launch {expected} {fixed} {given}".strip()
+    assert after.startswith("--dataset_name")
+
+
 def test_arguments_win_and_processes_are_launched(train, tmp_path):
     out = tmp_path / "run"
     extra = ("--no-use_winner_preserving", "--no-scale_lr", "--no-allow_tf32")
@@ -157,7 +188,8 @@ def test_arguments_win_and_processes_are_launched(train, tmp_path):
         "sd15_dmpo",
         *tiny(train, out, "sd15", **flags),
         *extra,
-        SDPO_LAUNCH_ARGS="--cpu --num_processes 2",
+        SDPO_LAUNCH_ARGS=f"--multi_gpu --num_processes 2 --main_process_port {free_port()}",
+        ACCELERATE_USE_CPU="true",
     )
     assert done.returncode == 0, done.stderr
     run = Run(out)
