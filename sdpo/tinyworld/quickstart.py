@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[2]
 BASE = ROOT / "assets" / "tiny-sd15"
 RESOLUTION = 64
-SAMPLE_PROMPTS = 128
+WARMUP_STEPS = 20
 SAMPLE_BATCH = 64
 GUIDANCE = 5.0
 EVALUATION_SEED = 1234
@@ -36,18 +36,19 @@ EVALUATION_SEED = 1234
 
 @dataclass(frozen=True)
 class TinyRecipe:
-    """What a method needs on the tiny world; found by trying, see the README."""
+    """What a method needs on the tiny world; the rate was found by trying, see the README."""
 
     beta: float
     mu: float
-    learning_rate: float
     alpha: float = 0.0
+    learning_rate: float = 5e-5
 
 
+# beta, mu and alpha are those of the official SD1.5 recipes.
 RECIPES = {
-    "diffusion-dpo": TinyRecipe(beta=5000, mu=0.9, learning_rate=1e-4),
-    "dspo": TinyRecipe(beta=0.001, mu=0.2, learning_rate=1e-4),
-    "dmpo": TinyRecipe(beta=2000, mu=0.9, learning_rate=1e-4, alpha=0.01),
+    "diffusion-dpo": TinyRecipe(beta=5000, mu=0.9),
+    "dspo": TinyRecipe(beta=0.001, mu=0.2),
+    "dmpo": TinyRecipe(beta=2000, mu=0.9, alpha=0.01),
 }
 VARIANTS = ("plain", "safeguard")
 
@@ -65,9 +66,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--steps", type=int, default=160, help="optimizer steps of each run (default: 160)")
     add("--batch", type=int, default=32, help="pairs a step (default: 32)")
     add("--pairs", type=int, default=4096, help="training pairs (default: 4096)")
+    add("--heldout", type=int, default=256, help="held-out pairs (default: 256)")
+    add("--prompts", type=int, default=128, help="prompts to sample and score (default: 128)")
     add("--seed", type=int, default=0, help="default: 0")
     args = parser.parse_args(argv)
-    for name in ("steps", "batch", "pairs"):
+    for name in ("steps", "batch", "pairs", "heldout", "prompts"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1, got {getattr(args, name)}")
     if args.pairs < 2 * args.batch:
@@ -90,7 +93,7 @@ def main() -> int:
     """Train both variants, evaluate, draw, print the table."""
     args = parse_args(sys.argv[1:])
     args.out.mkdir(parents=True, exist_ok=True)
-    pairs = ensure_pairs(args.out, args.pairs, args.seed)
+    pairs = ensure_pairs(args)
     for variant in VARIANTS:
         train(args, variant, pairs)
         evaluate_heldout(args.out / variant, pairs)
@@ -98,7 +101,7 @@ def main() -> int:
     from sdpo.tinyworld import world
     from sdpo.tinyworld.quickstart_figures import draw_curves, draw_samples, print_table, rows_of
 
-    prompts = world.evaluation_prompts(SAMPLE_PROMPTS)
+    prompts = world.evaluation_prompts(args.prompts)
     images = {"base": sample_model(BASE, prompts)}
     images |= {name: sample_model(args.out / name / "pipeline", prompts) for name in VARIANTS}
     scores = {name: oracle_score(found, prompts) for name, found in images.items()}
@@ -111,13 +114,13 @@ def main() -> int:
     return 0
 
 
-def ensure_pairs(out: Path, count: int, seed: int) -> Path:
+def ensure_pairs(args: argparse.Namespace) -> Path:
     """Write training and held-out pairs unless they are there."""
     from sdpo.tinyworld.pairs import write_pairs
 
-    directory = out / "pairs"
+    directory = args.out / "pairs"
     if not list(directory.glob("train-*.parquet")) or not list(directory.glob("heldout-*.parquet")):
-        write_pairs(directory, count, 256, seed)
+        write_pairs(directory, args.pairs, args.heldout, args.seed)
     return directory
 
 
@@ -139,7 +142,7 @@ def train(args: argparse.Namespace, variant: str, pairs: Path) -> None:
         *("--max_train_steps", str(args.steps)),
         *("--checkpointing_steps", str(max(1, args.steps // 10))),
         *("--learning_rate", str(recipe.learning_rate)),
-        *("--lr_warmup_steps", "0"),
+        *("--lr_warmup_steps", str(WARMUP_STEPS)),
         *("--proportion_empty_prompts", "0.1"),
         *("--seed", str(args.seed)),
         "--no_hflip",  # captions say left and right
