@@ -219,5 +219,13 @@ def summarise(
     }
 
 
+def read_heldout(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's heldout.jsonl; [] where there is none."""
+    path = run / HELDOUT_FILE
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 if __name__ == "__main__":
     run_main(main, "sdpo.heldout")

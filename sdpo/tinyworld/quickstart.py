@@ -10,6 +10,7 @@ through the programs that real runs use. Killed at any point, the same command g
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from sdpo.errors import UserError, run_main
 from sdpo.files import write_json
+from sdpo.heldout import read_heldout
 from sdpo.losses.names import method_names
 
 if TYPE_CHECKING:
@@ -50,6 +52,7 @@ RECIPES = {
     "dspo": TinyRecipe(beta=0.001, mu=0.2),
     "dmpo": TinyRecipe(beta=2000, mu=0.9, alpha=0.01),
 }
+FLAGS_FILE = "flags.json"
 VARIANTS = ("plain", "safeguard")
 
 
@@ -77,6 +80,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         raise UserError(f"--pairs must be at least twice --batch ({2 * args.batch})")
     if args.seed < 0:
         raise UserError(f"--seed must be at least 0, got {args.seed}")
+    if args.out.exists() and not args.out.is_dir():
+        raise UserError(f"--out: {args.out} exists and is not a directory")
     if not (BASE / "model_index.json").is_file():
         raise UserError(
             f"{BASE} is missing: get it with the repository, or make it with "
@@ -92,11 +97,11 @@ def _known() -> str:
 def main() -> int:
     """Train both variants, evaluate, draw, print the table."""
     args = parse_args(sys.argv[1:])
-    args.out.mkdir(parents=True, exist_ok=True)
+    claim_directory(args)
     pairs = ensure_pairs(args)
     for variant in VARIANTS:
         train(args, variant, pairs)
-        evaluate_heldout(args.out / variant, pairs)
+        evaluate_heldout(args.out / variant, pairs, args.steps)
 
     from sdpo.tinyworld import world
     from sdpo.tinyworld.quickstart_figures import draw_curves, draw_samples, print_table, rows_of
@@ -112,6 +117,26 @@ def main() -> int:
     print_table(rows)
     print(f"\nLook at {args.out / 'curves.png'} and {args.out / 'samples.png'}")
     return 0
+
+
+def claim_directory(args: argparse.Namespace) -> None:
+    """Make --out, or make sure that what is there was begun with the same flags.
+
+    Raises:
+        UserError: it was not; going on would mix two runs.
+    """
+    flags = {name: value for name, value in vars(args).items() if name != "out"}
+    path = args.out / FLAGS_FILE
+    if path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        changed = [f"--{k} {before.get(k)}" for k in flags if before.get(k) != flags[k]]
+        if changed:
+            raise UserError(
+                f"--out: {args.out} holds a quickstart with {', '.join(changed)}; give another "
+                "--out, or delete it"
+            )
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_json(path, flags)
 
 
 def ensure_pairs(args: argparse.Namespace) -> Path:
@@ -152,8 +177,10 @@ def train(args: argparse.Namespace, variant: str, pairs: Path) -> None:
     run(command, f"training ({variant})")
 
 
-def evaluate_heldout(directory: Path, pairs: Path) -> None:
-    """Errors of every checkpoint on held-out pairs, to heldout.jsonl."""
+def evaluate_heldout(directory: Path, pairs: Path, steps: int) -> None:
+    """Errors of every checkpoint on held-out pairs, to heldout.jsonl, unless it is there."""
+    if any(entry["step"] == steps for entry in read_heldout(directory)):
+        return
     run(
         [
             *(sys.executable, "-m", "sdpo.heldout", str(directory)),

@@ -13,7 +13,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from sdpo.heldout import HELDOUT_FILE
+from sdpo.heldout import read_heldout
 from sdpo.runlog import METRICS_FILE, read_metrics
 
 if TYPE_CHECKING:
@@ -24,12 +24,6 @@ if TYPE_CHECKING:
 LABELS = {"plain": "without safeguard", "safeguard": "with safeguard"}
 COLOURS = {"plain": "#c8442b", "safeguard": "#2a6fbb"}
 SMOOTHING = 10  # optimizer steps
-
-
-def read_heldout(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's heldout.jsonl."""
-    text = (run / HELDOUT_FILE).read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
 
 
 def rows_of(out: Path, scores: dict[str, OracleScore]) -> list[dict[str, Any]]:
@@ -109,9 +103,9 @@ def draw_samples(
     images: dict[str, list[Image.Image]], prompts: Sequence[str], path: Path, columns: int = 8
 ) -> None:
     """The same prompts and noises, a row for each model."""
-    figure, axes = plt.subplots(
-        len(images), columns, figsize=(1.55 * columns, 1.65 * len(images) + 0.5)
-    )
+    columns = min(columns, len(prompts))
+    size = (1.55 * columns, 1.65 * len(images) + 0.5)
+    figure, axes = plt.subplots(len(images), columns, figsize=size, squeeze=False)
     for row, (name, found) in enumerate(images.items()):
         for column in range(columns):
             axis = axes[row, column]

@@ -1,0 +1,127 @@
+"""scripts/quickstart.sh, a few steps long, and the table over seeds made of its summaries."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+TINY = ["--steps", "3", "--batch", "4", "--pairs", "24", "--heldout", "8", "--prompts", "5"]
+
+
+def bash(repo, script, *arguments):
+    env = {**os.environ, "SDPO_PYTHON": sys.executable, "SDPO_SKIP_INSTALL": "1"}
+    command = ["bash", f"scripts/{script}", *map(str, arguments)]
+    return subprocess.run(command, cwd=repo, env=env, capture_output=True, text=True, timeout=280)
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def quickstart(repo, tmp_path_factory):
+    """The console's text and the directory of one short quickstart."""
+    out = tmp_path_factory.mktemp("quickstart") / "out"
+    done = bash(repo, "quickstart.sh", *TINY, "--out", out)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, out
+
+
+def test_both_runs_are_the_same_but_for_the_safeguard(quickstart):
+    _, out = quickstart
+    plain, guarded = (
+        json.loads((out / name / "config.json").read_text())["args"]
+        for name in ("plain", "safeguard")
+    )
+    different = {name for name in plain if plain[name] != guarded[name]}
+    assert different == {"output_dir", "use_winner_preserving"}
+    assert (plain["use_winner_preserving"], guarded["use_winner_preserving"]) == (False, True)
+    first, held = (lines(out / name / "metrics.jsonl")[0] for name in ("plain", "safeguard"))
+    # Before the first update both see the same pairs, noise and timesteps.
+    assert first["winner_mse"] == held["winner_mse"]
+    assert first["loser_scale"] == 1
+    assert 0 < held["loser_scale"] < 1
+
+
+def test_summary_says_what_was_measured(quickstart):
+    text, out = quickstart
+    summary = json.loads((out / "summary.json").read_text())
+    rows = {row["model"]: row for row in summary["rows"]}
+    assert list(rows) == ["base", "plain", "safeguard"]
+    for name in ("plain", "safeguard"):
+        heldout = lines(out / name / "heldout.jsonl")
+        assert [entry["step"] for entry in heldout] == [0, 1, 2, 3]
+        assert heldout[-1]["pairs"] <= 8
+        for key in ("winner_drift_percent", "loser_drift_percent", "implicit_acc"):
+            assert rows[name][key] == heldout[-1][key]
+        assert f"{rows[name]['winner_drift_percent']:+.1f} %" in text
+        assert f"{rows[name]['oracle']:.3f}" in text
+    for row in rows.values():
+        assert 0 < row["clean"] <= 1
+        assert 0 <= row["oracle"] <= row["follows"] <= 1
+
+
+def test_pictures_and_the_line_that_says_where_they_are(quickstart):
+    text, out = quickstart
+    last = text.strip().splitlines()[-1]
+    for name in ("curves.png", "samples.png"):
+        assert str(out / name) in last
+        with Image.open(out / name) as image:
+            assert image.width > 400
+            assert len(image.convert("RGB").getcolors(1 << 24)) > 10
+    assert not list(out.glob("*.tmp"))
+
+
+def test_the_same_command_again_changes_nothing(repo, quickstart):
+    _, out = quickstart
+    before = (out / "summary.json").read_text()
+    weights = (out / "safeguard" / "checkpoint-3" / "unet.pth").stat().st_mtime_ns
+    assert bash(repo, "quickstart.sh", *TINY, "--out", out).returncode == 0
+    assert (out / "summary.json").read_text() == before
+    assert (out / "safeguard" / "checkpoint-3" / "unet.pth").stat().st_mtime_ns == weights
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--seed", "1"], "--seed 0"),
+        (["--method", "dmpo"], "--method diffusion-dpo"),
+        (["--pairs", "32"], "--pairs 24"),
+        (["--batch", "0"], "--batch must be"),
+        (["--pairs", "5"], "--pairs must be"),
+        (["--method", "sft"], "--method"),
+    ],
+)
+def test_mistakes(repo, quickstart, flags, said):
+    _, out = quickstart
+    before = (out / "flags.json").read_text()
+    done = bash(repo, "quickstart.sh", *TINY, *flags, "--out", out)
+    assert done.returncode == 2
+    assert said in done.stderr.strip().splitlines()[-1]
+    assert (out / "flags.json").read_text() == before
+
+
+def test_table_over_seeds(repo, tmp_path):
+    for seed, drift in ((3, 10.0), (4, 21.0)):
+        row = {"loser_drift_percent": 1.0, "implicit_acc": 0.5, "oracle": 0.5, "loser_scale": 1.0}
+        rows = [
+            {"model": "base", "oracle": 0.4},
+            {"model": "plain", "winner_drift_percent": drift, **row},
+            {"model": "safeguard", "winner_drift_percent": -drift, **row},
+        ]
+        (tmp_path / f"dspo-{seed}").mkdir()
+        (tmp_path / f"dspo-{seed}" / "summary.json").write_text(json.dumps({"rows": rows}))
+    flags = ["--methods", "dspo", "--seeds", "3", "4", "--out", tmp_path]
+    done = bash(repo, "bench/tiny_results.sh", *flags)
+    assert done.returncode == 0, done.stderr
+    table = (tmp_path / "results.md").read_text()
+    assert "| dspo | without | +15.5 (+10.0 to +21.0) | +1.0 (+1.0 to +1.0) |" in table
+    assert "| dspo | with | -15.5 (-21.0 to -10.0) |" in table
+    assert "0.400" in table
+    assert table in done.stdout
+    assert bash(repo, "bench/tiny_results.sh", "--seeds", "1", "1").returncode == 2
