@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -53,6 +55,31 @@ def fused_attention(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any)
     return Attention.apply(query, key, value)
 
 
+@contextmanager
+def as_on_a_gpu() -> Iterator[None]:
+    """What CUDA's autocast to bf16 does to dtypes, which it does not do on the meta device: norms
+    in float32, matrix products and convolutions in bf16; and fused attention."""
+    import torch.nn.functional as F
+
+    norm_of = {"group_norm": F.group_norm, "layer_norm": F.layer_norm}
+    product_of = {"linear": F.linear, "conv2d": F.conv2d}
+
+    def norm(function: Any) -> Any:
+        def wide(x: Any, shape: Any, weight: Any, bias: Any, eps: float) -> Any:
+            return function(x.float(), shape, weight.float(), bias.float(), eps)
+
+        return wide
+
+    def product(function: Any) -> Any:
+        return lambda x, *rest: function(x.bfloat16(), *rest)
+
+    patches = {"scaled_dot_product_attention": fused_attention}
+    patches |= {name: norm(f) for name, f in norm_of.items()}
+    patches |= {name: product(f) for name, f in product_of.items()}
+    with mock.patch.multiple(F, **patches):
+        yield
+
+
 class KeptBytes:
     """Adds up the storages that autograd keeps, and the most that one checkpointed block adds."""
 
@@ -87,7 +114,7 @@ class KeptBytes:
 
 
 def activation_bytes(family: str, resolution: int, samples: int, checkpointing: bool) -> int:
-    """Bytes of activations at the peak for `samples` images (two a pair), bf16.
+    """Bytes of activations at the peak for `samples` images (two a pair), under bf16 autocast.
 
     With checkpointing: the inputs of all blocks, and the largest block computed again.
     """
@@ -112,7 +139,7 @@ def activation_bytes(family: str, resolution: int, samples: int, checkpointing: 
         def kept_by_forward() -> KeptBytes:
             kept = KeptBytes(unet)
             with (
-                mock.patch("torch.nn.functional.scaled_dot_product_attention", fused_attention),
+                as_on_a_gpu(),
                 torch.autograd.graph.saved_tensors_hooks(kept.keep, lambda tensor: tensor),
             ):
                 unet(noisy, timesteps, **kwargs)
