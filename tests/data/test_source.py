@@ -195,3 +195,20 @@ def test_image_features_are_not_decoded(opened, make_rows, tmp_path):
     value = opened(tmp_path).rows[0]["jpg_0"]
     assert isinstance(value, dict)
     assert value["bytes"].startswith(b"\x89PNG")
+
+
+def test_what_is_asked_of_the_hub(make_args, make_rows, monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load_dataset(*arguments, **options):
+        asked.append((arguments, options))
+        return datasets.Dataset.from_list(make_rows(4))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    flags = {"dataset_name": "someone/pairs", "dataset_config_name": "large", "split": "test"}
+    source = open_pairs(make_args(**flags, cache_dir="/some/cache"))
+    assert len(source) == 4
+    options = {"split": "test", "streaming": False, "cache_dir": "/some/cache"}
+    assert asked == [(("someone/pairs", "large"), options)]
