@@ -1,0 +1,57 @@
+"""What the README names is there, and its example runs."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="module")
+def readme(repo):
+    return (repo / "README.md").read_text(encoding="utf-8")
+
+
+def test_paths_exist(repo, readme):
+    named = set(re.findall(r"\b((?:scripts|sdpo|tests|assets)/[\w./-]*\w)", readme))
+    named |= {f"{m.replace('.', '/')}.py" for m in re.findall(r"python -m (sdpo[\w.]+)", readme)}
+    assert len(named) > 10
+    # A recipe's script is named by its file alone in the table of recipes.
+    named |= {f"scripts/train/{name}" for name in re.findall(r"`((?:sd15|sdxl)_\w+\.sh)`", readme)}
+    missing = [name for name in named if not (repo / name).exists()]
+    assert not missing
+
+
+def test_flags_exist(readme):
+    from sdpo.args import build_parser
+
+    known = set(build_parser()._option_string_actions)
+    launcher = {"--num_machines", "--num_processes", "--machine_rank", "--main_process_ip"}
+    launcher |= {"--main_process_port"}
+    named = set(re.findall(r"--[a-zA-Z][\w-]*", readme))
+    assert len(named) > 30
+    assert named - known - launcher <= {"--no-NAME", "--seeds", "--methods"}
+
+
+def test_no_placeholder_is_left(readme):
+    assert not re.search(r"^[A-Z_]{6,}$|\bTODO\b|\bTBD\b", readme, re.MULTILINE)
+
+
+def test_example_runs(readme):
+    (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    assert "preference_loss" in code
+    assert "loser_scale" in code
+    model_pred = torch.randn(4, 4, 8, 8, requires_grad=True)
+    ref_pred, noise = torch.randn(2, 4, 4, 8, 8)
+    logged = []
+    names = {"model_pred": model_pred, "ref_pred": ref_pred, "noise": noise, "log": logged.append}
+    names |= {"pred_w": model_pred[:2], "pred_l": model_pred[2:]}
+    names |= {"noise_w": noise[:2], "noise_l": noise[2:]}
+    exec(code, names)
+    assert model_pred.grad.abs().sum() > 0
+    assert names["scale"].shape == (2,)
+    assert not names["scale"].requires_grad
+    (metrics,) = logged
+    for name in re.findall(r"# (winner_drift.*), \.\.\.", code)[0].split(", "):
+        assert name in metrics
