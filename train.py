@@ -33,9 +33,10 @@ def main() -> int:
     from sdpo.families import get_family
     from sdpo.families.base import ModelSource
     from sdpo.forward import make_reference
+    from sdpo.models import Models
     from sdpo.optim import build_optimizer, build_scheduler, restore, scaled_learning_rate
     from sdpo.runlog import describe_run, write_config
-    from sdpo.trainer import Models, Trainer
+    from sdpo.trainer import Trainer
 
     accelerator = build_accelerator(args)
     output_dir = Path(args.output_dir)

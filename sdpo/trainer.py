@@ -8,12 +8,10 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from torch import nn
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -23,25 +21,14 @@ from sdpo.data.loader import PairLoader
 from sdpo.data.order import Place
 from sdpo.data.pairs import PairBatch
 from sdpo.errors import UserError
-from sdpo.families.base import Family, Frozen, ModelSource
 from sdpo.forward import noise_pairs, predict, predict_reference, predict_winners_only
 from sdpo.losses import LossOutput, get_method, preference_loss
 from sdpo.metrics import StepMetrics
+from sdpo.models import Models
 from sdpo.runlog import RunLog, peak_memory_gib
 from sdpo.signals import StopRequest
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class Models:
-    """What a run trains and what it trains against."""
-
-    family: Family
-    source: ModelSource
-    unet: nn.Module  # as `Accelerator.prepare` gave it
-    reference: nn.Module
-    frozen: Frozen
 
 
 class Trainer:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import nn
 
-    from sdpo.trainer import Models
+    from sdpo.models import Models
 
 SAMPLE_STEPS = 25
 

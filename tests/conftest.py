@@ -74,6 +74,8 @@ def make_args(tiny_sd15, tiny_sdxl, pairs_dir, tmp_path):
 
     None and False leave a flag out, True gives a switch, a list gives several values.
     """
+    from e2e.harness import as_argv
+
     from sdpo.args import parse_args
 
     def make(**overrides):
@@ -88,14 +90,6 @@ def make_args(tiny_sd15, tiny_sdxl, pairs_dir, tmp_path):
             "report_to": "none",
             **overrides,
         }
-        argv: list[str] = []
-        for name, value in flags.items():
-            if value is True:
-                argv.append(f"--{name}")
-            elif isinstance(value, list | tuple):
-                argv += [f"--{name}", *map(str, value)]
-            elif value is not None and value is not False:
-                argv += [f"--{name}", str(value)]
-        return parse_args(argv)
+        return parse_args(as_argv(flags))
 
     return make

@@ -70,9 +70,10 @@ def build_trainer(bench: argparse.Namespace, work: Path) -> Any:
     from sdpo.families import get_family
     from sdpo.families.base import ModelSource
     from sdpo.forward import make_reference
+    from sdpo.models import Models
     from sdpo.optim import build_optimizer, build_scheduler
     from sdpo.tinyworld.pairs import write_pairs
-    from sdpo.trainer import Models, Trainer
+    from sdpo.trainer import Trainer
 
     write_pairs(work / "pairs", 64, 8, 0)
     flags = f"""--pretrained_model_name_or_path true-size/random --train_data_dir {work / "pairs"}
