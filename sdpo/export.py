@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from sdpo.families.base import Family, ModelSource
-from sdpo.files import rename_complete
+from sdpo.files import replace_directory
 
 
 def export_pipeline(path: Path, family: Family, source: ModelSource, unet: nn.Module) -> Path:
@@ -17,12 +17,8 @@ def export_pipeline(path: Path, family: Family, source: ModelSource, unet: nn.Mo
     The other parts are loaded afresh, since the run may hold them in half precision.
     """
     pipeline = family.pipeline(unet.to("cpu"), family.load_frozen(source), source)
-    beside, old = path.with_name(path.name + ".tmp"), path.with_name(path.name + ".old")
-    for leftover in (beside, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    beside = path.with_name(path.name + ".tmp")
+    shutil.rmtree(beside, ignore_errors=True)
     pipeline.save_pretrained(beside, safe_serialization=True)
-    if path.exists():
-        path.rename(old)
-    rename_complete(beside, path)
-    shutil.rmtree(old, ignore_errors=True)
+    replace_directory(beside, path)
     return path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -33,3 +34,13 @@ def rename_complete(beside: Path, path: Path) -> None:
             finally:
                 os.close(descriptor)
     os.rename(beside, path)
+
+
+def replace_directory(beside: Path, path: Path) -> None:
+    """Put the complete directory `beside` in the place of `path`, which may exist."""
+    old = path.with_name(path.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        path.rename(old)
+    rename_complete(beside, path)
+    shutil.rmtree(old, ignore_errors=True)

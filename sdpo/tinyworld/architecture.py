@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdpo.errors import UserError, run_main
+from sdpo.files import replace_directory
 
 if TYPE_CHECKING:
     from diffusers import (
@@ -251,9 +252,7 @@ def save_pipeline(pipeline: Pipeline, directory: str | os.PathLike[str]) -> None
         merges = [m if isinstance(m, str) else " ".join(m) for m in bpe["merges"]]
         (beside / name / "vocab.json").write_text(json.dumps(bpe["vocab"], ensure_ascii=False))
         (beside / name / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
-    if target.exists():
-        shutil.rmtree(target)
-    os.replace(beside, target)
+    replace_directory(beside, target)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -4,7 +4,9 @@
 
 One autoencoder for both families, then per family the text encoders and the UNet together. A
 quarter of the training scenes show a wrong attribute and two fifths are degraded, so the base is
-imperfect in the very ways that the preference pairs can put right.
+imperfect in the very ways that the preference pairs can put right. Killed, the same command goes on
+behind the last finished stage (autoencoder, first family, second family); what is in the folder is
+replaced when all of them are done.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -19,11 +22,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdpo.errors import UserError, run_main
+from sdpo.files import replace_directory, write_json
 from sdpo.tinyworld.architecture import FAMILIES, SIZES, build_pipeline, build_vae, save_pipeline
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
+    from diffusers import AutoencoderKL
     from PIL import Image
 
     from sdpo.tinyworld.architecture import Pipeline
@@ -34,6 +39,8 @@ CAPTION_DROPOUT = 0.15
 EMA_DECAY = 0.998
 SAMPLING_STEPS = 25
 GUIDANCE_SCALE = 5.0
+WORK_FOLDER = ".pretrain"
+CARD_FILE = "card.json"
 
 
 @dataclass(frozen=True)
@@ -190,8 +197,22 @@ def asset_name(family: str) -> str:
     return f"tiny-{family}"
 
 
-def _pretrain(args: argparse.Namespace, argv: list[str]) -> None:
-    import torch
+def _start(args: argparse.Namespace) -> Path:
+    """The folder of finished stages: what an equal call left there, else an empty one."""
+    work = args.out / WORK_FOLDER
+    flags = {k: str(v) for k, v in vars(args).items() if k not in ("out", "threads", "families")}
+    path = work / "flags.json"
+    if not (path.is_file() and json.loads(path.read_text()) == flags):
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        write_json(path, flags)
+    return work
+
+
+def _autoencoder(
+    args: argparse.Namespace, budget: Budget, images: np.ndarray, work: Path
+) -> tuple[AutoencoderKL, dict[str, object]]:
+    """The shared autoencoder and what its card says: given, from a killed call, or trained now."""
     from diffusers import AutoencoderKL
 
     from sdpo.tinyworld.autoencoder import (
@@ -201,11 +222,10 @@ def _pretrain(args: argparse.Namespace, argv: list[str]) -> None:
         vae_quality,
     )
 
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
-    budget = Budget(args.images, args.vae_steps, args.vae_batch, args.unet_steps, args.unet_batch)
-    images, captions = make_dataset(budget.images, args.seed)
+    done, about = work / "vae", work / "vae.json"
     started = time.monotonic()
+    if about.is_file():
+        return AutoencoderKL.from_pretrained(done).float(), json.loads(about.read_text())
     if args.vae is None:
         vae = build_vae(args.size)
         train_vae(
@@ -220,10 +240,35 @@ def _pretrain(args: argparse.Namespace, argv: list[str]) -> None:
         _round_to_half(vae)
     else:
         vae = AutoencoderKL.from_pretrained(args.vae).float()
-    vae_minutes = (time.monotonic() - started) / 60
+    card = {
+        "steps": budget.vae_steps,
+        "images_per_step": budget.vae_batch,
+        "reused": args.vae is not None,
+        "minutes": round((time.monotonic() - started) / 60, 1),
+        "round_trip": vae_quality(vae, args.eval_images, args.seed),
+    }
+    vae.save_pretrained(done)
+    write_json(about, card)
+    return vae, card
+
+
+def _pretrain(args: argparse.Namespace, argv: list[str]) -> None:
+    import torch
+
+    from sdpo.tinyworld.autoencoder import encode_latents
+
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    work = _start(args)
+    budget = Budget(args.images, args.vae_steps, args.vae_batch, args.unet_steps, args.unet_batch)
+    images, captions = make_dataset(budget.images, args.seed)
+    vae, vae_card = _autoencoder(args, budget, images, work)
     vae.to(memory_format=torch.channels_last)
     latents = encode_latents(vae, images) * vae.config.scaling_factor
     for family in args.families:
+        target = work / asset_name(family)
+        if (target / CARD_FILE).is_file():
+            continue
         started = time.monotonic()
         pipeline = build_pipeline(family, args.size, args.seed)
         pipeline.vae.load_state_dict(vae.state_dict())
@@ -234,7 +279,6 @@ def _pretrain(args: argparse.Namespace, argv: list[str]) -> None:
         # float32, and a pipeline loaded without arguments must not mix the two.
         pipeline.vae.half()
         pipeline.unet.half()
-        target = args.out / asset_name(family)
         save_pipeline(pipeline, target)
         card = {
             "command": shlex.join(["python", "-m", "sdpo.tinyworld.pretrain", *argv]),
@@ -243,13 +287,7 @@ def _pretrain(args: argparse.Namespace, argv: list[str]) -> None:
             "seed": args.seed,
             "threads": args.threads,
             "training_images": budget.images,
-            "vae": {
-                "steps": budget.vae_steps,
-                "images_per_step": budget.vae_batch,
-                "reused": args.vae is not None,
-                "minutes": round(vae_minutes, 1),
-                "round_trip": vae_quality(vae, args.eval_images, args.seed),
-            },
+            "vae": vae_card,
             "denoiser": {
                 "steps": budget.unet_steps,
                 "images_per_step": budget.unet_batch,
@@ -260,9 +298,11 @@ def _pretrain(args: argparse.Namespace, argv: list[str]) -> None:
             "oracle": evaluate(target, args.eval_images, args.seed),
             "bytes": sum(f.stat().st_size for f in target.rglob("*") if f.is_file()),
         }
-        text = json.dumps(card, indent=2)
-        (target / "card.json").write_text(text + "\n")
-        print(text, flush=True)
+        write_json(target / CARD_FILE, card)
+        print(json.dumps(card, indent=2), flush=True)
+    for family in args.families:
+        replace_directory(work / asset_name(family), args.out / asset_name(family))
+    shutil.rmtree(work)
 
 
 def main(argv: list[str] | None = None) -> None:

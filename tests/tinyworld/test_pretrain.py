@@ -62,19 +62,42 @@ def test_conditioning_is_that_of_the_pipeline(family: str) -> None:
         assert ours["added_cond_kwargs"]["time_ids"].tolist() == [[64, 64, 0, 0, 64, 64]] * 2
 
 
+def command(out: Path) -> list[str]:
+    sizes = ["--size", "micro", "--images", "64", "--vae_steps", "3", "--unet_steps", "2"]
+    threads = str(torch.get_num_threads())
+    return [*sizes, "--eval_images", "2", "--threads", threads, "--out", str(out)]
+
+
+def test_a_killed_call_goes_on_behind_its_last_stage(tmp_path: Path, monkeypatch) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    pretrain.main(command(whole))
+    kept = killed / "tiny-sd15" / "kept"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("until all is done")
+
+    trained = []
+
+    def train(pipeline, *arguments):
+        trained.append(type(pipeline).__name__)
+        if len(trained) == 2:
+            raise KeyboardInterrupt
+        return real(pipeline, *arguments)
+
+    real = pretrain.train_denoiser
+    monkeypatch.setattr(pretrain, "train_denoiser", train)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain.main(command(killed))
+    assert [p.name for p in kept.parent.iterdir()] == ["kept"]
+    pretrain.main(command(killed))
+    # The first family is not trained again, and no stage's result depends on the kill.
+    assert trained == ["StableDiffusionPipeline"] + ["StableDiffusionXLPipeline"] * 2
+    assert sorted(p.name for p in killed.iterdir()) == ["tiny-sd15", "tiny-sdxl"]
+    for weights in whole.rglob("*.safetensors"):
+        assert weights.read_bytes() == (killed / weights.relative_to(whole)).read_bytes()
+
+
 def test_command_writes_both_assets_and_their_cards(tmp_path: Path) -> None:
-    arguments = ["--size", "micro", "--images", "64", "--vae_steps", "3", "--unet_steps", "2"]
-    pretrain.main(
-        [
-            *arguments,
-            "--out",
-            str(tmp_path),
-            "--eval_images",
-            "2",
-            "--threads",
-            str(torch.get_num_threads()),
-        ]
-    )
+    pretrain.main(command(tmp_path))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["tiny-sd15", "tiny-sdxl"]
     pipelines = []
     for family in architecture.FAMILIES:
