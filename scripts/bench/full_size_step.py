@@ -3,8 +3,9 @@
     bash scripts/bench/full_size_step.sh [--resolution 256] [--repeats 5] [--mixed_precision bf16]
 
 Random weights, no hub. Steps with and without the safeguard alternate in one process; their medians
-are compared, and since steps are noisier than the rule is expensive, the rule's own computation is
-also timed alone and given as a share of the step.
+are compared (with the standard error of the difference within a turn), and since steps are noisier
+than the rule is expensive, the rule's own computation is also timed alone and given as a share of
+the step.
 """
 
 from __future__ import annotations
@@ -148,6 +149,8 @@ def main() -> int:
     finally:
         shutil.rmtree(work, ignore_errors=True)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
+    turns = [s - p for s, p in zip(seconds["safeguard"], seconds["plain"], strict=True)]
+    error = statistics.stdev(turns) / len(turns) ** 0.5 if len(turns) > 1 else None
     rule = rule_seconds(bench.resolution)
     result = {
         "parameters": counts,
@@ -157,6 +160,7 @@ def main() -> int:
         "step_seconds": seconds,
         "median_seconds": medians,
         "overhead_of_medians": medians["safeguard"] / medians["plain"] - 1,
+        "overhead_standard_error": None if error is None else error / medians["plain"],
         "rule_seconds": rule,
         "rule_share_of_step": rule / medians["plain"],
         "peak_memory_gib": peak,
@@ -164,7 +168,8 @@ def main() -> int:
     bench.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(bench.out, result)
     print(f"median step: {medians['plain']:.2f} s plain, {medians['safeguard']:.2f} s safeguard")
-    print(f"overhead of the medians: {100 * result['overhead_of_medians']:+.2f} %")
+    noise = "" if error is None else f", give or take {100 * error / medians['plain']:.1f} %"
+    print(f"overhead of the medians: {100 * result['overhead_of_medians']:+.2f} %{noise}")
     print(f"the rule alone: {1e3 * rule:.3f} ms, {100 * result['rule_share_of_step']:.4f} % of it")
     print(f"peak memory: {peak:.1f} GiB\nwrote {bench.out}")
     return 0
