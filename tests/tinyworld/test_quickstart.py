@@ -94,6 +94,8 @@ def test_the_same_command_again_changes_nothing(repo, quickstart):
         (["--pairs", "32"], "--pairs 24"),
         (["--batch", "0"], "--batch must be"),
         (["--pairs", "5"], "--pairs must be"),
+        (["--learning_rate", "0"], "--learning_rate must be"),
+        (["--learning_rate", "1e-3"], "--learning_rate 5e-05"),
         (["--method", "sft"], "--method"),
     ],
 )
