@@ -25,7 +25,7 @@ def check_model_location(args: argparse.Namespace) -> None:
     _check_component_dir(
         args.pretrained_model_name_or_path, "--pretrained_model_name_or_path", "unet/config.json"
     )
-    base = Path(args.pretrained_model_name_or_path).expanduser()
+    base = Path(args.pretrained_model_name_or_path)
     if base.is_dir():
         check_family(read_config(base / "unet/config.json"), args.sdxl, str(base))
     if args.pretrained_vae_model_name_or_path:
@@ -35,14 +35,14 @@ def check_model_location(args: argparse.Namespace) -> None:
             "config.json",
         )
     if args.unet_init:
-        init = Path(args.unet_init).expanduser()
+        init = Path(args.unet_init)
         is_file_name = init.suffix in {".pth", ".pt", ".bin", ".safetensors"}
         if (is_file_name or looks_local(args.unet_init)) and not init.exists():
             raise UserError(f"--unet_init: there is no file or directory {args.unet_init}")
 
 
 def _check_component_dir(name: str, flag: str, needed: str) -> None:
-    path = Path(name).expanduser()
+    path = Path(name)
     if path.is_dir():
         if not (path / needed).is_file():
             raise UserError(f"{flag}: {name} has no {needed}, so it is not in diffusers layout")
@@ -86,7 +86,7 @@ def check_data_location(args: argparse.Namespace) -> None:
     """
     flag = "--train_data_dir" if args.train_data_dir else "--dataset_name"
     name = args.train_data_dir or args.dataset_name
-    path = Path(name).expanduser()
+    path = Path(name)
     if path.is_dir():
         from sdpo.data.local import find_local_files
 
@@ -105,7 +105,7 @@ def check_output_dir(args: argparse.Namespace) -> None:
     """
     from sdpo.checkpoint_paths import is_complete, latest_checkpoint, list_checkpoints, step_of
 
-    output = Path(args.output_dir).expanduser()
+    output = Path(args.output_dir)
     if output.exists() and not output.is_dir():
         raise UserError(f"--output_dir: {output} exists and is not a directory")
     wanted = args.resume_from_checkpoint
@@ -116,7 +116,7 @@ def check_output_dir(args: argparse.Namespace) -> None:
                 "--output_dir, or `latest` to go on from them"
             )
     elif wanted != "latest":
-        named, newest = Path(wanted).expanduser(), latest_checkpoint(output)
+        named, newest = Path(wanted), latest_checkpoint(output)
         if not is_complete(named):
             raise UserError(
                 f"--resume_from_checkpoint: {wanted} is not a complete checkpoint directory; give "

@@ -28,8 +28,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     # Truncated zips, pickles with code and foreign files each raise something else.
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"cannot read UNet weights from {path}: {reason}") from None
+        raise UserError(f"cannot read UNet weights from {path}: {first_line(error)}") from None
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise UserError(f"{path} is not a plain state dict of a UNet (name to tensor)")
     return state

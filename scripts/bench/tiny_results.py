@@ -20,9 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from sdpo.errors import UserError, run_main
 from sdpo.files import write_json, write_text
-from sdpo.tinyworld.quickstart import RECIPES, ROOT
+from sdpo.tinyworld.quickstart import RECIPES, ROOT, SUMMARY_FILE
 
-SUMMARY = "summary.json"
 COLUMNS = (
     ("winner_drift_percent", "winner drift, %", "+.1f"),
     ("loser_drift_percent", "loser drift, %", "+.1f"),
@@ -51,13 +50,13 @@ def run_once(method: str, seed: int, out: Path) -> dict[str, dict[str, Any]]:
     Raises:
         UserError: it failed; what it printed is above.
     """
-    if not (out / SUMMARY).is_file():
+    if not (out / SUMMARY_FILE).is_file():
         print(f"\n== {method}, seed {seed}", flush=True)
         flags = ["--method", method, "--seed", str(seed), "--out", str(out)]
         command = [sys.executable, "-m", "sdpo.tinyworld.quickstart", *flags]
         if subprocess.run(command, cwd=ROOT).returncode:
             raise UserError(f"{method}, seed {seed} failed (see above); run the same command again")
-    rows = json.loads((out / SUMMARY).read_text(encoding="utf-8"))["rows"]
+    rows = json.loads((out / SUMMARY_FILE).read_text(encoding="utf-8"))["rows"]
     return {row["model"]: row for row in rows}
 
 
@@ -91,8 +90,9 @@ def main() -> int:
         for method in args.methods
     }
     write_json(args.out / "results.json", {"seeds": args.seeds, "runs": runs})
-    write_text(args.out / "results.md", table(runs))
-    print("\n" + table(runs) + f"\nwrote {args.out / 'results.json'} and results.md")
+    text = table(runs)
+    write_text(args.out / "results.md", text)
+    print("\n" + text + f"\nwrote {args.out / 'results.json'} and results.md")
     return 0
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from sdpo.errors import UserError
 from sdpo.randomness import Key, integer, uniform
 
 MAX_REPLACEMENTS = 50
+
+NumberedRow = tuple[int | str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -118,23 +122,34 @@ class PairDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, place: Place) -> Pair:
         key = (self.seed, *place)
-        index = int(epoch_permutation(len(self), self.seed, place.epoch)[place.position])
-        bad: list[BadRow] = []
-        while True:
-            try:
-                pair = self.decoder(self.source.rows[index], key)
-            except UndecodableImage as error:
-                bad.append(BadRow(int(self.source.origin[index]), str(error)))
-            else:
-                return Pair(pair.winner, pair.loser, pair.caption, key, tuple(bad))
-            if len(bad) > MAX_REPLACEMENTS:
-                raise UserError(all_bad(bad))
-            index = integer(len(self), *key, "replacement", len(bad))
+        return decode_first(self.decoder, self._candidates(key), key)
+
+    def _candidates(self, key: Key) -> Iterator[NumberedRow]:
+        """The row at a place, then replacements without end."""
+        seed, epoch, position = key
+        index = int(epoch_permutation(len(self), seed, epoch)[position])
+        for attempt in count(1):
+            yield int(self.source.origin[index]), self.source.rows[index]
+            index = integer(len(self), *key, "replacement", attempt)
 
 
-def all_bad(bad: list[BadRow]) -> str:
-    """The sentence about rows none of which can be decoded."""
-    return (
+def decode_first(decoder: PairDecoder, candidates: Iterable[NumberedRow], key: Key) -> Pair:
+    """The pair of the first candidate that can be decoded; it carries those that could not.
+
+    Raises:
+        UserError: more than `MAX_REPLACEMENTS` of them, or all there are, cannot.
+    """
+    bad: list[BadRow] = []
+    for number, row in candidates:
+        try:
+            pair = decoder(row, key)
+        except UndecodableImage as error:
+            bad.append(BadRow(number, str(error)))
+        else:
+            return replace(pair, bad_rows=tuple(bad))
+        if len(bad) > MAX_REPLACEMENTS:
+            break
+    raise UserError(
         f"{len(bad)} rows one after another cannot be decoded, the first of them row {bad[0].row} "
         f"({bad[0].reason}): check that the image columns hold encoded images"
     )

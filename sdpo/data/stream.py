@@ -10,15 +10,12 @@ from typing import Any
 import torch
 
 from sdpo.data.order import FIRST, Place
-from sdpo.data.pairs import MAX_REPLACEMENTS, BadRow, Pair, PairDecoder, all_bad
+from sdpo.data.pairs import NumberedRow, Pair, PairDecoder, decode_first
 from sdpo.data.source import DREAMLIKE, LABEL, PairSource, bad_label
-from sdpo.data.transforms import UndecodableImage
 from sdpo.errors import UserError
 from sdpo.randomness import Key, generator
 
 SHUFFLE_BUFFER = 1000  # pairs held in memory, undecoded
-
-NumberedRow = tuple[int | str, dict[str, Any]]
 
 
 def shuffled_pairs(
@@ -126,17 +123,7 @@ class StreamingPairs(torch.utils.data.IterableDataset):
 
     def _decode(self, ahead: deque, rows: Iterator, index: int, key: Key) -> Pair:
         """Decode `ahead[index]`; where that fails, the next row that decodes."""
-        bad: list[BadRow] = []
-        for number, row in self._rows_from(ahead, rows, index, key[1]):
-            try:
-                pair = self.decoder(row, key)
-            except UndecodableImage as error:
-                bad.append(BadRow(number, str(error)))
-            else:
-                return Pair(pair.winner, pair.loser, pair.caption, key, tuple(bad))
-            if len(bad) > MAX_REPLACEMENTS:
-                break
-        raise UserError(all_bad(bad))
+        return decode_first(self.decoder, self._rows_from(ahead, rows, index, key[1]), key)
 
     def _rows_from(
         self, ahead: deque, rows: Iterator, index: int, epoch: int

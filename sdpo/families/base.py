@@ -133,9 +133,9 @@ class Family(ABC):
             return self._unet_from_pretrained(BASE_FLAG, source.base, "unet", source)
         if is_weights_file(init):
             unet = UNet2DConditionModel.from_config(config)
-            load_strictly(unet, read_state_dict(Path(init).expanduser()), f"--unet_init {init}")
+            load_strictly(unet, read_state_dict(Path(init)), f"--unet_init {init}")
             return unet
-        plain = (Path(init).expanduser() / "config.json").is_file()
+        plain = (Path(init) / "config.json").is_file()
         subfolder = None if plain else "unet"
         unet = self._unet_from_pretrained("--unet_init", init, subfolder, source)
         check_family(dict(unet.config), self.sdxl, f"--unet_init {init}")

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING
 from sdpo.errors import UserError, run_main
 from sdpo.files import write_json
 from sdpo.heldout import read_heldout
-from sdpo.losses.names import method_names
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -54,6 +53,7 @@ RECIPES = {
     "dmpo": TinyRecipe(beta=2000, mu=0.9, alpha=0.01),
 }
 FLAGS_FILE = "flags.json"
+SUMMARY_FILE = "summary.json"
 VARIANTS = ("plain", "safeguard")
 
 
@@ -66,7 +66,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="quickstart", description=__doc__)
     add = parser.add_argument
     add("--out", type=Path, default=Path("output/quickstart"), help="default: output/quickstart")
-    add("--method", choices=sorted(RECIPES), default="diffusion-dpo", help="of " + _known())
+    add("--method", choices=sorted(RECIPES), default="diffusion-dpo", help="default: diffusion-dpo")
     add("--steps", type=int, default=160, help="optimizer steps of each run (default: 160)")
     add("--batch", type=int, default=32, help="pairs a step (default: 32)")
     add("--pairs", type=int, default=4096, help="training pairs (default: 4096)")
@@ -94,10 +94,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def _known() -> str:
-    return ", ".join(method_names())
-
-
 def main() -> int:
     """Train both variants, evaluate, draw, print the table."""
     args = parse_args(sys.argv[1:])
@@ -117,7 +113,7 @@ def main() -> int:
     rows = rows_of(args.out, scores)
     draw_curves(args.out, args.out / "curves.png", args.method)
     draw_samples(images, prompts, args.out / "samples.png")
-    write_json(args.out / "summary.json", {"command": sys.argv[1:], "rows": rows})
+    write_json(args.out / SUMMARY_FILE, {"command": sys.argv[1:], "rows": rows})
     print_table(rows)
     print(f"\nLook at {args.out / 'curves.png'} and {args.out / 'samples.png'}")
     return 0
