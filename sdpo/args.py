@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -302,7 +303,8 @@ def _expand_home(args: argparse.Namespace) -> None:
     for name in _PATHS:
         value = getattr(args, name)
         if value and value.startswith("~"):
-            setattr(args, name, str(Path(value).expanduser()))
+            # An unknown user's stays as it is, and is answered as a path that is not there.
+            setattr(args, name, os.path.expanduser(value))
 
 
 def _check_numbers(args: argparse.Namespace) -> None:

@@ -287,6 +287,8 @@ def test_home_is_expanded_in_paths(make_args, tmp_path, monkeypatch):
     assert make_args(output_dir="~/out").output_dir == str(tmp_path / "out")
     with pytest.raises(UserError, match=f"--train_data_dir: .*{tmp_path}/none"):
         make_args(train_data_dir="~/none")
+    with pytest.raises(UserError, match=r"--train_data_dir: .*~nobody-of-that-name/none"):
+        make_args(train_data_dir="~nobody-of-that-name/none")
 
 
 def test_validation_prompts_from_a_file(make_args, tmp_path):
