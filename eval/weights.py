@@ -1,0 +1,142 @@
+"""Where a scorer's weights come from: the hub, or the place that `--weights` names.
+
+Files are checked against their sha256 where it is known: written down here, or, for large files of
+the hub, in the name under which its client keeps them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sdpo.errors import UserError
+from sdpo.weights import first_line
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One thing that a scorer loads.
+
+    `hub` is a repository id; with `file` the part is that one file of it, else the repository as a
+    whole (what `from_pretrained` takes). `url` is where a file that is not on the hub can be had.
+    """
+
+    hub: str | None = None
+    file: str | None = None
+    sha256: str | None = None
+    url: str | None = None
+
+    @property
+    def source(self) -> str:
+        """In words: where it is had by default."""
+        if self.hub:
+            return f"{self.hub}/{self.file}" if self.file else self.hub
+        return self.url or "--weights"
+
+
+class Weights:
+    """The parts of one scorer; `overrides` maps part names to local paths (or hub ids)."""
+
+    def __init__(
+        self,
+        scorer: str,
+        parts: dict[str, Part],
+        overrides: dict[str, str] | None = None,
+        cache_dir: str | None = None,
+    ) -> None:
+        self.scorer, self.parts, self.cache_dir = scorer, parts, cache_dir
+        self.overrides = overrides or {}
+
+    def flag(self, part: str = "model") -> str:
+        """What a user writes to replace a part, without the path."""
+        return f"--weights {self.scorer}{'' if part == 'model' else '.' + part}"
+
+    def source(self, part: str = "model") -> str:
+        """A directory or hub id for `from_pretrained`.
+
+        Raises:
+            UserError: the override looks like a path and is not there.
+        """
+        given = self.overrides.get(part)
+        if given is None:
+            return self.parts[part].source
+        if not Path(given).exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", given):
+            raise UserError(f"{self.flag(part)}: there is no file or directory {given}")
+        return given
+
+    def file(self, part: str = "model") -> Path:
+        """One file on this machine, downloaded where need be, and verified.
+
+        An override may be the file or a directory that holds it under its own name.
+
+        Raises:
+            UserError: not to be had, or of another sha256.
+        """
+        wanted, given = self.parts[part], self.overrides.get(part)
+        name = wanted.file or Path(wanted.url or "").name
+        if given is not None:
+            path = Path(given) / name if Path(given).is_dir() else Path(given)
+            if not path.is_file():
+                raise UserError(f"{self.flag(part)}: there is no file {path}")
+            return path
+        try:
+            path = self._download(wanted, name)
+        # Hub, URL and file errors come in many classes; all mean that the file is not there.
+        except Exception as error:
+            raise UserError(
+                f"{self.scorer}: cannot get {name} from {wanted.source} ({first_line(error)}); "
+                f"download it elsewhere, put it on this machine and give {self.flag(part)}=PATH"
+            ) from error
+        self._verify(path, wanted, part)
+        return path
+
+    def _download(self, wanted: Part, name: str) -> Path:
+        if wanted.hub:
+            from huggingface_hub import hf_hub_download
+
+            return Path(hf_hub_download(wanted.hub, name, cache_dir=self.cache_dir))
+        from torch.hub import download_url_to_file, get_dir
+
+        path = Path(self.cache_dir or get_dir()) / "scorers" / name
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Written to a temporary file and moved when whole.
+            download_url_to_file(wanted.url, str(path), hash_prefix=wanted.sha256)
+        return path
+
+    def _verify(self, path: Path, wanted: Part, part: str) -> None:
+        blob = path.resolve().name  # the hub's client names a large file's blob by its sha256
+        known = wanted.sha256 or (blob if _SHA256.fullmatch(blob) else None)
+        if known and file_sha256(path) != known:
+            raise UserError(
+                f"{self.scorer}: {path} is damaged (its sha256 is not {known}); delete it to "
+                f"download it again, or give {self.flag(part)}=PATH"
+            )
+
+    def identity(self) -> dict[str, Any]:
+        """What tells these weights from others, without reading them: sources, and for local
+        files their size and time of change."""
+        return {part: _identity(self.source(part)) for part in sorted(self.parts)}
+
+
+def _identity(source: str) -> list[Any]:
+    path = Path(source)
+    if not path.exists():
+        return [source]
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    return [str(path.resolve()), hashlib.sha256(repr(stats).encode()).hexdigest()]
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file, in hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
