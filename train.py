@@ -26,7 +26,10 @@ def main() -> int:
 
     import torch
 
+    from eval.relabel import relabel
+    from eval.scoring import ScoreOptions
     from sdpo.checkpoint import Progress, clear_unfinished, load_training, load_unet, read_progress
+    from sdpo.data.flags import choice_weights
     from sdpo.data.loader import PairLoader, steps_for_epochs
     from sdpo.data.order import FIRST
     from sdpo.data.source import open_pairs
@@ -55,6 +58,13 @@ def main() -> int:
     family.load_unet_config(source)
     with accelerator.local_main_process_first():
         pairs = open_pairs(args)
+    if args.choice_model:
+        pairs = relabel(
+            pairs,
+            args,
+            ScoreOptions(weights=choice_weights(args), cache_dir=args.cache_dir),
+            accelerator,
+        )
     loader = PairLoader(
         pairs,
         args,

@@ -1,4 +1,4 @@
-"""What a scorer is: a view of an image, weights that it names, and a number per image and prompt."""
+"""What a scorer is: a view of an image, weights that it names, a number per image and prompt."""
 
 from __future__ import annotations
 

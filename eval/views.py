@@ -1,7 +1,7 @@
 """From an image file to what scorers take: decoded once, resized as their own packages do.
 
-Views are uint8: resizing happens on 8-bit images in all of the packages, so nothing is lost, and a
-suite of views fits in memory.
+Views are 8 bits a value where the package resizes 8-bit images, so that nothing is lost, and 16 bits
+where it resizes floats; a suite of views fits in memory.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from torchvision.transforms import functional as F
 CLIP_SIZE = 224
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+# Steps of a view in 16 bits: [-2, 2) in steps of 6e-5, room for the overshoot of bicubic resizing.
+FIXED_POINT = 2**14
 
 
 def as_tensor(image: Image.Image) -> Tensor:
@@ -23,13 +25,35 @@ def as_tensor(image: Image.Image) -> Tensor:
 
 
 def clip_view(image: Image.Image) -> Tensor:
-    """CLIP's and BLIP's: shorter side to 224 px (bicubic, antialiased), centre crop; (3, 224, 224)."""
+    """As CLIP and BLIP: shorter side to 224 px (bicubic, antialiased), centre crop."""
     image = F.resize(image, CLIP_SIZE, interpolation=F.InterpolationMode.BICUBIC)
     return as_tensor(F.center_crop(image, CLIP_SIZE))
 
 
+def whole_pixels(image: Image.Image) -> Tensor:
+    """As the package hpsv2: longer side to 224 px, black bars beside the rest, nothing cropped.
+
+    The package resizes floats (bicubic, antialiased, not clamped); float32 (3, 224, 224), about 0 to
+    1.
+    """
+    pixels = as_tensor(image).float() / 255
+    scale = CLIP_SIZE / max(pixels.shape[1:])
+    height, width = (max(1, round(side * scale)) for side in pixels.shape[1:])
+    bicubic = F.InterpolationMode.BICUBIC
+    pixels = F.resize(pixels, [height, width], interpolation=bicubic, antialias=True)
+    top, left = (CLIP_SIZE - height) // 2, (CLIP_SIZE - width) // 2
+    return F.pad(pixels, [left, top, CLIP_SIZE - width - left, CLIP_SIZE - height - top])
+
+
+def whole_view(image: Image.Image) -> Tensor:
+    """`whole_pixels` as int16 (3, 224, 224), in steps of 1 / FIXED_POINT."""
+    return (whole_pixels(image) * FIXED_POINT).round().to(torch.int16)
+
+
 def clip_pixels(views: Tensor) -> Tensor:
-    """uint8 (B, 3, H, W) to float32 with CLIP's mean and standard deviation removed."""
+    """(B, 3, H, W), uint8 or int16 in steps of 1 / FIXED_POINT, to float32 with CLIP's mean and
+    standard deviation removed."""
     mean = torch.tensor(CLIP_MEAN, device=views.device).view(3, 1, 1)
     std = torch.tensor(CLIP_STD, device=views.device).view(3, 1, 1)
-    return (views.float() / 255 - mean) / std
+    pixels = views.float() / (FIXED_POINT if views.dtype == torch.int16 else 255)
+    return (pixels - mean) / std

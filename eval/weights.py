@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from sdpo.errors import UserError
 from sdpo.weights import first_line
 
@@ -95,6 +98,23 @@ class Weights:
         self._verify(path, wanted, part)
         return path
 
+    def pretrained(self, cls: Any, part: str) -> Any:
+        """`cls.from_pretrained` of a part that is a repository or directory.
+
+        Raises:
+            UserError: nothing of the kind there, or no network and no cache.
+        """
+        source = self.source(part)
+        try:
+            return cls.from_pretrained(source, cache_dir=self.cache_dir)
+        # OSError where files are missing, but ValueError and hub errors occur as well.
+        except Exception as error:
+            raise UserError(
+                f"{self.scorer}: cannot load {source} ({first_line(error)}); where the hub cannot "
+                f"be reached, put the files of {self.parts[part].source} into a directory and "
+                f"give {self.flag(part)}=DIR"
+            ) from error
+
     def _download(self, wanted: Part, name: str) -> Path:
         if wanted.hub:
             from huggingface_hub import hf_hub_download
@@ -131,6 +151,38 @@ def _identity(source: str) -> list[Any]:
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     return [str(path.resolve()), hashlib.sha256(repr(stats).encode()).hexdigest()]
+
+
+def read_tensors(path: Path, flag: str) -> Any:
+    """What a file of weights holds, on the CPU; never runs pickled code.
+
+    Raises:
+        UserError: missing, truncated, or not a file of tensors; names `flag`.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    # Truncated zips, pickles with code and foreign files each raise something else.
+    except Exception as error:
+        raise UserError(f"{flag}: cannot read weights from {path}: {first_line(error)}") from None
+
+
+def load_exactly(module: nn.Module, state: Any, where: str) -> None:
+    """Load a state dict; every name and every shape must fit.
+
+    Raises:
+        UserError: saying one thing that does not; begins with `where`.
+    """
+    try:
+        module.load_state_dict(state)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        detail = str(error).strip().splitlines()
+        raise UserError(
+            f"{where} does not fit: {detail[1 if len(detail) > 1 else 0].strip()}"
+        ) from None
 
 
 def file_sha256(path: Path) -> str:

@@ -11,8 +11,9 @@ import math
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
+from sdpo.cli import Parser, Replace
+from sdpo.data.flags import add_source_flags, check_source_flags
 from sdpo.errors import UserError, run_main
 from sdpo.families.names import FAMILY_FLAGS
 from sdpo.losses.names import method_names
@@ -30,39 +31,16 @@ LR_SCHEDULERS = (
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "mlflow", "all", "none")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:  # type: ignore[override]
-        # One sentence, as every other mistake; argparse would print the whole usage before it.
-        raise UserError(f"{message} (see --help)")
-
-
-class _Replace(argparse.Action):
-    """Of two flags that exclude each other the last one given counts, so that arguments added to a
-    recipe can replace its own."""
-
-    EXCLUDES = {  # noqa: RUF012
-        "dataset_name": "train_data_dir",
-        "train_data_dir": "dataset_name",
-        "max_train_steps": "num_train_epochs",
-        "num_train_epochs": "max_train_steps",
-    }
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
-        setattr(namespace, self.dest, values)
-        setattr(namespace, self.EXCLUDES[self.dest], None)
-
-
 # A switch that a recipe sets can be taken back with --no-NAME.
 _SWITCH = argparse.BooleanOptionalAction
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of train.py, in groups; flag names are those of the public Diffusion-DPO code."""
-    parser = _Parser(
-        prog="train.py",
-        description="Align a text-to-image UNet with preference pairs, with or without the "
+    parser = Parser(
+        "train.py",
+        "Align a text-to-image UNet with preference pairs, with or without the "
         "winner-preserving safeguard.",
-        allow_abbrev=False,
     )
     _add_model(parser.add_argument_group("model"))
     _add_data(parser.add_argument_group("data"))
@@ -96,31 +74,8 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_data(group: argparse._ArgumentGroup) -> None:
+    add_source_flags(group)
     add = group.add_argument
-    add(
-        "--dataset_name",
-        action=_Replace,
-        metavar="ID_OR_DIR",
-        help="preference pairs on the hub, e.g. yuvalkirstain/pickapic_v2, or a local directory; "
-        "of this and --train_data_dir the last one given counts",
-    )
-    add("--dataset_config_name", help="configuration of the dataset on the hub")
-    add(
-        "--train_data_dir",
-        action=_Replace,
-        metavar="DIR",
-        help="local pairs: parquet files in Pick-a-Pic's columns, or metadata.jsonl/metadata.csv "
-        "with caption, image_0, image_1, label_0",
-    )
-    add("--caption_column", default="caption", help="default: caption (a string or a list)")
-    add("--split", default="train", help="default: train")
-    add("--max_train_samples", type=int, metavar="N", help="use only N pairs, chosen by the seed")
-    add(
-        "--dreamlike_pairs_only",
-        action="store_true",
-        help="only pairs whose two images both come from a dreamlike model",
-    )
-    add("--streaming", action="store_true", help="read while training, download nothing ahead")
     add(
         "--max_bad_fraction",
         type=float,
@@ -128,7 +83,6 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
         metavar="F",
         help="stop once more than this share of pairs cannot be decoded (default: 0.01)",
     )
-    add("--cache_dir", metavar="DIR", help="where downloaded models and datasets are kept")
     add("--resolution", type=int, metavar="PX", help="default: 512, with --sdxl 1024")
     add("--random_crop", action="store_true", help="crop at random instead of at the centre")
     add("--no_hflip", action="store_true", help="no random horizontal flip")
@@ -188,14 +142,14 @@ def _add_optimisation(group: argparse._ArgumentGroup) -> None:
     add("--gradient_accumulation_steps", type=int, default=1, metavar="N", help="default: 1")
     add(
         "--num_train_epochs",
-        action=_Replace,
+        action=Replace,
         type=int,
         metavar="N",
         help="passes over the data, instead of --max_train_steps",
     )
     add(
         "--max_train_steps",
-        action=_Replace,
+        action=Replace,
         type=int,
         metavar="N",
         help="optimizer steps (default: 2000)",
@@ -289,8 +243,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.resolution = FAMILY_FLAGS["sdxl" if args.sdxl else "sd15"].resolution
     if args.train_method == "sft" and args.use_winner_preserving:
         raise UserError("--use_winner_preserving has no meaning with --train_method sft: no losers")
-    if args.dataset_name is None and args.train_data_dir is None:
-        raise UserError("the data is missing: give --dataset_name or --train_data_dir")
+    check_source_flags(args)
     _read_validation_prompts(args)
     check_model_location(args)
     check_data_location(args)
@@ -348,7 +301,6 @@ _PATHS = (
 )
 _POSITIVE_INTS = (
     "resolution",
-    "max_train_samples",
     "train_batch_size",
     "gradient_accumulation_steps",
     "num_train_epochs",

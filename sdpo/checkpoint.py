@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 UNET_FILE = "unet.pth"
 OPTIMIZER_FILE = "optimizer.pt"
 # A checkpoint made under other values of these is of another run.
-SAME_RUN = ("train_method", "sdxl", "seed", "use_adafactor", "streaming")
+SAME_RUN = ("train_method", "sdxl", "seed", "use_adafactor", "streaming", "choice_model")
 
 
 @dataclass(frozen=True)

@@ -22,14 +22,14 @@ def check_model_location(args: argparse.Namespace) -> None:
     Raises:
         UserError: otherwise. Hub ids are checked when their config arrives.
     """
-    _check_component_dir(
+    check_component_dir(
         args.pretrained_model_name_or_path, "--pretrained_model_name_or_path", "unet/config.json"
     )
     base = Path(args.pretrained_model_name_or_path)
     if base.is_dir():
         check_family(read_config(base / "unet/config.json"), args.sdxl, str(base))
     if args.pretrained_vae_model_name_or_path:
-        _check_component_dir(
+        check_component_dir(
             args.pretrained_vae_model_name_or_path,
             "--pretrained_vae_model_name_or_path",
             "config.json",
@@ -41,7 +41,12 @@ def check_model_location(args: argparse.Namespace) -> None:
             raise UserError(f"--unet_init: there is no file or directory {args.unet_init}")
 
 
-def _check_component_dir(name: str, flag: str, needed: str) -> None:
+def check_component_dir(name: str, flag: str, needed: str) -> None:
+    """A "hub id or directory" value that is a path must be a directory that holds `needed`.
+
+    Raises:
+        UserError: naming the flag.
+    """
     path = Path(name)
     if path.is_dir():
         if not (path / needed).is_file():

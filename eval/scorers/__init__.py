@@ -1,5 +1,5 @@
-"""Scorers, one file each: a file `NAME.py` in this folder that defines `class Scorer` (a subclass of
-`eval.scorer.BaseScorer`) makes NAME a value of `--scorers`. Nothing else needs to know of it.
+"""Scorers, one file each: a file `NAME.py` in this folder that defines `class Scorer` (a subclass
+of `eval.scorer.BaseScorer`) makes NAME a value of `--scorers`. Nothing else needs to know of it.
 """
 
 from __future__ import annotations

@@ -129,7 +129,7 @@ class PairDataset(torch.utils.data.Dataset):
         seed, epoch, position = key
         index = int(epoch_permutation(len(self), seed, epoch)[position])
         for attempt in count(1):
-            yield int(self.source.origin[index]), self.source.rows[index]
+            yield int(self.source.origin[index]), self.source.row(index)
             index = integer(len(self), *key, "replacement", attempt)
 
 

@@ -38,16 +38,23 @@ class Columns:
 class PairSource:
     """Decided pairs: `rows` is a `datasets` object whose images are not decoded.
 
-    `origin[i]` is the row of the dataset as it was given; None while streaming.
+    `origin[i]` is the row of the dataset as it was given; None while streaming. `labels[i]`, where
+    it is given, takes the place of the row's label_0.
     """
 
     rows: datasets.Dataset | datasets.IterableDataset
     columns: Columns
     base: Path | None
     origin: Any = None
+    labels: Any = None
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def row(self, index: int) -> dict[str, Any]:
+        """One pair, undecoded."""
+        row = self.rows[index]
+        return row if self.labels is None else {**row, LABEL: float(self.labels[index])}
 
 
 def open_pairs(args: argparse.Namespace) -> PairSource:

@@ -57,6 +57,13 @@ class Conditioning:
             {k: v.repeat(times, *[1] * (v.ndim - 1)) for k, v in self.added.items()},
         )
 
+    def followed_by(self, other: Conditioning) -> Conditioning:
+        """These B conditions, then the other's, as one batch."""
+        return Conditioning(
+            torch.cat([self.hidden, other.hidden]),
+            {k: torch.cat([v, other.added[k]]) for k, v in self.added.items()},
+        )
+
     def unet_kwargs(self) -> dict[str, Any]:
         """Keyword arguments of `UNet2DConditionModel.forward`."""
         kwargs: dict[str, Any] = {"encoder_hidden_states": self.hidden}
@@ -67,13 +74,16 @@ class Conditioning:
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a run's models come from; the same words as train.py's flags."""
+    """Where a run's models come from; the same words as train.py's flags.
+
+    `unet_flag` is the flag that `unet_init` came from, for messages."""
 
     base: str
     vae: str | None = None
     revision: str | None = None
     unet_init: str | None = None
     cache_dir: str | None = None
+    unet_flag: str = "--unet_init"
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> ModelSource:
@@ -128,17 +138,17 @@ class Family(ABC):
         from diffusers import UNet2DConditionModel
 
         config = self.load_unet_config(source)
-        init = source.unet_init
+        init, flag = source.unet_init, source.unet_flag
         if init is None:
             return self._unet_from_pretrained(BASE_FLAG, source.base, "unet", source)
         if is_weights_file(init):
             unet = UNet2DConditionModel.from_config(config)
-            load_strictly(unet, read_state_dict(Path(init)), f"--unet_init {init}")
+            load_strictly(unet, read_state_dict(Path(init)), f"{flag} {init}")
             return unet
         plain = (Path(init) / "config.json").is_file()
         subfolder = None if plain else "unet"
-        unet = self._unet_from_pretrained("--unet_init", init, subfolder, source)
-        check_family(dict(unet.config), self.sdxl, f"--unet_init {init}")
+        unet = self._unet_from_pretrained(flag, init, subfolder, source)
+        check_family(dict(unet.config), self.sdxl, f"{flag} {init}")
         return unet
 
     def _unet_from_pretrained(

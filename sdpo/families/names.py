@@ -9,11 +9,21 @@ class _Flag(NamedTuple):
     label: str
     advice: str
     resolution: int  # pixels, where --resolution is not given
+    base: str  # what evaluation takes where no base is given, and its VAE
+    vae: str | None
 
 
 FAMILY_FLAGS = {
-    "sd15": _Flag("SD1.5", "leave --sdxl out", 512),
-    "sdxl": _Flag("SDXL", "add --sdxl", 1024),
+    "sd15": _Flag(
+        "SD1.5", "leave --sdxl out", 512, "stable-diffusion-v1-5/stable-diffusion-v1-5", None
+    ),
+    "sdxl": _Flag(
+        "SDXL",
+        "add --sdxl",
+        1024,
+        "stabilityai/stable-diffusion-xl-base-1.0",
+        "madebyollin/sdxl-vae-fp16-fix",
+    ),
 }
 
 

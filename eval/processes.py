@@ -1,0 +1,26 @@
+"""The process's device and its place among the others."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+# Processes may have to wait while one downloads, or while another finishes its share.
+WAIT_LIMIT = timedelta(hours=12)
+
+
+def start() -> Accelerator:
+    """The accelerator: the launcher's processes, or this one alone on the best device there is."""
+    import logging
+
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
+
+    from sdpo.runlog import quieten_libraries
+
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    quieten_libraries()
+    return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT_LIMIT)])

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Label pairs by a scorer ahead of training (train.py --choice_model does it too where it was not).
+# bash scripts/data/relabel.sh --choice_model pickscore --dataset_name yuvalkirstain/pickapic_v2 ...
+set -euo pipefail
+source "$(dirname "$0")/../_env.sh"
+source "$(dirname "$0")/../_launch.sh"
+install_requirements requirements.txt
+launch eval/relabel.py "$@"

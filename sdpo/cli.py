@@ -1,0 +1,44 @@
+"""Command lines whose mistakes are one sentence, as every other mistake."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from sdpo.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """An `ArgumentParser` without abbreviations, whose errors are `UserError`s."""
+
+    def __init__(self, prog: str, description: str | None) -> None:
+        super().__init__(
+            prog=prog,
+            description=description,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        """Instead of the usage and an exit: one sentence.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(f"{message} (see --help)")
+
+
+class Replace(argparse.Action):
+    """Of two flags that exclude each other the last one given counts, so that arguments added to a
+    recipe can replace its own."""
+
+    EXCLUDES = {  # noqa: RUF012
+        "dataset_name": "train_data_dir",
+        "train_data_dir": "dataset_name",
+        "max_train_steps": "num_train_epochs",
+        "num_train_epochs": "max_train_steps",
+    }
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        setattr(namespace, self.dest, values)
+        setattr(namespace, self.EXCLUDES[self.dest], None)
