@@ -82,7 +82,12 @@ def read_suites(args: argparse.Namespace, accelerator: Accelerator) -> list[Suit
     from prompts.build import ensure
 
     with accelerator.local_main_process_first():
-        ensure([s for s in args.suites if s in KNOWN_SUITES], source=args.prompt_source)
+        ensure(
+            args.suites,
+            source=args.prompt_source,
+            cache_dir=args.cache_dir,
+            source_flag="--prompt_source",
+        )
     suites = [read_suite(name) for name in args.suites]
     return [Suite(s.name, s.prompts[: args.limit]) for s in suites] if args.limit else suites
 

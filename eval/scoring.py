@@ -151,7 +151,7 @@ def decode(
     workers: int,
     accelerator: Accelerator,
 ) -> dict[Callable[[Image.Image], Tensor], np.ndarray]:
-    """Every kind of view of every item, uint8 (items, 3, H, W) in a temporary file.
+    """Every kind of view of every item, (items, 3, H, W) in a temporary file.
 
     Raises:
         UserError: an image cannot be decoded; names manifest, row and file.
@@ -182,15 +182,15 @@ def decode(
         for place, each in enumerate(found):
             for kind, pixels in each.items():
                 if kind not in views:
-                    views[kind] = _room((len(items), *pixels.shape))
+                    views[kind] = _room((len(items), *pixels.shape), pixels.dtype)
                 views[kind][place] = pixels
     # A process without items of its own still takes part in the others' exchanges.
     return views or {kind: np.empty((0, 3, 1, 1), np.uint8) for kind in kinds}
 
 
-def _room(shape: tuple[int, ...]) -> np.ndarray:
+def _room(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     with tempfile.TemporaryFile(prefix="sdpo-views-") as file:
-        return np.memmap(file, np.uint8, "w+", shape=shape)
+        return np.memmap(file, dtype, "w+", shape=shape)
 
 
 class _Run:

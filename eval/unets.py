@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdpo.checkpoint_paths import latest_checkpoint
-from sdpo.errors import UserError
+from sdpo.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from torch import nn
@@ -73,8 +73,6 @@ def locate_unet(name: str, cache_dir: str | None) -> str | None:
     if match is None or Path(name).is_file():
         return name
     from huggingface_hub import hf_hub_download
-
-    from sdpo.weights import first_line
 
     repo, file = match.groups()
     try:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import re
+import textwrap
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sdpo.errors import UserError
-from sdpo.weights import first_line
+from sdpo.errors import UserError, first_line
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -164,25 +165,28 @@ def read_tensors(path: Path, flag: str) -> Any:
             from safetensors.torch import load_file
 
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        # Mapped where the format allows it, so that a large file is in memory once.
+        mapped = zipfile.is_zipfile(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     # Truncated zips, pickles with code and foreign files each raise something else.
     except Exception as error:
         raise UserError(f"{flag}: cannot read weights from {path}: {first_line(error)}") from None
 
 
 def load_exactly(module: nn.Module, state: Any, where: str) -> None:
-    """Load a state dict; every name and every shape must fit.
+    """Load a state dict; every name and every shape must fit. The module may be on meta: it takes
+    over the tensors themselves.
 
     Raises:
         UserError: saying one thing that does not; begins with `where`.
     """
     try:
-        module.load_state_dict(state)
+        module.load_state_dict(state, assign=True)
     except (RuntimeError, TypeError, AttributeError) as error:
         detail = str(error).strip().splitlines()
-        raise UserError(
-            f"{where} does not fit: {detail[1 if len(detail) > 1 else 0].strip()}"
-        ) from None
+        # One line can name a thousand weights.
+        reason = textwrap.shorten(detail[1 if len(detail) > 1 else 0], 200, placeholder=" ...")
+        raise UserError(f"{where} does not fit: {reason}") from None
 
 
 def file_sha256(path: Path) -> str:

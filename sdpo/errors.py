@@ -12,6 +12,11 @@ class UserError(Exception):
     """Something the user can put right; the message names what is wrong and what would be right."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, for use inside one sentence."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def run_main(main: Callable[[], int | None], program: str) -> None:
     """Run `main` and exit; a `UserError` becomes one line on stderr and exit code 2."""
     try:

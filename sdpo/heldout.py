@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdpo.checkpoint_paths import list_checkpoints, step_of
+from sdpo.cli import Parser
 from sdpo.errors import UserError, run_main
 from sdpo.files import write_text
 
@@ -37,7 +38,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     Raises:
         UserError: on a run that is not there or holds no checkpoint.
     """
-    parser = argparse.ArgumentParser(prog="python -m sdpo.heldout", description=__doc__)
+    parser = Parser("python -m sdpo.heldout", __doc__)
     add = parser.add_argument
     add("run", type=Path, help="--output_dir of a run")
     add("--dataset_name", help="held-out pairs on the hub (default: the run's own data)")

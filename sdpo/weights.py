@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdpo.errors import UserError
+from sdpo.errors import UserError, first_line
 
 PICKLE_SUFFIXES = {".pth", ".pt", ".bin"}
 
@@ -56,11 +56,6 @@ def load_strictly(unet: nn.Module, state: dict[str, Tensor], where: str) -> None
 def is_weights_file(name: str) -> bool:
     """Whether a name means one file of weights (rather than a directory or a hub id)."""
     return Path(name).suffix in PICKLE_SUFFIXES | {".safetensors"}
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, for use inside one sentence."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def from_pretrained(cls: Any, flag: str, name: str, **kwargs: Any) -> Any:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdpo.data.local import find_local_files
-from sdpo.errors import UserError
+from sdpo.errors import UserError, first_line
 from sdpo.randomness import generator
 
 if TYPE_CHECKING:
@@ -97,13 +97,9 @@ def _load(args: argparse.Namespace) -> tuple[Any, Path | None]:
     # Hub and file errors come in many classes; all of them mean that the pairs are not there.
     except Exception as error:
         raise UserError(
-            f"{flag}: cannot open {name} ({type(error).__name__}: {_first_line(error)}); give a "
+            f"{flag}: cannot open {name} ({type(error).__name__}: {first_line(error)}); give a "
             "dataset that this machine can reach, or a local directory with --train_data_dir"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or ["no detail"])[0]
 
 
 def _find_columns(rows: Any, args: argparse.Namespace) -> Columns:

@@ -11,10 +11,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from sdpo.errors import UserError
+from sdpo.errors import UserError, first_line
 from sdpo.preflight import check_family
 from sdpo.weights import (
-    first_line,
     from_pretrained,
     is_weights_file,
     load_strictly,

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sdpo.cli import Parser
 from sdpo.errors import UserError, run_main
 from sdpo.files import write_json
 from sdpo.heldout import read_heldout
@@ -63,7 +64,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     Raises:
         UserError: on a value out of range.
     """
-    parser = argparse.ArgumentParser(prog="quickstart", description=__doc__)
+    parser = Parser("quickstart", __doc__)
     add = parser.add_argument
     add("--out", type=Path, default=Path("output/quickstart"), help="default: output/quickstart")
     add("--method", choices=sorted(RECIPES), default="diffusion-dpo", help="default: diffusion-dpo")

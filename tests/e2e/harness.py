@@ -1,4 +1,5 @@
-"""Running train.py: in this process, in a forked one that can be killed, or as a program."""
+"""Running the project's programs: in this process, in a forked one that can be killed, or as
+programs."""
 
 from __future__ import annotations
 
@@ -11,8 +12,10 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -105,16 +108,20 @@ def _reset_accelerate() -> None:
     GradientState._reset_state()
 
 
-def train_here(argv: list[str]) -> int:
-    """`train.py ARGV` in this process; returns its exit code, raises its `UserError`."""
-    import train
+def _main_of(name: str) -> Callable[[], int]:
+    """`main` of a program named by its path, e.g. "eval/score.py"."""
+    return import_module(name.removesuffix(".py").replace("/", ".")).main
 
+
+def run_here(name: str, argv: Sequence[Any]) -> int:
+    """A program in this process; returns its exit code, raises its `UserError`."""
+    main = _main_of(name)
     before = {number: signal.getsignal(number) for number in SIGNALS}
-    saved_argv, sys.argv = sys.argv, ["train.py", *argv]
+    saved_argv, sys.argv = sys.argv, [Path(name).name, *map(str, argv)]
     _reset_accelerate()
     try:
         with redirect_stderr(io.StringIO()):
-            return train.main()
+            return main()
     finally:
         sys.argv = saved_argv
         _reset_accelerate()
@@ -128,7 +135,7 @@ _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload([f"{__package__}.preload"])
 
 
-def _child(argv: list[str], environment: dict[str, str], stderr: str) -> None:
+def _child(name: str, argv: list[str], environment: dict[str, str], stderr: str) -> None:
     from sdpo.errors import run_main
 
     # A group of its own, so that a kill takes data workers along; they are forked, as they are
@@ -140,20 +147,25 @@ def _child(argv: list[str], environment: dict[str, str], stderr: str) -> None:
     with open(stderr, "wb", buffering=0) as file:
         os.dup2(file.fileno(), 2)
         os.dup2(file.fileno(), 1)
-    sys.argv = ["train.py", *argv]
+    sys.argv = [Path(name).name, *argv]
     for number in SIGNALS:
         signal.signal(number, signal.default_int_handler if number == 2 else signal.SIG_DFL)
-    import train
-
-    run_main(train.main, "train.py")
+    run_main(_main_of(name), Path(name).name)
 
 
 class Forked:
-    """`train.py ARGV` in a process of its own."""
+    """A program, by default train.py, in a process of its own."""
 
-    def __init__(self, argv: list[str], stderr: Path, environment: dict[str, str] | None = None):
-        self.stderr_file = stderr
-        self.process = _FORKS.Process(target=_child, args=(argv, environment or {}, str(stderr)))
+    def __init__(
+        self,
+        argv: Sequence[Any],
+        stderr: Path,
+        environment: dict[str, str] | None = None,
+        name: str = "train.py",
+    ):
+        self.name, self.stderr_file = name, stderr
+        arguments = (name, [str(a) for a in argv], environment or {}, str(stderr))
+        self.process = _FORKS.Process(target=_child, args=arguments)
         self.process.start()
 
     def wait(self) -> int:
@@ -161,7 +173,7 @@ class Forked:
         self.process.join(240)
         if self.process.exitcode is None:
             self.kill()
-            raise AssertionError(f"train.py did not end:\n{self.stderr}")
+            raise AssertionError(f"{self.name} did not end:\n{self.stderr}")
         return self.process.exitcode
 
     def kill(self) -> None:
@@ -188,6 +200,23 @@ class Forked:
     @property
     def stderr(self) -> str:
         return self.stderr_file.read_text()
+
+
+def rank_environments(count: int) -> list[dict[str, str]]:
+    """What a launcher tells each of `count` processes on this machine."""
+    port = str(free_port())
+    return [
+        {
+            "ACCELERATE_USE_CPU": "true",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "WORLD_SIZE": str(count),
+            "LOCAL_WORLD_SIZE": str(count),
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+        }
+        for rank in range(count)
+    ]
 
 
 def free_port() -> int:
@@ -228,7 +257,7 @@ class Trainer:
 
     def __call__(self, out: Path, **flags: Any) -> Run:
         """Train in this process, to the end."""
-        assert train_here(self.argv(out, **flags)) == 0
+        assert run_here("train.py", self.argv(out, **flags)) == 0
         return Run(out)
 
     def fork(self, out: Path, environment: dict[str, str] | None = None, **flags: Any) -> Forked:
@@ -239,18 +268,8 @@ class Trainer:
 
     def start_processes(self, out: Path | list[Path], count: int, **flags: Any) -> list[Forked]:
         """Start training in `count` processes, as a launcher does; a list gives each its `out`."""
-        port = str(free_port())
         ranks = []
-        for rank in range(count):
-            environment = {
-                "ACCELERATE_USE_CPU": "true",
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port,
-                "WORLD_SIZE": str(count),
-                "LOCAL_WORLD_SIZE": str(count),
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-            }
+        for rank, environment in enumerate(rank_environments(count)):
             own = out[rank] if isinstance(out, list) else out
             ranks.append(self.fork(own, environment, **flags))
         return ranks
@@ -274,10 +293,10 @@ class Trainer:
         return last_sentence(fork.stderr)
 
 
-def last_sentence(stderr: str) -> str:
-    """The last line of `stderr`, checked to be train.py's sentence."""
+def last_sentence(stderr: str, name: str = "train.py") -> str:
+    """The last line of `stderr`, checked to be a program's sentence."""
     assert "Traceback" not in stderr, stderr
     line = stderr.strip().splitlines()[-1]
     # A progress bar may stand before it on a line of its own, ended by its own newline.
-    assert line.startswith("train.py: error: "), stderr
+    assert line.startswith(f"{name}: error: "), stderr
     return line
