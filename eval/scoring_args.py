@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from sdpo.errors import UserError
 if TYPE_CHECKING:
     from eval.scoring import ScoreOptions
 
+HUB_ID = r"[\w-][\w.-]*/[\w.-]+"
 PRECISION_NAMES = ("auto", "no", "fp16", "bf16")
 
 
@@ -109,8 +111,7 @@ def parse_weights(given: list[str], flag: str) -> dict[str, str]:
                 f"({' '.join(known)})"
             )
         local = Path(os.path.expanduser(path))
-        # ORG/NAME may be a hub id; anything else is a path.
-        if not local.exists() and (path.startswith((".", "~")) or path.count("/") != 1):
+        if not local.exists() and not re.fullmatch(HUB_ID, path):
             raise UserError(f"{flag} {name}: there is no file or directory {path}")
         weights[name] = str(local) if local.exists() else path
     return weights

@@ -1,6 +1,6 @@
 """From an image file to what scorers take: decoded once, resized as their own packages do.
 
-Views are 8 bits a value where the package resizes 8-bit images, so that nothing is lost, and 16 bits
+Views have 8 bits a value where the package resizes 8-bit images, so that nothing is lost, and 16
 where it resizes floats; a suite of views fits in memory.
 """
 
@@ -33,8 +33,7 @@ def clip_view(image: Image.Image) -> Tensor:
 def whole_pixels(image: Image.Image) -> Tensor:
     """As the package hpsv2: longer side to 224 px, black bars beside the rest, nothing cropped.
 
-    The package resizes floats (bicubic, antialiased, not clamped); float32 (3, 224, 224), about 0 to
-    1.
+    It resizes floats (bicubic, antialiased, not clamped): float32 (3, 224, 224), about 0 to 1.
     """
     pixels = as_tensor(image).float() / 255
     scale = CLIP_SIZE / max(pixels.shape[1:])

@@ -7,6 +7,7 @@ the hub, in the name under which its client keeps them.
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 import textwrap
 import zipfile
@@ -19,6 +20,7 @@ from torch import nn
 
 from sdpo.errors import UserError, first_line
 
+log = logging.getLogger(__name__)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -28,12 +30,14 @@ class Part:
 
     `hub` is a repository id; with `file` the part is that one file of it, else the repository as a
     whole (what `from_pretrained` takes). `url` is where a file that is not on the hub can be had.
+    A part that lies `beside` another is looked for there where a user has given only that other.
     """
 
     hub: str | None = None
     file: str | None = None
     sha256: str | None = None
     url: str | None = None
+    beside: str | None = None
 
     @property
     def source(self) -> str:
@@ -87,6 +91,16 @@ class Weights:
             path = Path(given) / name if Path(given).is_dir() else Path(given)
             if not path.is_file():
                 raise UserError(f"{self.flag(part)}: there is no file {path}")
+            if wanted.sha256 and file_sha256(path) != wanted.sha256:
+                log.warning("%s: %s is not the published file", self.flag(part), path)
+            return path
+        if wanted.beside in self.overrides:
+            path = self.file(wanted.beside).with_name(name)
+            if not path.is_file():
+                raise UserError(
+                    f"{self.flag(wanted.beside)}: there is no {name} in {path.parent}; download it "
+                    f"from {wanted.hub} too, or give {self.flag(part)}=PATH"
+                )
             return path
         try:
             path = self._download(wanted, name)
@@ -142,7 +156,13 @@ class Weights:
     def identity(self) -> dict[str, Any]:
         """What tells these weights from others, without reading them: sources, and for local
         files their size and time of change."""
-        return {part: _identity(self.source(part)) for part in sorted(self.parts)}
+        return {part: _identity(self._place(part)) for part in sorted(self.parts)}
+
+    def _place(self, part: str) -> str:
+        beside = self.parts[part].beside
+        if part not in self.overrides and beside in self.overrides:
+            return str(self.file(part))
+        return self.source(part)
 
 
 def _identity(source: str) -> list[Any]:

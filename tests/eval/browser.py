@@ -1,0 +1,88 @@
+"""A headless browser for tests of pages; skips where there is none."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+DRIVER = shutil.which("chromedriver")
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
+    "--disable-background-networking --disable-component-update --disable-dev-shm-usage"
+)
+
+
+def start_browser(profile: Path) -> Any:
+    """A browser that logs its console and every request; nothing is downloaded for it."""
+    if not BROWSER or not DRIVER:
+        pytest.skip("needs chromium and chromedriver")
+    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER
+    for flag in [*FLAGS.split(), f"--user-data-dir={profile}"]:
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    return webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+
+
+class Page:
+    """What the tests look at and do."""
+
+    def __init__(self, driver: Any, path: Path) -> None:
+        self.driver = driver
+        self.driver.get_log("browser"), self.driver.get_log("performance")
+        self.device()
+        self.driver.get(path.as_uri())
+
+    def device(self, width: int = 1280, dark: bool = False) -> None:
+        size = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 700}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        # Without reduced motion the page would still be scrolling when it is clicked.
+        media = {"color-scheme": "dark" if dark else "light", "reduced-motion": "reduce"}
+        features = [{"name": f"prefers-{name}", "value": value} for name, value in media.items()]
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+
+    def js(self, code: str, *arguments: Any) -> Any:
+        return self.driver.execute_script(code, *arguments)
+
+    def one(self, selector: str) -> Any:
+        return self.driver.find_element("css selector", selector)
+
+    def texts(self, selector: str) -> list[str]:
+        found = "return [...document.querySelectorAll(arguments[0])]"
+        return self.js(f"{found}.map(e => e.textContent)", selector)
+
+    def set(self, name: str, value: str) -> None:
+        """Set a field of the filters as a user does: its events follow."""
+        self.js(
+            "const field = document.getElementById(arguments[0]); field.value = arguments[1];"
+            "for (const kind of ['input', 'change'])"
+            "  field.dispatchEvent(new Event(kind, {bubbles: true}));",
+            name,
+            value,
+        )
+
+    def press(self, keys: str, selector: str = "body") -> None:
+        self.one(selector).send_keys(keys)
+
+    @property
+    def prompt(self) -> str:
+        return self.js("return document.getElementById('prompt').textContent")
+
+    @property
+    def count(self) -> str:
+        return self.one("#count").text
+
+    def console(self) -> list[str]:
+        return [entry["message"] for entry in self.driver.get_log("browser")]
+
+    def requests(self) -> set[str]:
+        """The URLs asked for since the page was opened."""
+        events = [json.loads(e["message"])["message"] for e in self.driver.get_log("performance")]
+        sent = (e["params"] for e in events if e["method"] == "Network.requestWillBeSent")
+        return {params["request"]["url"] for params in sent}
