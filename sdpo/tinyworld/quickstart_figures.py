@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib
 
@@ -12,28 +12,26 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from eval.manifest import read_manifest
+from eval.scores import read_scores
 from sdpo.heldout import read_heldout
 from sdpo.runlog import METRICS_FILE, read_metrics
+from sdpo.tinyworld.quickstart import LABELS
 
-if TYPE_CHECKING:
-    from PIL import Image
-
-    from sdpo.tinyworld.oracle import OracleScore
-
-LABELS = {"plain": "without safeguard", "safeguard": "with safeguard"}
 COLOURS = {"plain": "#c8442b", "safeguard": "#2a6fbb"}
 SMOOTHING = 10  # optimizer steps
 
 
-def rows_of(out: Path, scores: dict[str, OracleScore]) -> list[dict[str, Any]]:
-    """One row a model: held-out drift at the last checkpoint, oracle scores, training seconds."""
+def rows_of(out: Path, manifests: dict[str, Path]) -> list[dict[str, Any]]:
+    """One row a model: held-out drift at the last checkpoint, mean oracle score with its standard
+    error, training seconds."""
     rows = []
-    for name, score in scores.items():
+    for name, path in manifests.items():
+        scores = read_scores(read_manifest(path)).columns["oracle"]
         row: dict[str, Any] = {
             "model": name,
-            "oracle": score.score,
-            "follows": score.follows,
-            "clean": score.clean,
+            "oracle": float(scores.mean()),
+            "oracle_se": float(scores.std(ddof=1) / len(scores) ** 0.5) if len(scores) > 1 else 0.0,
         }
         if name in LABELS:
             last = read_heldout(out / name)[-1]
@@ -60,7 +58,7 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
             f"{row['winner_drift_percent']:+.1f} %" if trained else "-",
             f"{row['loser_drift_percent']:+.1f} %" if trained else "-",
             f"{row['implicit_acc']:.2f}" if trained else "-",
-            f"{row['oracle']:.3f}",
+            f"{row['oracle']:.3f} ± {row['oracle_se']:.3f}",
             f"{row['seconds']:.0f}" if trained else "-",
         ]
         print(" ".join(f"{c:>18}" for c in cells))
@@ -98,17 +96,17 @@ def draw_curves(out: Path, path: Path, method: str) -> None:
     _save(figure, path)
 
 
-def draw_samples(
-    images: dict[str, list[Image.Image]], prompts: Sequence[str], path: Path, columns: int = 8
-) -> None:
+def draw_samples(manifests: dict[str, Path], path: Path, columns: int = 8) -> None:
     """The same prompts and noises, a row for each model."""
+    read = {name: read_manifest(manifest).entries for name, manifest in manifests.items()}
+    prompts = [entry.prompt for entry in next(iter(read.values()))]
     columns = min(columns, len(prompts))
-    size = (1.55 * columns, 1.65 * len(images) + 0.5)
-    figure, axes = plt.subplots(len(images), columns, figsize=size, squeeze=False)
-    for row, (name, found) in enumerate(images.items()):
+    size = (1.55 * columns, 1.65 * len(read) + 0.5)
+    figure, axes = plt.subplots(len(read), columns, figsize=size, squeeze=False)
+    for row, (name, entries) in enumerate(read.items()):
         for column in range(columns):
             axis = axes[row, column]
-            axis.imshow(found[column], interpolation="nearest")
+            axis.imshow(plt.imread(entries[column].image), interpolation="nearest")
             axis.set_xticks([])
             axis.set_yticks([])
             if row == 0:

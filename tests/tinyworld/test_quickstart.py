@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 
@@ -61,14 +62,33 @@ def test_summary_says_what_was_measured(quickstart):
             assert rows[name][key] == heldout[-1][key]
         assert f"{rows[name]['winner_drift_percent']:+.1f} %" in text
         assert f"{rows[name]['oracle']:.3f}" in text
-    for row in rows.values():
-        assert 0 < row["clean"] <= 1
-        assert 0 <= row["oracle"] <= row["follows"] <= 1
+    for name, row in rows.items():
+        (path,) = (out / "eval" / name).glob("*_scores.json")
+        scores = [image["oracle"] for image in json.loads(path.read_text())["scores"]]
+        assert len(scores) == 5
+        assert row["oracle"] == pytest.approx(statistics.mean(scores))
+        assert row["oracle_se"] == pytest.approx(statistics.stdev(scores) / 5**0.5)
+
+
+def test_models_are_compared_on_the_same_prompts_and_noises(quickstart):
+    text, out = quickstart
+    report = (out / "compare" / "report.html").read_text()
+    for word in ("base", "without safeguard", "with safeguard", "a red circle"):
+        assert word in report
+    manifests = [
+        json.loads(next((out / "eval" / name).glob("*_diffusers.json")).read_text())
+        for name in ("base", "plain", "safeguard")
+    ]
+    assert len({json.dumps([row["prompt"] for row in m]) for m in manifests}) == 1
+    assert len({json.dumps([row["metadata"]["seed"] for row in m]) for m in manifests}) == 1
+    assert len({m[0]["metadata"]["unet_sha256"] for m in manifests}) == 3
+    assert json.loads((out / "eval" / "summary.json").read_text())["rows"][0]["scorer"] == "oracle"
 
 
 def test_pictures_and_the_line_that_says_where_they_are(quickstart):
     text, out = quickstart
     last = text.strip().splitlines()[-1]
+    assert str(out / "compare" / "report.html") in last
     for name in ("curves.png", "samples.png"):
         assert str(out / name) in last
         with Image.open(out / name) as image:
@@ -97,6 +117,7 @@ def test_the_same_command_again_changes_nothing(repo, quickstart):
         (["--learning_rate", "0"], "--learning_rate must be"),
         (["--learning_rate", "1e-3"], "--learning_rate 5e-05"),
         (["--method", "sft"], "--method"),
+        (["--prompts", "129"], "--prompts"),
     ],
 )
 def test_mistakes(repo, quickstart, flags, said):
