@@ -30,16 +30,23 @@ class Row:
 
 
 def summarise(tables: Sequence[ScoreTable], scorers: Sequence[str]) -> list[Row]:
-    """A row per suite and scorer; where there are several suites, one more over all images."""
+    """A row per suite and scorer; where there are several suites, one more over all images.
+
+    Where one suite occurs more than once the manifests are of several models: their folders' names
+    are added, and there is no row over all.
+    """
+    names = [suite_of(table) for table in tables]
+    several_models = len(set(names)) < len(names)
+    if several_models:
+        folders = [table.manifest.path.resolve().parent.name for table in tables]
+        names = [f"{folder}/{name}" for folder, name in zip(folders, names, strict=True)]
     rows = []
-    for name in scorers:
-        values = [table.columns[name] for table in tables]
-        label = tables[0].about[name]["label"]
-        rows += [
-            _row(suite_of(table), name, label, v) for table, v in zip(tables, values, strict=True)
-        ]
-        if len(tables) > 1:
-            rows.append(_row(ALL, name, label, np.concatenate(values)))
+    for scorer in scorers:
+        values = [table.columns[scorer] for table in tables]
+        label = tables[0].about[scorer]["label"]
+        rows += [_row(n, scorer, label, v) for n, v in zip(names, values, strict=True)]
+        if len(tables) > 1 and not several_models:
+            rows.append(_row(ALL, scorer, label, np.concatenate(values)))
     return rows
 
 

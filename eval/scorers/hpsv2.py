@@ -96,8 +96,9 @@ def build_clip(config: dict[str, Any], state: dict[str, Tensor], where: str) -> 
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise UserError(f"{where}: {CONFIG_FILE} describes no CLIP: {first_line(error)}") from None
     load_exactly(model, state, where)
-    # A constant that is not among the weights: a token attends to those before it and itself.
-    model.attn_mask = torch.full(model.attn_mask.shape, float("-inf")).triu(1)
+    if model.attn_mask is not None:
+        # A constant that is not among the weights: tokens attend to themselves and those before.
+        model.attn_mask = torch.full(model.attn_mask.shape, float("-inf")).triu(1)
     return model
 
 
@@ -110,9 +111,12 @@ def _published_config() -> dict[str, Any]:
 def _read_config(path: Path, flag: str) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))["model_cfg"]
-        config["vision_cfg"].keys(), config["text_cfg"].keys()
+        config["vision_cfg"].keys()
+        foreign = [name for name in config["text_cfg"] if name.startswith("hf_")]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(
             f"{flag}: {path} is not open_clip's: it needs a model_cfg with vision_cfg and text_cfg"
         ) from None
+    if foreign:
+        raise UserError(f"{flag}: {path} has {foreign[0]}; only CLIP's own text encoder is known")
     return config

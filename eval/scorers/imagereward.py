@@ -111,6 +111,14 @@ def load_tokenizer(weights: Weights) -> BertTokenizer:
     from transformers import BertTokenizer
 
     tokenizer = weights.pretrained(BertTokenizer, "tokenizer")
+    # Where it finds no vocabulary the library makes one of the special tokens, without a word.
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        source = weights.source("tokenizer")
+        raise UserError(
+            f"imagereward: cannot load {source}: no vocabulary there, or not to be reached; put "
+            f"the files of {weights.parts['tokenizer'].source} into a directory and give "
+            f"{weights.flag('tokenizer')}=DIR"
+        )
     # In this order: it decides their ids.
     tokenizer.add_special_tokens({"bos_token": "[DEC]"})
     tokenizer.add_special_tokens({"additional_special_tokens": ["[ENC]"]})
@@ -178,7 +186,7 @@ def build_text(
             **{name: config[name] for name in known},
             pad_token_id=config.get("pad_token_id", 0),
             encoder_hidden_size=image_width,
-            is_decoder=True,  # so much as: with cross attention
+            is_decoder=True,  # its word for: with cross attention
         )
         with torch.device("meta"):
             model = BlipTextModel(text_config, add_pooling_layer=False)

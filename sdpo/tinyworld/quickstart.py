@@ -248,7 +248,8 @@ def score(manifests: dict[str, Path], outdir: Path) -> None:
 
 def compare(manifests: dict[str, Path], outdir: Path) -> None:
     """Win rates of every model over every other, and report.html, by eval/compare.py."""
-    named = [f"{LABELS.get(name, name)}={path}" for name, path in manifests.items()]
+    # The last two are what the page shows first.
+    named = [f"{LABELS.get(name, name)}={manifests[name]}" for name in reversed(manifests)]
     run(
         [
             *(sys.executable, str(ROOT / "eval" / "compare.py")),

@@ -88,8 +88,7 @@ def test_the_program(manifests, weights, counted, tmp_path, capsys):
 
     tables = [read_scores(read_manifest(m)) for m in manifests]
     rows = {
-        (r["suite"], r["scorer"]): r
-        for r in json.loads((out / "summary.json").read_text())["rows"]
+        (r["suite"], r["scorer"]): r for r in json.loads((out / "summary.json").read_text())["rows"]
     }
     assert len(rows) == 15
     for name in PUBLISHED:

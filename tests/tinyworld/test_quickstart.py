@@ -71,7 +71,7 @@ def test_summary_says_what_was_measured(quickstart):
 
 
 def test_models_are_compared_on_the_same_prompts_and_noises(quickstart):
-    text, out = quickstart
+    _, out = quickstart
     report = (out / "compare" / "report.html").read_text()
     for word in ("base", "without safeguard", "with safeguard", "a red circle"):
         assert word in report
