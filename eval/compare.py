@@ -16,9 +16,10 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from eval.comparison import (  # noqa: E402
+from eval.comparison import (
     Comparison,
     Model,
     compare_models,
@@ -27,8 +28,8 @@ from eval.comparison import (  # noqa: E402
     pair_file,
     summary,
 )
-from eval.comparison_args import folder_name, parse_args  # noqa: E402
-from eval.comparison_tables import (  # noqa: E402
+from eval.comparison_args import folder_name, parse_args
+from eval.comparison_tables import (
     footnotes,
     headline,
     matrix_grid,
@@ -36,13 +37,13 @@ from eval.comparison_tables import (  # noqa: E402
     summary_csv,
     summary_markdown,
 )
-from eval.report import write_report  # noqa: E402
-from eval.scorers import PUBLISHED  # noqa: E402
-from eval.scores import ScoreTable, read_scores  # noqa: E402
-from eval.scoring_args import score_options  # noqa: E402
-from eval.summary import print_grid  # noqa: E402
-from sdpo.errors import run_main  # noqa: E402
-from sdpo.files import write_json, write_text  # noqa: E402
+from eval.report import write_report
+from eval.scorers import PUBLISHED
+from eval.scores import ScoreTable, read_scores
+from eval.scoring_args import score_options
+from eval.summary import print_grid
+from sdpo.errors import run_main
+from sdpo.files import write_json, write_text
 
 
 def choose_metrics(args: argparse.Namespace, tables: list[ScoreTable]) -> list[str]:

@@ -20,7 +20,7 @@ class BaseScorer(ABC):
         label: the column's title, e.g. "PickScore".
         parts: what is loaded from where: part name to `Part`. The main part is named "model"; a
             user replaces it by `--weights SCORER=PATH`, any other by `--weights SCORER.PART=PATH`.
-        view: PIL image to uint8 or int16 (3, H, W), done once for all scorers that share the function.
+        view: PIL image to uint8 or int16 (3, H, W), once for all scorers that share the function.
     """
 
     label: ClassVar[str]
@@ -41,7 +41,7 @@ class BaseScorer(ABC):
 
     @abstractmethod
     def score(self, views: Tensor, prompts: list[str]) -> Tensor:
-        """Scores (B,) of B images, its views (B, 3, H, W) on the scorer's device, for their prompts.
+        """Scores (B,) of B images, their views (B, 3, H, W) on the scorer's device, and prompts.
 
         Called without gradients, under autocast where mixed precision is asked for; larger is
         better.
