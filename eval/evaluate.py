@@ -23,17 +23,22 @@ from sdpo.cli import Parser
 from sdpo.errors import run_main
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The flags of generate.py and score.py together.
-
-    Raises:
-        UserError: naming the flag and what would be right.
-    """
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of generate.py and score.py together."""
     parser = Parser("evaluate.py", __doc__)
     add_generation_flags(parser)
     add_scoring_flags(parser, "--score_batch_size")
     parser.add_argument("--check_only", action="store_true", help="check the flags, no more")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """evaluate.py's flags, checked; `scorer_weights` holds --weights taken apart.
+
+    Raises:
+        UserError: naming the flag and what would be right.
+    """
+    args = build_parser().parse_args(argv)
     check_generation_flags(args)
     args.scorer_weights = check_scoring_flags(args)
     return args

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 from eval.suites import KNOWN_SUITES
-from eval.unets import check_unet, label_of
+from eval.unets import BASE, check_unet, label_of
 from sdpo.errors import UserError
 from sdpo.families.names import FAMILY_FLAGS
 from sdpo.preflight import check_component_dir, check_family, read_config
@@ -100,7 +100,9 @@ def check_generation_flags(args: argparse.Namespace) -> None:
     check_unet(args.unet)
     _check_models(args)
     if args.outdir is None:
-        args.outdir = Path("output/eval") / label_of(args.unet)
+        # The base of either family is called `base`.
+        label = f"{args.unet}_{'sdxl' if args.sdxl else 'sd15'}" if args.unet == BASE else None
+        args.outdir = Path("output/eval") / (label or label_of(args.unet))
     if args.outdir.exists() and not args.outdir.is_dir():
         raise UserError(f"--outdir: {args.outdir} exists and is not a directory")
 

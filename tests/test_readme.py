@@ -14,7 +14,7 @@ def readme(repo):
 
 
 def test_paths_exist(repo, readme):
-    named = set(re.findall(r"\b((?:scripts|sdpo|tests|assets)/[\w./-]*\w)", readme))
+    named = set(re.findall(r"\b((?:scripts|sdpo|tests|assets|eval|prompts)/[\w./-]*\w)", readme))
     named |= {f"{m.replace('.', '/')}.py" for m in re.findall(r"python -m (sdpo[\w.]+)", readme)}
     assert len(named) > 10
     # A recipe's script is named by its file alone in the table of recipes.
@@ -24,12 +24,22 @@ def test_paths_exist(repo, readme):
 
 
 def test_flags_exist(readme):
+    from eval.comparison_args import build_parser as build_comparison_parser
+    from eval.evaluate import build_parser as build_evaluation_parser
     from sdpo.args import build_parser
 
-    known = set(build_parser()._option_string_actions)
+    parsers = build_parser(), build_evaluation_parser(), build_comparison_parser(None)
+    known = {flag for parser in parsers for flag in parser._option_string_actions}
     launcher = {"--num_machines", "--num_processes", "--machine_rank", "--main_process_ip"}
     launcher |= {"--main_process_port"}
-    other = {"--method", "--steps", "--out", "--repeats", "--no-NAME"}  # of other programs
+    other = {
+        "--method",
+        "--steps",
+        "--out",
+        "--repeats",
+        "--no-NAME",
+        "--source",
+    }  # of other programs
     named = set(re.findall(r"--[a-zA-Z][\w-]*", readme))
     assert len(named) > 30
     assert named <= known | launcher | other
