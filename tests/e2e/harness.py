@@ -202,6 +202,13 @@ class Forked:
         return self.stderr_file.read_text()
 
 
+def generation_argv(base: Path, suite: Path, out: Path, *more: Any) -> list[str]:
+    """generate.py's flags for tiny images of a base model; what is given comes last and wins."""
+    flags = {"unet": "base", "pretrained_model_name_or_path": base, "suites": suite}
+    flags |= {"resolution": 32, "steps": 2, "batch_size": 2, "outdir": out}
+    return [*as_argv(flags), *map(str, more)]
+
+
 def rank_environments(count: int) -> list[dict[str, str]]:
     """What a launcher tells each of `count` processes on this machine."""
     port = str(free_port())

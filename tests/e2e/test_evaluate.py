@@ -14,7 +14,15 @@ from PIL import Image
 
 from eval.scorers import PUBLISHED
 
-from .harness import Forked, free_port, last_sentence, program, rank_environments, run_here
+from .harness import (
+    Forked,
+    free_port,
+    generation_argv,
+    last_sentence,
+    program,
+    rank_environments,
+    run_here,
+)
 
 STEM = "suite_seed0_32x32_2s_7.5cfg"
 COUNT = 12
@@ -40,14 +48,10 @@ def weights(tmp_path_factory, repo):
 
 @pytest.fixture(scope="module")
 def flags(tiny_sd15, suite):
-    """Flags of generate.py; what is given comes last and wins."""
+    """Flags of generate.py, in float32."""
 
-    def make(outdir, *more):
-        return [
-            *("--unet", "base", "--pretrained_model_name_or_path", tiny_sd15),
-            *("--suites", suite, "--resolution", 32, "--steps", 2, "--batch_size", 2),
-            *("--dtype", "fp32", "--outdir", outdir, *more),
-        ]
+    def make(out, *more):
+        return generation_argv(tiny_sd15, suite, out, "--dtype", "fp32", *more)
 
     return make
 

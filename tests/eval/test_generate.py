@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
-from e2e.harness import run_here
+from e2e.harness import generation_argv, run_here
 from PIL import Image
 
 from eval.manifest import read_manifest
@@ -31,16 +32,8 @@ def suite(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def flags(tiny_sd15, suite):
-    """Tiny ones; what is given comes last and wins."""
-
-    def make(outdir, *more):
-        return [
-            *("--unet", "base", "--pretrained_model_name_or_path", tiny_sd15),
-            *("--suites", suite, "--resolution", 32, "--steps", 2, "--batch_size", 2),
-            *("--outdir", outdir, *more),
-        ]
-
-    return make
+    """Tiny ones."""
+    return partial(generation_argv, tiny_sd15, suite)
 
 
 @pytest.fixture(scope="module")
