@@ -112,7 +112,9 @@ def generate(args: argparse.Namespace, suites: list[Suite], accelerator: Acceler
         accelerator.wait_for_everyone()
         manifest = folder.with_name(f"{folder.name}.json")
         if accelerator.is_main_process:
-            write_manifest(manifest, manifest_rows(args, suite, folder, protocol, settings))
+            rows = manifest_rows(args, suite, folder, protocol, settings)
+            check_all_there(rows, args.outdir)
+            write_manifest(manifest, rows)
         manifests.append(manifest)
     accelerator.wait_for_everyone()
     return manifests
@@ -291,6 +293,20 @@ def manifest_rows(
         image = f"{folder.name}/{image_name(index, args.resolution)}"
         rows.append((prompt.text, image, {**settings, **own}))
     return rows
+
+
+def check_all_there(rows: list[tuple[str, str, dict[str, Any]]], outdir: Path) -> None:
+    """Every image must be where this process can see it.
+
+    Raises:
+        UserError: it is not, as on machines that do not share a disk.
+    """
+    absent = [image for _, image, _ in rows if not (outdir / image).is_file()]
+    if absent:
+        raise UserError(
+            f"--outdir: {len(absent)} images (e.g. {absent[0]}) that other processes made are not "
+            f"in {outdir}; all processes need one directory that all of them can read"
+        )
 
 
 if __name__ == "__main__":

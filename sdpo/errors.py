@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 
 EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
 
 
 class UserError(Exception):
@@ -18,10 +19,14 @@ def first_line(error: BaseException) -> str:
 
 
 def run_main(main: Callable[[], int | None], program: str) -> None:
-    """Run `main` and exit; a `UserError` becomes one line on stderr and exit code 2."""
+    """Run `main` and exit; a `UserError` becomes one line on stderr and exit code 2, Ctrl-C one and
+    the shell's code for it."""
     try:
         code = main()
     except UserError as error:
         print(f"{program}: error: {error}", file=sys.stderr, flush=True)
         sys.exit(EXIT_BAD_INPUT)
+    except KeyboardInterrupt:
+        print(f"\n{program}: interrupted", file=sys.stderr, flush=True)
+        sys.exit(EXIT_INTERRUPTED)
     sys.exit(code or 0)

@@ -11,6 +11,7 @@ import pytest
 from e2e.harness import generation_argv, run_here
 from PIL import Image
 
+from eval.generate import check_all_there
 from eval.manifest import read_manifest
 from sdpo.errors import UserError
 
@@ -252,3 +253,12 @@ def test_bad_input(flags, tmp_path, tiny_sd15, tiny_sdxl, more, said):
     with pytest.raises(UserError, match=said):
         run_here("eval/generate.py", flags(out, *map(stand_in, more)))
     assert not list(out.rglob("*.png"))
+
+
+def test_processes_without_a_common_disk(tmp_path):
+    rows = [("p", f"m/{i}.png", {}) for i in range(3)]
+    (tmp_path / "m").mkdir()
+    for i in (0, 2):
+        (tmp_path / "m" / f"{i}.png").touch()
+    with pytest.raises(UserError, match=r"--outdir: 1 images \(e\.g\. m/1\.png\).*one directory"):
+        check_all_there(rows, tmp_path)
