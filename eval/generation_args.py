@@ -97,7 +97,7 @@ def check_generation_flags(args: argparse.Namespace) -> None:
     elif args.pretrained_vae_model_name_or_path is None:
         args.pretrained_vae_model_name_or_path = family.vae
     args.pretrained_model_name_or_path = args.pretrained_model_name_or_path or family.base
-    check_unet(args.unet)
+    check_unet(args.unet, args.sdxl)
     _check_models(args)
     if args.outdir is None:
         # The base of either family is called `base`.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from sdpo.checkpoint_paths import latest_checkpoint
 from sdpo.errors import UserError, first_line
+from sdpo.preflight import check_family, read_config
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,17 +23,22 @@ _HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+):(.+)")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def check_unet(name: str) -> None:
+def check_unet(name: str, sdxl: bool) -> None:
     """Refuse what can be seen to be wrong without a network and without torch.
 
     Raises:
-        UserError: there is no such file or directory, or nothing of a UNet is in it.
+        UserError: there is no such file or directory, nothing of a UNet is in it, or one of the
+            other family.
     """
     path = Path(name)
     if name == BASE or _HUB_FILE.fullmatch(name):
         return
     if path.is_dir():
-        _inside(path)
+        found = _inside(path)
+        for config in (found / "unet" / "config.json", found / "config.json"):
+            if config.is_file():
+                check_family(read_config(config), sdxl, f"{FLAG} {name}")
+                break
     elif not path.is_file() and (path.suffix in _WEIGHTS or not _HUB_ID.fullmatch(name)):
         raise UserError(
             f"{FLAG}: there is no file or directory {name}; give unet.pth, .safetensors, a "

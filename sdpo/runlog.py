@@ -127,5 +127,8 @@ def quieten_libraries() -> None:
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    # It announces every retry, twice where the root logger has a handler; what it gives up on is
+    # raised as an error.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     for chatty in ("httpx", "httpx2", "datasets", "accelerate", "PIL"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
