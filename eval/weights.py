@@ -107,8 +107,9 @@ class Weights:
         # Hub, URL and file errors come in many classes; all mean that the file is not there.
         except Exception as error:
             raise UserError(
-                f"{self.scorer}: cannot get {name} from {wanted.hub or wanted.url} ({first_line(error)}); "
-                f"download it elsewhere, put it on this machine and give {self.flag(part)}=PATH"
+                f"{self.scorer}: cannot get {name} from {wanted.hub or wanted.url} "
+                f"({first_line(error)}); download it elsewhere, put it on this machine and give "
+                f"{self.flag(part)}=PATH"
             ) from error
         self._verify(path, wanted, part)
         return path

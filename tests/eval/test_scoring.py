@@ -232,7 +232,7 @@ def test_bad_flags(manifests, argv, said):
     ("name", "said"),
     [
         ("pickscore", "pickscore: cannot load yuvalkirstain/PickScore_v1.*--weights pickscore=DIR"),
-        ("hpsv2", "hpsv2: cannot get HPS_v2_compressed.pt from xswu/HPSv2/.*--weights hpsv2=PATH"),
+        ("hpsv2", "hpsv2: cannot get HPS_v2_compressed.pt from xswu/HPSv2 .*--weights hpsv2=PATH"),
         ("clip", "clip: cannot get open_clip_pytorch_model.bin from laion/.*--weights clip=PATH"),
         ("imagereward", "imagereward: cannot get ImageReward.pt from .*--weights imagereward=PATH"),
     ],
