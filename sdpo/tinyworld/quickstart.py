@@ -52,7 +52,6 @@ RECIPES = {
 FLAGS_FILE = "flags.json"
 SUMMARY_FILE = "summary.json"
 VARIANTS = ("plain", "safeguard")
-LABELS = {"plain": "without safeguard", "safeguard": "with safeguard"}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -248,6 +247,8 @@ def score(manifests: dict[str, Path], outdir: Path) -> None:
 
 def compare(manifests: dict[str, Path], outdir: Path) -> None:
     """Win rates of every model over every other, and report.html, by eval/compare.py."""
+    from sdpo.tinyworld.quickstart_figures import LABELS
+
     # The last two are what the page shows first.
     named = [f"{LABELS.get(name, name)}={manifests[name]}" for name in reversed(manifests)]
     run(

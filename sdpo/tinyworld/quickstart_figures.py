@@ -16,8 +16,8 @@ from eval.manifest import read_manifest
 from eval.scores import read_scores
 from sdpo.heldout import read_heldout
 from sdpo.runlog import METRICS_FILE, read_metrics
-from sdpo.tinyworld.quickstart import LABELS
 
+LABELS = {"plain": "without safeguard", "safeguard": "with safeguard"}
 COLOURS = {"plain": "#c8442b", "safeguard": "#2a6fbb"}
 SMOOTHING = 10  # optimizer steps
 
