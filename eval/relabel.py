@@ -129,14 +129,14 @@ def score_missing(
 ) -> None:
     """Score the pairs that `found` has not seen, and save as it goes."""
     import numpy as np
-    import torch
     from accelerate.utils import gather_object
     from tqdm.auto import tqdm
 
     from eval.precision import CheckedPrecision
+    from eval.processes import device_of
     from eval.scorers import get_scorer
 
-    device = torch.device(options.device or accelerator.device)
+    device = device_of(options.device, accelerator)
     scorer = get_scorer(name)(weights, device)
     run = CheckedPrecision(name, scorer, options.mixed_precision, device)
     places = np.flatnonzero(~found.seen[pairs.origin])

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from eval.manifest import Manifest
 from eval.precision import CheckedPrecision
+from eval.processes import device_of, start
 from eval.scorers import get_scorer
 from eval.scores import ScoreTable, read_scores
 from eval.weights import Weights
@@ -100,11 +101,8 @@ def score_manifests(
         UserError: weights that are not to be had, an image that cannot be decoded.
     """
     options = options or ScoreOptions()
-    if accelerator is None:
-        from eval.processes import start
-
-        accelerator = start()
-    device = torch.device(options.device or accelerator.device)
+    accelerator = accelerator or start()
+    device = device_of(options.device, accelerator)
     classes = {name: get_scorer(name) for name in scorers}
     weights = {name: options.of(name, cls) for name, cls in classes.items()}
     tables = [read_scores(manifest) for manifest in manifests]

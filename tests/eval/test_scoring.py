@@ -220,6 +220,7 @@ def test_the_bound_on_mixed_precision(shift, kept, capsys):
         (["--weights", "clip.tower=."], "--weights clip.tower: clip has no such part"),
         (["--batch_size", "0"], "batch size"),
         (["--mixed_precision", "fp8"], "--mixed_precision"),
+        (["--device", "abacus"], "--device abacus: "),
     ],
 )
 def test_bad_flags(manifests, argv, said):
