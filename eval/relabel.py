@@ -51,6 +51,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     scoring = parser.add_argument_group("scoring")
     add_device_flags(scoring)
     scoring.add_argument("--seed", type=int, default=0, help="of --max_train_samples (default: 0)")
+    parser.add_argument("--check_only", action="store_true", help="check the flags, no more")
     args = parser.parse_args(argv)
     if args.choice_model is None:
         raise UserError("--choice_model is missing: which scorer shall label the pairs?")
@@ -63,6 +64,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     """Score what is missing, print the agreement."""
     args = parse_args(sys.argv[1:])
+    if args.check_only:
+        return 0
 
     from eval.processes import start
     from eval.scoring import ScoreOptions

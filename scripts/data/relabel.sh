@@ -4,5 +4,7 @@
 set -euo pipefail
 source "$(dirname "$0")/../_env.sh"
 source "$(dirname "$0")/../_launch.sh"
+# The mistakes of flags and paths are answered here, once, and not by every process.
+"$PYTHON" eval/relabel.py --check_only "$@" || exit
 install_requirements requirements.txt
 launch eval/relabel.py "$@"

@@ -205,3 +205,10 @@ def test_other_weights_are_scored_anew(table, train, tmp_path, repo, capsys):
 )
 def test_mistakes(train, tmp_path, flags, said):
     assert said in train.fails(tmp_path / "run", **flags)
+
+
+def test_the_script_answers_mistakes_once(relabelled):
+    done = script("--choice_model", "oracle", "--train_data_dir", "nowhere")
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line == "relabel.py: error: --train_data_dir: there is no directory nowhere"
