@@ -97,6 +97,8 @@ def relabel(
     Raises:
         UserError: weights that are not to be had.
     """
+    from accelerate.utils import broadcast_object_list
+
     from eval.scorers import get_scorer
     from sdpo.data.choices import ChoiceScores, with_choices
 
@@ -104,7 +106,10 @@ def relabel(
     weights = options.of(name, get_scorer(name))
     path = choices_path(pairs, args, weights.identity())
     found = ChoiceScores(path, int(pairs.origin.max()) + 1)
-    accelerator.wait_for_everyone()  # nobody may read what another has already begun to write
+    if accelerator.num_processes > 1:
+        # All go by what the main process, which saves, has found: machines may not share a disk.
+        kept = broadcast_object_list([found.scores, found.seen])
+        found.scores, found.seen = kept
     if len(found.missing(pairs.origin)):
         score_missing(pairs, found, name, weights, options, accelerator)
     labelled, agreement = with_choices(pairs, found)

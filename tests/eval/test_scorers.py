@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -75,8 +80,6 @@ def test_pickscore(images, tmp_path):
 @torch.no_grad()
 def test_clip(images, tmp_path):
     """Against a model and a preprocessing that open_clip itself builds from the same files."""
-    import json
-
     import open_clip
 
     weights = write_clip(tmp_path / "c")
@@ -185,3 +188,42 @@ def test_a_scorer_is_one_file():
     }
     with pytest.raises(ValueError, match="unknown scorer 'mine'"):
         get_scorer("mine")
+
+
+def test_one_new_file_adds_a_scorer(repo, images, tmp_path):
+    """In a copy of the programs, without another line: known to --help, scored, summarised."""
+    for package in ("sdpo", "eval"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(repo / package, tmp_path / package, ignore=ignored)
+    (tmp_path / "eval" / "scorers" / "brightness.py").write_text(
+        "from eval.scorer import BaseScorer\n\n\n"
+        "class Scorer(BaseScorer):\n"
+        "    label = 'Brightness'\n\n"
+        "    def __init__(self, weights, device):\n        pass\n\n"
+        "    def score(self, views, prompts):\n"
+        "        return views.float().mean((1, 2, 3)) / 255\n"
+    )
+    (tmp_path / "m").mkdir()
+    rows = []
+    for i, image in enumerate(images):
+        image.save(tmp_path / "m" / f"{i}.png")
+        rows.append({"prompt": "x", "gen_image_path": f"m/{i}.png"})
+    (tmp_path / "m.json").write_text(json.dumps(rows))
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+
+    def score(*arguments):
+        return subprocess.run(
+            [sys.executable, "eval/score.py", *arguments],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+
+    assert "brightness" in score("--help")
+    assert "Brightness" in score("m.json", "--scorers", "brightness")
+    (row,) = json.loads((tmp_path / "summary.json").read_text())["rows"]
+    mean = np.mean([(by_hand(image).numpy()[0].T * STD + MEAN).mean() for image in images])
+    assert row["mean"] == pytest.approx(mean, abs=1e-3)
+    assert row["n"] == 4
