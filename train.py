@@ -28,17 +28,21 @@ def main() -> int:
 
     from eval.relabel import relabel
     from eval.scoring import ScoreOptions
-    from sdpo.checkpoint import Progress, clear_unfinished, load_training, load_unet, read_progress
+    from sdpo.checkpoint import Progress, clear_unfinished, load_training, read_progress
     from sdpo.data.flags import choice_weights
     from sdpo.data.loader import PairLoader, steps_for_epochs
     from sdpo.data.order import FIRST
     from sdpo.data.source import open_pairs
+    from sdpo.ema import Ema
+    from sdpo.encoding import RUN_DTYPES, build_encoder
     from sdpo.families import get_family
     from sdpo.families.base import ModelSource
-    from sdpo.forward import make_reference
     from sdpo.models import Models
     from sdpo.optim import build_optimizer, build_scheduler, restore, scaled_learning_rate
+    from sdpo.reference import build_reference
     from sdpo.runlog import describe_run, write_config
+    from sdpo.saving import export_run, load_ema, load_weights
+    from sdpo.speed import compile_forward, to_channels_last
     from sdpo.trainer import Trainer
 
     accelerator = build_accelerator(args)
@@ -65,6 +69,11 @@ def main() -> int:
             ScoreOptions(weights=choice_weights(args), cache_dir=args.cache_dir),
             accelerator,
         )
+    cache = None
+    if args.cache_dir_latents:
+        from sdpo.cache.prepare import prepare_cache
+
+        cache = prepare_cache(pairs, args, family, source, accelerator)
     loader = PairLoader(
         pairs,
         args,
@@ -72,33 +81,42 @@ def main() -> int:
         world_size=accelerator.num_processes,
         start=start.place,
         pin_memory=accelerator.device.type == "cuda",
+        cache=cache,
     )
     max_train_steps = args.max_train_steps or steps_for_epochs(
         args.num_train_epochs, loader.steps_per_epoch, args.gradient_accumulation_steps
     )
 
-    dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    weight_dtype = dtype[args.mixed_precision]
+    weight_dtype = RUN_DTYPES[args.mixed_precision]
     with accelerator.local_main_process_first():
         unet = family.load_unet(source)
-        frozen = family.load_frozen(source)
-    frozen.to(accelerator.device, weight_dtype, family.vae_dtype(frozen.vae, weight_dtype))
-    unet.to(accelerator.device)
-    reference = make_reference(unet, weight_dtype)
+        encoder = build_encoder(
+            family, source, args.resolution, accelerator.device, weight_dtype, cache
+        )
+    if args.channels_last:
+        to_channels_last(unet, encoder)
+    unet_parameters = sum(p.numel() for p in unet.parameters())
+    reference = build_reference(unet, args, weight_dtype, accelerator.device)
     if resume_from:
-        load_unet(resume_from, unet)
+        load_weights(resume_from, unet)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
+    if args.compile:
+        compile_forward(unet, reference)
 
     learning_rate = scaled_learning_rate(args, accelerator.num_processes)
-    optimizer = build_optimizer(unet.parameters(), args, learning_rate)
+    trainable = [p for p in unet.parameters() if p.requires_grad]
+    optimizer = build_optimizer(trainable, args, learning_rate)
     scheduler = build_scheduler(optimizer, args, max_train_steps)
     unet, optimizer = accelerator.prepare(unet, optimizer)
+    ema = Ema(unet, args.ema_decay) if args.use_ema else None
     if resume_from:
         training = load_training(resume_from)
         restore(optimizer, scheduler, training)
         if accelerator.scaler is not None and "scaler" in training:
             accelerator.scaler.load_state_dict(training["scaler"])
+        if ema is not None:
+            load_ema(resume_from, training, accelerator.unwrap_model(unet), ema)
         log.info("resuming from %s", resume_from)
 
     if accelerator.is_main_process:
@@ -110,25 +128,22 @@ def main() -> int:
             "pairs_per_step": loader.stride * args.gradient_accumulation_steps,
             "learning_rate": learning_rate,
             "max_train_steps": max_train_steps,
-            "unet_parameters": sum(p.numel() for p in reference.parameters()),
+            "unet_parameters": unet_parameters,
+            "trainable_parameters": sum(p.numel() for p in trainable),
             "resumed_from": str(resume_from) if resume_from else None,
         }
         write_config(output_dir, describe_run(args, resolved))
         log.info("%s", resolved)
     start_trackers(accelerator, args)
 
-    models = Models(family, source, unet, reference, frozen)
+    models = Models(family, source, unet, reference, encoder, ema)
     trainer = Trainer(
         args, accelerator, models, loader, optimizer, scheduler, start, max_train_steps
     )
     code = trainer.train()
     if code == 0 and accelerator.is_main_process:
-        from sdpo.export import export_pipeline
-
-        exported = export_pipeline(
-            output_dir / "pipeline", family, source, accelerator.unwrap_model(unet)
-        )
-        log.info("wrote %s", exported)
+        for exported in export_run(output_dir, models, accelerator.unwrap_model(unet)):
+            log.info("wrote %s", exported)
     accelerator.end_training()
     return code
 

@@ -93,16 +93,19 @@ def locate_unet(name: str, cache_dir: str | None) -> str | None:
 
 def label_of(name: str) -> str:
     """A short name for a model, fit for a directory: `output/run/checkpoint-500/unet.pth` is
-    "run_checkpoint-500", `AIDC-AI/Diffusion-SDPO:sd1.5/dmpo/unet.pth` "sd1.5_dmpo"."""
+    "run_checkpoint-500", `unet_ema.pth` beside it the same with "_ema",
+    `AIDC-AI/Diffusion-SDPO:sd1.5/dmpo/unet.pth` "sd1.5_dmpo"."""
     match = _HUB_FILE.fullmatch(name)
     parts = [p for p in Path(match[2] if match else name).parts if p not in ("/", ".", "..")]
-    if len(parts) > 1 and Path(parts[-1]).stem in ("unet", "diffusion_pytorch_model"):
+    averaged = len(parts) > 1 and not {"unet_ema.pth", "pipeline_ema"}.isdisjoint(parts)
+    if len(parts) > 1 and Path(parts[-1]).stem in ("unet", "unet_ema", "diffusion_pytorch_model"):
         parts.pop()
-    if len(parts) > 1 and parts[-1] in ("unet", "pipeline"):
+    if len(parts) > 1 and parts[-1] in ("unet", "pipeline", "pipeline_ema"):
         parts.pop()
     parts[-1] = parts[-1].removesuffix(Path(parts[-1]).suffix) if _is_file(parts[-1]) else parts[-1]
     wanted = 2 if match or parts[-1].startswith("checkpoint-") else 1
-    return re.sub(r"[^\w.-]+", "_", "_".join(parts[-wanted:]))
+    label = "_".join(parts[-wanted:]) + ("_ema" if averaged else "")
+    return re.sub(r"[^\w.-]+", "_", label)
 
 
 def _is_file(name: str) -> bool:

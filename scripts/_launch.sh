@@ -16,7 +16,35 @@ launch() {
     *" --num_machines "*) kind=--multi_gpu ;;
     *) [ "$processes" = 1 ] || kind=--multi_gpu ;;
   esac
+  # A configuration says it all; what is given on the command line would win over it.
+  case " ${SDPO_LAUNCH_ARGS:-} " in
+    *" --config_file"*) ;;
+    *) kind="$kind --num_processes $processes --num_machines 1" ;;
+  esac
   # shellcheck disable=SC2086
-  exec "$PYTHON" -m accelerate.commands.launch $kind --num_processes "$processes" \
-    --num_machines 1 --mixed_precision no --dynamo_backend no ${SDPO_LAUNCH_ARGS:-} "$@"
+  exec "$PYTHON" -m accelerate.commands.launch $kind --mixed_precision no --dynamo_backend no \
+    ${SDPO_LAUNCH_ARGS:-} "$@"
+}
+
+# take_config ARGUMENTS...: sets ARGUMENTS to all but --config NAME|FILE, which it gives to launch.
+# NAME is one of scripts/configs/.
+take_config() {
+  local config=
+  ARGUMENTS=()
+  while [ $# -gt 0 ]; do
+    case $1 in
+      --config)
+        [ $# -gt 1 ] || fail "--config needs a name of scripts/configs/ or a file"
+        config=$2
+        shift
+        ;;
+      --config=*) config=${1#--config=} ;;
+      *) ARGUMENTS+=("$1") ;;
+    esac
+    shift
+  done
+  [ -n "$config" ] || return 0
+  [ -f "$config" ] || config=scripts/configs/$config.yaml
+  [ -f "$config" ] || fail "--config: there is no $config; there are $(cd scripts/configs && echo *)"
+  SDPO_LAUNCH_ARGS="--config_file $config ${SDPO_LAUNCH_ARGS:-}"
 }

@@ -12,12 +12,15 @@ import os
 import sys
 from pathlib import Path
 
+from sdpo.cache.flags import add_cache_flags, check_cache_flags
 from sdpo.cli import Parser, Replace
 from sdpo.data.flags import add_source_flags, check_source_flags
 from sdpo.errors import UserError, run_main
 from sdpo.families.names import FAMILY_FLAGS
 from sdpo.losses.names import method_names
 from sdpo.preflight import check_data_location, check_model_location, check_output_dir
+from sdpo.speed_flags import add_speed_flags, check_speed_flags
+from sdpo.weight_flags import add_weight_flags, check_weight_flags
 
 MIXED_PRECISION = ("no", "fp16", "bf16")
 LR_SCHEDULERS = (
@@ -35,16 +38,17 @@ TRACKERS = ("tensorboard", "wandb", "comet_ml", "mlflow", "all", "none")
 _SWITCH = argparse.BooleanOptionalAction
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(
+    program: str = "train.py",
+    about: str | None = "Align a text-to-image UNet with preference pairs, with or without the "
+    "winner-preserving safeguard.",
+) -> argparse.ArgumentParser:
     """The parser of train.py, in groups; flag names are those of the public Diffusion-DPO code."""
-    parser = Parser(
-        "train.py",
-        "Align a text-to-image UNet with preference pairs, with or without the "
-        "winner-preserving safeguard.",
-    )
+    parser = Parser(program, about)
     _add_model(parser.add_argument_group("model"))
     _add_data(parser.add_argument_group("data"))
     _add_method(parser.add_argument_group("method"))
+    add_weight_flags(parser.add_argument_group("weights"))
     _add_optimisation(parser.add_argument_group("optimisation"))
     _add_run(parser.add_argument_group("run, checkpoints and logs"))
     return parser
@@ -94,6 +98,7 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
         help='probability that a caption is replaced by "" (default: 0.2)',
     )
     add("--dataloader_num_workers", type=int, default=0, metavar="N", help="default: 0")
+    add_cache_flags(group)
 
 
 def _add_method(group: argparse._ArgumentGroup) -> None:
@@ -180,6 +185,7 @@ def _add_optimisation(group: argparse._ArgumentGroup) -> None:
         default=False,
         help="less memory, slower backward pass",
     )
+    add_speed_flags(group)
     add("--mixed_precision", choices=MIXED_PRECISION, default="no", help="default: no")
     add(
         "--allow_tf32",
@@ -228,13 +234,16 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
     add("--tracker_project_name", default="sdpo")
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse and check train.py's flags; resolutions and step counts are filled in.
+def parse_args(
+    argv: list[str] | None = None, parser: argparse.ArgumentParser | None = None
+) -> argparse.Namespace:
+    """Parse and check train.py's flags; resolutions and step counts are filled in. `parser` is
+    train.py's own or one with flags more.
 
     Raises:
         UserError: naming the flag and what would be right.
     """
-    args = build_parser().parse_args(argv)
+    args = (parser or build_parser()).parse_args(argv)
     _expand_home(args)
     _check_numbers(args)
     if args.max_train_steps is None and args.num_train_epochs is None:
@@ -244,6 +253,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.train_method == "sft" and args.use_winner_preserving:
         raise UserError("--use_winner_preserving has no meaning with --train_method sft: no losers")
     check_source_flags(args)
+    check_cache_flags(args)
+    check_speed_flags(args)
+    check_weight_flags(args)
     _read_validation_prompts(args)
     check_model_location(args)
     check_data_location(args)
@@ -296,6 +308,7 @@ _PATHS = (
     "dataset_name",
     "train_data_dir",
     "cache_dir",
+    "cache_dir_latents",
     "output_dir",
     "resume_from_checkpoint",
 )

@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,20 @@ log = logging.getLogger(__name__)
 UNET_FILE = "unet.pth"
 OPTIMIZER_FILE = "optimizer.pt"
 # A checkpoint made under other values of these is of another run.
-SAME_RUN = ("train_method", "sdxl", "seed", "use_adafactor", "streaming", "choice_model")
+SAME_RUN = (
+    "train_method",
+    "sdxl",
+    "seed",
+    "use_adafactor",
+    "use_8bit_adam",
+    "streaming",
+    "choice_model",
+    "lora_rank",
+    "lora_alpha",
+    "lora_target_modules",
+    "use_dora",
+    "use_ema",
+)
 
 
 @dataclass(frozen=True)
@@ -37,16 +51,19 @@ class Progress:
 def save_checkpoint(
     output_dir: Path,
     progress: Progress,
-    unet: dict[str, torch.Tensor],
+    unet: dict[str, torch.Tensor] | Callable[[], dict[str, torch.Tensor]],
     training: dict[str, Any],
     args: argparse.Namespace,
     limit: int | None,
+    write_more: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write `checkpoint-N/` (by one process alone) and delete what is beyond `limit`.
 
     Args:
-        unet: the plain state dict, saved as unet.pth.
+        unet: the plain state dict, saved as unet.pth, or what gives it (asked only where the
+            checkpoint is not there yet).
         training: state dicts of optimizer, scheduler and, in fp16, gradient scaler.
+        write_more: writes further files into the directory that it is given.
     """
     final = checkpoint_dir(output_dir, progress.step)
     if final.exists():
@@ -54,7 +71,11 @@ def save_checkpoint(
     beside = final.with_name(final.name + ".tmp")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
-    torch.save({k: v.detach().cpu().contiguous() for k, v in unet.items()}, beside / UNET_FILE)
+    state_dict = unet() if callable(unet) else unet
+    plain = {k: v.detach().cpu().contiguous() for k, v in state_dict.items()}
+    torch.save(plain, beside / UNET_FILE)
+    if write_more is not None:
+        write_more(beside)
     torch.save(training, beside / OPTIMIZER_FILE)
     state = {"step": progress.step, "place": list(progress.place), "args": vars(args)}
     write_json(beside / STATE_FILE, state)
@@ -89,7 +110,8 @@ def read_progress(path: Path, args: argparse.Namespace) -> Progress:
     state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
     now, then = vars(args), state["args"]
     for name in SAME_RUN:
-        if then.get(name) != now[name]:
+        # A flag that the program did not have yet was off.
+        if (then.get(name) or None) != (now[name] or None):
             raise UserError(
                 f"--resume_from_checkpoint: {path} was made with --{name} {then.get(name)}, this "
                 f"run has {now[name]}; give another --output_dir, or the same flag"
@@ -104,13 +126,13 @@ def read_progress(path: Path, args: argparse.Namespace) -> Progress:
 _MAY_DIFFER = {"resume_from_checkpoint", "max_train_steps", "num_train_epochs", "output_dir"}
 
 
-def load_unet(path: Path, unet: torch.nn.Module) -> None:
-    """Load a checkpoint's UNet in place.
+def load_unet(path: Path, unet: torch.nn.Module, name: str = UNET_FILE) -> None:
+    """Load a checkpoint's UNet, its file `name`, in place.
 
     Raises:
         UserError: it does not fit.
     """
-    load_strictly(unet, read_state_dict(path / UNET_FILE), str(path / UNET_FILE))
+    load_strictly(unet, read_state_dict(path / name), str(path / name))
 
 
 def load_training(path: Path) -> dict[str, Any]:

@@ -10,10 +10,15 @@ from typing import Any
 
 
 def write_text(path: Path, text: str) -> None:
+    """As `write_bytes`, in UTF-8."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
     """Write beside, flush to disk, rename."""
     beside = path.with_name(path.name + ".tmp")
-    with open(beside, "w", encoding="utf-8") as file:
-        file.write(text)
+    with open(beside, "wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(beside, path)

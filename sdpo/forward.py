@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sdpo import randomness
-from sdpo.data.pairs import PairBatch
-from sdpo.families.base import Conditioning, Family, Frozen
+from sdpo.encoding import Encoder
+from sdpo.families.base import Conditioning
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,8 @@ class NoisedPairs:
 
 @torch.no_grad()
 def noise_pairs(
-    family: Family,
-    frozen: Frozen,
-    batch: PairBatch,
-    resolution: int,
-    device: torch.device,
+    encoder: Encoder,
+    batch: Any,
     noise_offset: float = 0.0,
     input_perturbation: float = 0.0,
     timesteps: Tensor | None = None,
@@ -51,25 +49,25 @@ def noise_pairs(
     """Encode, noise and condition a batch; every draw is a function of the pairs' keys.
 
     Args:
-        batch: B pairs, pixels (2B, 3, R, R).
+        batch: B pairs as `encoder` takes them, with their keys.
         noise_offset: scale of an extra draw per sample and channel, part of noise and target.
         input_perturbation: scale of an extra draw per pixel, part of the input but not the target.
         timesteps: (B,) in place of drawn ones.
     """
-    shape = family.latent_shape(frozen, resolution)
+    shape, device = encoder.latent_shape, encoder.device
 
     def draw(stream: str, size: tuple[int, ...] = shape) -> Tensor:
         return randomness.normal(size, batch.keys, stream).to(device)
 
     posterior_noise = torch.cat([draw("posterior-winner"), draw("posterior-loser")])
-    latents = family.encode_images(frozen, batch.pixels.to(device), posterior_noise)
+    latents = encoder.latents(batch, posterior_noise)
     noise = draw("noise")
     if noise_offset:
         noise = noise + noise_offset * draw("noise-offset", (shape[0], 1, 1))
     mixed_in = noise
     if input_perturbation:
         mixed_in = noise + input_perturbation * draw("input-perturbation")
-    schedule = frozen.scheduler
+    schedule = encoder.schedule
     if timesteps is None:
         timesteps = randomness.timesteps(schedule.config.num_train_timesteps, batch.keys)
     twice = timesteps.to(device).repeat(2)
@@ -77,7 +75,7 @@ def noise_pairs(
         noisy=schedule.add_noise(latents, mixed_in.repeat(2, 1, 1, 1), twice),
         timesteps=twice,
         target=noise.repeat(2, 1, 1, 1),
-        conditioning=family.encode_captions(frozen, batch.captions, resolution).repeat(2),
+        conditioning=encoder.conditioning(batch).repeat(2),
     )
 
 
@@ -101,10 +99,15 @@ def make_reference(unet: nn.Module, dtype: torch.dtype) -> nn.Module:
     copy's output under autocast is that of the float32 original, and a run starts at margin zero.
     """
     reference = copy.deepcopy(unet).requires_grad_(False).eval()
-    for module in reference.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            module.to(dtype)
+    hold_frozen_products(reference, dtype)
     return reference
+
+
+def hold_frozen_products(module: nn.Module, dtype: torch.dtype) -> None:
+    """Cast the convolutions and linear layers below `module` that are not trained, in place."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear | nn.Conv2d) and not part.weight.requires_grad:
+            part.to(dtype)
 
 
 @torch.no_grad()

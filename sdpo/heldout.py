@@ -3,7 +3,8 @@ every checkpoint of a run, over the same pairs, timesteps and noise.
 
     python -m sdpo.heldout RUN_DIR --train_data_dir DIR --split heldout
 
-writes RUN_DIR/heldout.jsonl, one line a checkpoint. Step 0 is the reference itself.
+writes RUN_DIR/heldout.jsonl, one line a checkpoint. Step 0 is the reference itself. With --ema it
+measures the moving averages and writes RUN_DIR/heldout_ema.jsonl.
 """
 
 from __future__ import annotations
@@ -16,20 +17,20 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdpo.checkpoint_paths import list_checkpoints, step_of
+from sdpo.checkpoint_paths import EMA_FILE, list_checkpoints, step_of
 from sdpo.cli import Parser
 from sdpo.errors import UserError, run_main
 from sdpo.files import write_text
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
 
     from sdpo.data.source import PairSource
-    from sdpo.families.base import Family, Frozen
+    from sdpo.encoding import Encoder
     from sdpo.forward import NoisedPairs
 
 HELDOUT_FILE = "heldout.jsonl"
+HELDOUT_EMA_FILE = "heldout_ema.jsonl"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -47,11 +48,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max_pairs", type=int, default=256, help="default: 256")
     add("--timesteps", type=int, default=4, help="timesteps per pair, stratified (default: 4)")
     add("--batch_size", type=int, help="pairs at a time (default: the run's --train_batch_size)")
+    add("--ema", action="store_true", help="measure the averages of a run with --use_ema instead")
     args = parser.parse_args(argv)
     if not (args.run / "config.json").is_file():
         raise UserError(f"{args.run} is not a run: it has no config.json")
     if not list_checkpoints(args.run):
         raise UserError(f"{args.run} holds no complete checkpoint")
+    if args.ema and not (list_checkpoints(args.run)[-1] / EMA_FILE).is_file():
+        raise UserError(f"--ema: {args.run} holds no {EMA_FILE}; it was not run with --use_ema")
     for name in ("max_pairs", "timesteps", "batch_size"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -68,6 +72,7 @@ def main() -> int:
 
     from sdpo.checkpoint import UNET_FILE
     from sdpo.data.source import open_pairs
+    from sdpo.encoding import ModelEncoder
     from sdpo.families import get_family
     from sdpo.families.base import ModelSource
     from sdpo.runlog import quieten_libraries
@@ -80,18 +85,20 @@ def main() -> int:
     source = ModelSource.from_args(run_args)
     pairs = open_pairs(run_args)
     frozen = family.load_frozen(source).to(device, torch.float32, torch.float32)
+    encoder = ModelEncoder(family, frozen, run_args.resolution, device)
     unet = family.load_unet(source).to(device).eval()
-    inputs = list(heldout_inputs(family, frozen, pairs, run_args, args, device))
+    inputs = list(heldout_inputs(encoder, pairs, run_args, args))
     beta = run_args.beta_dpo
     reference = pair_errors(unet, inputs, args.timesteps)
     entries = [summarise(0, *reference, *reference, beta)]
     checkpoints = list_checkpoints(args.run)
     for path in tqdm(checkpoints, desc=f"held-out {args.run.name}", unit="checkpoint"):
-        load_strictly(unet, read_state_dict(path / UNET_FILE), str(path))
+        weights = path / (EMA_FILE if args.ema else UNET_FILE)
+        load_strictly(unet, read_state_dict(weights), str(weights))
         errors = pair_errors(unet, inputs, args.timesteps)
         entries.append(summarise(step_of(path), *errors, *reference, beta))
     lines = "".join(json.dumps(entry) + "\n" for entry in entries)
-    write_text(args.run / HELDOUT_FILE, lines)
+    write_text(args.run / (HELDOUT_EMA_FILE if args.ema else HELDOUT_FILE), lines)
     return 0
 
 
@@ -113,12 +120,10 @@ def _run_args(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def heldout_inputs(
-    family: Family,
-    frozen: Frozen,
+    encoder: Encoder,
     pairs: PairSource,
     run_args: argparse.Namespace,
     args: argparse.Namespace,
-    device: torch.device,
 ) -> Iterator[NoisedPairs]:
     """The same noised pairs for every checkpoint, at `args.timesteps` timesteps each.
 
@@ -135,7 +140,7 @@ def heldout_inputs(
     decode = PairDecoder(pairs.columns, pairs.base, transform, 0.0)
     rows = first_rows(pairs, args.max_pairs)
     batch_size = args.batch_size or run_args.train_batch_size
-    count = frozen.scheduler.config.num_train_timesteps
+    count = encoder.schedule.config.num_train_timesteps
     for stratum in range(args.timesteps):
         for first in range(0, len(rows), batch_size):
             samples = []
@@ -148,9 +153,7 @@ def heldout_inputs(
             batch = collate(samples)
             draws = [randomness.uniform(*key, "stratum") for key in batch.keys]
             timesteps = torch.tensor([int((stratum + d) / args.timesteps * count) for d in draws])
-            yield noise_pairs(
-                family, frozen, batch, run_args.resolution, device, timesteps=timesteps
-            )
+            yield noise_pairs(encoder, batch, timesteps=timesteps)
 
 
 def first_rows(pairs: PairSource, count: int) -> list[tuple[int, dict[str, Any]]]:

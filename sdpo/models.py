@@ -6,7 +6,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from sdpo.families.base import Family, Frozen, ModelSource
+from sdpo.ema import Ema
+from sdpo.encoding import Encoder
+from sdpo.families.base import Family, ModelSource
+from sdpo.reference import Reference
 
 
 @dataclass
@@ -16,5 +19,6 @@ class Models:
     family: Family
     source: ModelSource
     unet: nn.Module  # as `Accelerator.prepare` gave it
-    reference: nn.Module
-    frozen: Frozen
+    reference: Reference
+    encoder: Encoder
+    ema: Ema | None = None

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from sdpo.speed import build_adamw, follow_layout
+
 
 def build_optimizer(
     parameters: Iterable[nn.Parameter], args: argparse.Namespace, learning_rate: float
@@ -28,13 +30,7 @@ def build_optimizer(
             relative_step=False,
             warmup_init=False,
         )
-    return torch.optim.AdamW(
-        parameters,
-        lr=learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
-    )
+    return build_adamw(parameters, args, learning_rate)
 
 
 def scaled_learning_rate(args: argparse.Namespace, num_processes: int) -> float:
@@ -69,6 +65,7 @@ def restore(
     of this run's flags: where they were changed on resuming, the new ones count."""
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": training["optimizer"]["state"], "param_groups": groups})
+    follow_layout(optimizer)
     scheduler.load_state_dict({**training["scheduler"], "base_lrs": scheduler.base_lrs})
     rates = [
         base * factor(scheduler.last_epoch)

@@ -18,7 +18,7 @@ import torch
 
 from sdpo.files import write_json, write_text
 
-PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "accelerate", "datasets")
+PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "accelerate", "datasets", "peft")
 METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "config.json"
 

@@ -15,17 +15,19 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from sdpo.checkpoint import Progress, save_checkpoint
+from sdpo.checkpoint import Progress
 from sdpo.checkpoint_paths import latest_checkpoint
 from sdpo.data.loader import PairLoader
 from sdpo.data.order import Place
 from sdpo.data.pairs import PairBatch
 from sdpo.errors import UserError
 from sdpo.forward import noise_pairs, predict, predict_reference, predict_winners_only
+from sdpo.lora import seed_dropout
 from sdpo.losses import LossOutput, get_method, preference_loss
 from sdpo.metrics import StepMetrics
 from sdpo.models import Models
 from sdpo.runlog import RunLog, peak_memory_gib
+from sdpo.saving import save_run
 from sdpo.signals import StopRequest
 
 log = logging.getLogger(__name__)
@@ -163,16 +165,10 @@ class Trainer:
         args, models = self.args, self.models
         # Outside autocast: the frozen parts have a dtype of their own, float32 for a VAE that
         # overflows in float16.
-        inputs = noise_pairs(
-            models.family,
-            models.frozen,
-            batch,
-            args.resolution,
-            self.device,
-            args.noise_offset,
-            args.input_perturbation,
-        )
+        inputs = noise_pairs(models.encoder, batch, args.noise_offset, args.input_perturbation)
         reference = predict_reference(models.reference, inputs, self.accelerator.autocast())
+        if args.lora_dropout:
+            seed_dropout(batch.keys)
         with self.accelerator.autocast():
             forward = predict_winners_only if self.winners_only else predict
             prediction = forward(models.unet, inputs)
@@ -198,6 +194,8 @@ class Trainer:
         if finite or scaler is not None:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.models.ema and finite and not self.optimizer.step_was_skipped:
+            self.models.ema.update()
         if finite:
             self.nonfinite_in_a_row = 0
             return
@@ -231,14 +229,8 @@ class Trainer:
             }
             if self.accelerator.scaler is not None:
                 training["scaler"] = self.accelerator.scaler.state_dict()
-            save_checkpoint(
-                self.output_dir,
-                self.progress,
-                self.accelerator.unwrap_model(self.models.unet).state_dict(),
-                training,
-                self.args,
-                self.args.checkpoints_total_limit,
-            )
+            unet = self.accelerator.unwrap_model(self.models.unet)
+            save_run(self.args, self.progress, self.models, unet, training)
         self.accelerator.wait_for_everyone()
 
     def _track(self, entry: dict[str, Any]) -> None:

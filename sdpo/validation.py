@@ -75,7 +75,7 @@ def draw_grid(
     args: argparse.Namespace, models: Models, unet: nn.Module, accelerator: Accelerator, step: int
 ) -> Path:
     """Sample --validation_prompts from `unet`, write `samples/step-N.png` and log it."""
-    pipeline = models.family.pipeline(unet, models.frozen, models.source)
+    pipeline = models.family.pipeline(unet, models.encoder.frozen_parts(), models.source)
     images = sample(
         pipeline,
         args.validation_prompts,

@@ -70,6 +70,18 @@ FLAGS = [
     "--validation_steps",
     "--max_bad_fraction",
     "--max_nonfinite_steps",
+    "--channels_last",
+    "--compile",
+    "--fused_optimizer",
+    "--use_8bit_adam",
+    "--lora_rank",
+    "--lora_alpha",
+    "--lora_dropout",
+    "--lora_target_modules",
+    "--use_dora",
+    "--use_ema",
+    "--ema_decay",
+    "--offload_reference",
 ]
 
 

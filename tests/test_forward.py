@@ -9,6 +9,7 @@ import torch
 
 from sdpo import preference_loss
 from sdpo.data.pairs import PairBatch
+from sdpo.encoding import ModelEncoder
 from sdpo.families import get_family
 from sdpo.families.base import ModelSource
 from sdpo.forward import (
@@ -39,7 +40,7 @@ def make_batch(pairs=2, first=0):
 
 
 def noised(models, batch, **kwargs):
-    return noise_pairs(models[0], models[2], batch, 64, CPU, **kwargs)
+    return noise_pairs(ModelEncoder(models[0], models[2], 64, CPU), batch, **kwargs)
 
 
 def signal_and_noise(models, inputs):

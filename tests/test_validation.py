@@ -6,8 +6,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from sdpo.encoding import ModelEncoder
 from sdpo.families import get_family
 from sdpo.families.base import ModelSource
 from sdpo.validation import draw_grid, grid, sample, save_image
@@ -22,7 +24,7 @@ def models(tiny_sd15):
         family=family,
         source=source,
         unet=family.load_unet(source).eval(),
-        frozen=family.load_frozen(source),
+        encoder=ModelEncoder(family, family.load_frozen(source), 64, torch.device("cpu")),
     )
 
 
@@ -31,7 +33,7 @@ def pixels(image):
 
 
 def test_a_prompts_image_depends_on_seed_and_place_alone(models):
-    pipeline = models.family.pipeline(models.unet, models.frozen, models.source)
+    pipeline = models.family.pipeline(models.unet, models.encoder.frozen, models.source)
 
     def images(prompts, seed=0, batch_size=8):
         return sample(pipeline, prompts, seed, 64, 7.5, steps=2, batch_size=batch_size)

@@ -68,6 +68,7 @@ def build_trainer(bench: argparse.Namespace, work: Path) -> Any:
     from sdpo.data.loader import PairLoader
     from sdpo.data.order import FIRST
     from sdpo.data.source import open_pairs
+    from sdpo.encoding import ModelEncoder
     from sdpo.families import get_family
     from sdpo.families.base import ModelSource
     from sdpo.forward import make_reference
@@ -93,7 +94,9 @@ def build_trainer(bench: argparse.Namespace, work: Path) -> Any:
     optimizer = build_optimizer(unet.parameters(), args, args.learning_rate)
     scheduler = build_scheduler(optimizer, args, args.max_train_steps)
     unet, optimizer = accelerator.prepare(unet, optimizer)
-    models = Models(get_family(sdxl=False), ModelSource("none"), unet, reference, frozen)
+    family = get_family(sdxl=False)
+    encoder = ModelEncoder(family, frozen, bench.resolution, accelerator.device)
+    models = Models(family, ModelSource("none"), unet, reference, encoder)
     loader = PairLoader(open_pairs(args), args, rank=0, world_size=1)
     start = Progress(0, FIRST)
     return Trainer(args, accelerator, models, loader, optimizer, scheduler, start, 2)

@@ -6,6 +6,9 @@ Nothing is allocated: the UNets are built on the meta device and the bytes that 
 the backward pass are added up. Attention counts as a fused kernel (queries, keys, values, output,
 one statistic per row). Not counted: work space, fragmentation, the CUDA context (leave 2 to 3 GiB)
 and, with several processes, the buckets in which gradients are exchanged (as much as `grads`).
+`frozen` is the reference (none with --lora_rank), VAE and text encoders; training from a latent
+cache needs of these the reference alone (0.4 GiB less for SD1.5, 1.7 GiB for SDXL). --use_ema adds
+4 bytes a trained weight.
 """
 
 from __future__ import annotations
@@ -27,13 +30,23 @@ OPTIMIZER_BYTES = {"AdamW": 8, "Adafactor": 0}
 # The frozen parts in bf16: VAE and text encoders, parameters of the published models.
 FROZEN_PARAMETERS = {"sd15": 83_653_863 + 123_060_480, "sdxl": 83_653_863 + 817_719_808}
 RESOLUTION = {"sd15": 512, "sdxl": 1024}
+# Family, optimizer, pairs, --gradient_checkpointing, --lora_rank.
 ROWS = (
-    ("sd15", "AdamW", 8, False),
-    ("sd15", "AdamW", 8, True),
-    ("sd15", "AdamW", 1, True),
-    ("sd15", "Adafactor", 1, True),
-    ("sdxl", "Adafactor", 8, True),
-    ("sdxl", "Adafactor", 1, True),
+    ("sd15", "AdamW", 8, False, None),
+    ("sd15", "AdamW", 8, True, None),
+    ("sd15", "AdamW", 1, True, None),
+    ("sd15", "Adafactor", 1, True, None),
+    ("sdxl", "Adafactor", 8, True, None),
+    ("sdxl", "Adafactor", 1, True, None),
+    ("sd15", "AdamW", 8, False, 16),
+    ("sd15", "AdamW", 8, True, 16),
+    ("sd15", "AdamW", 8, True, 64),
+    ("sd15", "AdamW", 1, False, 16),
+    ("sd15", "AdamW", 1, True, 64),
+    ("sdxl", "AdamW", 8, True, 16),
+    ("sdxl", "AdamW", 1, False, 16),
+    ("sdxl", "AdamW", 1, True, 16),
+    ("sdxl", "AdamW", 1, True, 64),
 )
 
 
@@ -113,16 +126,43 @@ class KeptBytes:
         self.largest_block = max(self.largest_block, self.total() - self._before)
 
 
-def activation_bytes(family: str, resolution: int, samples: int, checkpointing: bool) -> int:
-    """Bytes of activations at the peak for `samples` images (two a pair), under bf16 autocast.
+def adapt(unet: Any, rank: int) -> Any:
+    """`unet`, its weights frozen and train.py's default adapters around its attention."""
+    from peft import LoraConfig
 
-    With checkpointing: the inputs of all blocks, and the largest block computed again.
-    """
+    from sdpo.weight_flags import LORA_TARGETS
+
+    unet.requires_grad_(False)
+    unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(LORA_TARGETS)))
+    return unet
+
+
+def adapter_parameters(family: str, rank: int) -> int:
+    """The number of parameters that --lora_rank trains."""
     import torch
-    from true_size import build_unet
+
+    from scripts.bench.true_size import build_unet
 
     with torch.device("meta"):
-        unet = build_unet(family).bfloat16().train()
+        unet = adapt(build_unet(family), rank)
+    return sum(p.numel() for p in unet.parameters() if p.requires_grad)
+
+
+def activation_bytes(
+    family: str, resolution: int, samples: int, checkpointing: bool, rank: int | None = None
+) -> int:
+    """Bytes of activations at the peak for `samples` images (two a pair), under bf16 autocast.
+
+    With checkpointing: the inputs of all blocks, and the largest block computed again. With a rank:
+    of adapters alone, so that most layers keep nothing.
+    """
+    import torch
+
+    from scripts.bench.true_size import build_unet
+
+    with torch.device("meta"):
+        unet = build_unet(family)
+        unet = (adapt(unet, rank) if rank else unet).bfloat16().train()
         side = resolution // 8
         width = unet.config.cross_attention_dim
         kwargs: dict[str, Any] = {
@@ -158,20 +198,23 @@ def main() -> None:
     import diffusers
 
     diffusers.utils.logging.set_verbosity_error()
-    from true_size import PARAMETERS
 
-    head = ("model", "optimizer", "pairs", "ckpt", "weights", "casts", "grads", "optim", "frozen")
-    print(" ".join(f"{h:>10}" for h in (*head, "activ.", "total GiB")))
-    for family, optimizer, pairs, checkpointing in ROWS:
+    from scripts.bench.true_size import PARAMETERS
+
+    head = ("model", "optimizer", "pairs", "ckpt", "rank", "weights", "casts", "grads", "optim")
+    print(" ".join(f"{h:>10}" for h in (*head, "frozen", "activ.", "total GiB")))
+    for family, optimizer, pairs, checkpointing, rank in ROWS:
         n = PARAMETERS[family]
-        # Under autocast the float32 weights have bf16 copies for as long as a step lasts.
-        weights, casts, gradients = 4 * n, 2 * n, 4 * n
-        states = OPTIMIZER_BYTES[optimizer] * n
-        frozen = 2 * n + 2 * FROZEN_PARAMETERS[family]
+        trained = adapter_parameters(family, rank) if rank else n
+        # What is trained is float32, what it adapts bf16. Under autocast the former has bf16 copies
+        # for as long as a step lasts.
+        weights, casts, gradients = 4 * trained + (2 * n if rank else 0), 2 * trained, 4 * trained
+        states = OPTIMIZER_BYTES[optimizer] * trained
+        frozen = (0 if rank else 2 * n) + 2 * FROZEN_PARAMETERS[family]
         resolution = RESOLUTION[family]
-        activations = activation_bytes(family, resolution, 2 * pairs, checkpointing)
+        activations = activation_bytes(family, resolution, 2 * pairs, checkpointing, rank)
         parts = (weights, casts, gradients, states, frozen, activations)
-        cells = [family, optimizer, str(pairs), "yes" if checkpointing else "no"]
+        cells = [family, optimizer, str(pairs), "yes" if checkpointing else "no", str(rank or "-")]
         cells += [f"{part / GIB:.1f}" for part in (*parts, sum(parts))]
         print(" ".join(f"{cell:>10}" for cell in cells))
 

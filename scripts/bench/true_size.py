@@ -49,9 +49,9 @@ def count_on_meta(family: str) -> int:
     return sum(p.numel() for p in unet.parameters())
 
 
-def build_sd15_frozen() -> Any:
+def build_sd15_frozen(with_tokenizer: bool = True) -> Any:
     """SD1.5's VAE, text encoder and noise schedule, random weights; the tiny world's tokenizer
-    padded to 77 tokens (its ids are valid in the real vocabulary)."""
+    padded to 77 tokens (its ids are valid in the real vocabulary), or none."""
     from diffusers import AutoencoderKL, DDPMScheduler
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -74,11 +74,13 @@ def build_sd15_frozen() -> Any:
             projection_dim=768,
         )
     )
-    tokenizer = build_tokenizer()
-    tokenizer.model_max_length = 77
+    tokenizers = []
+    if with_tokenizer:
+        tokenizers.append(build_tokenizer())
+        tokenizers[0].model_max_length = 77
     scheduler = DDPMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False
     )
     for module in (vae, text):
         module.requires_grad_(False).eval()
-    return Frozen(vae, [text], [tokenizer], scheduler)
+    return Frozen(vae, [text], tokenizers, scheduler)

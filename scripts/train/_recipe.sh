@@ -8,9 +8,10 @@ RECIPE=$(basename "$0" .sh)
 
 # The mistakes of flags and paths are answered here, once, and not by every process.
 start_training() {
-  "$PYTHON" -m sdpo.args "$@" || exit
+  take_config "$@"
+  "$PYTHON" -m sdpo.args "${ARGUMENTS[@]}" || exit
   install_requirements requirements.txt
-  launch train.py "$@"
+  launch train.py "${ARGUMENTS[@]}"
 }
 
 common_flags() {

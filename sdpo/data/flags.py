@@ -35,6 +35,13 @@ def add_source_flags(group: argparse._ArgumentGroup) -> None:
         help="only pairs whose two images both come from a dreamlike model",
     )
     add("--streaming", action="store_true", help="read while training, download nothing ahead")
+    add(
+        "--stream_shards",
+        choices=("all", "own"),
+        default="all",
+        help="with --streaming: all (default): every process reads all files and decodes its part, "
+        "so that pairs do not depend on the number of processes; own: only its share of the files",
+    )
     add("--cache_dir", metavar="DIR", help="where downloaded models and datasets are kept")
     add_choice_flags(group)
 
@@ -68,6 +75,10 @@ def check_source_flags(args: argparse.Namespace) -> None:
         raise UserError("the data is missing: give --dataset_name or --train_data_dir")
     if args.max_train_samples is not None and args.max_train_samples < 1:
         raise UserError(f"--max_train_samples must be at least 1, got {args.max_train_samples}")
+    if args.stream_shards == "own" and not args.streaming:
+        raise UserError("--stream_shards own has no meaning without --streaming")
+    if args.stream_shards == "own" and args.max_train_samples is not None:
+        raise UserError("--stream_shards own does not go with --max_train_samples")
     if args.choice_model and args.streaming:
         raise UserError(
             "--choice_model labels a dataset ahead of training: it does not go with --streaming"

@@ -6,15 +6,20 @@ import argparse
 import logging
 import math
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from torch.utils.data import DataLoader
 
 from sdpo.data.order import FIRST, Place, PlaceSampler
+from sdpo.data.own_shards import OwnShards
 from sdpo.data.pairs import BadRow, PairBatch, PairDataset, PairDecoder, collate
 from sdpo.data.source import PairSource
 from sdpo.data.stream import StreamingPairs
 from sdpo.data.transforms import PairTransform
 from sdpo.errors import UserError
+
+if TYPE_CHECKING:
+    from sdpo.cache.store import LatentCache
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +69,7 @@ class PairLoader:
         world_size: int,
         start: Place = FIRST,
         pin_memory: bool = False,
+        cache: LatentCache | None = None,
     ) -> None:
         self.rank, self.batch_size = rank, args.train_batch_size
         self.stride = self.batch_size * world_size
@@ -78,7 +84,8 @@ class PairLoader:
         }
         self.steps_per_epoch: int | None = None
         if args.streaming:
-            stream = StreamingPairs(
+            kind = OwnShards if args.stream_shards == "own" else StreamingPairs
+            stream = kind(
                 source,
                 decoder,
                 args.seed,
@@ -93,7 +100,11 @@ class PairLoader:
             return
         sampler = PlaceSampler(len(source), self.batch_size, rank, world_size, start)
         self.steps_per_epoch = sampler.steps_per_epoch
-        dataset = PairDataset(source, decoder, args.seed)
+        if cache is None:
+            dataset = PairDataset(source, decoder, args.seed)
+        else:
+            dataset = cache.pairs(source, decoder, args.seed)
+        workers["collate_fn"] = dataset.collate
         self._loader = DataLoader(dataset, batch_sampler=sampler, **workers)
 
     def __iter__(self) -> Iterator[PairBatch]:

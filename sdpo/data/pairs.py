@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from sdpo.data.order import Place, epoch_permutation
@@ -42,14 +43,10 @@ class Pair:
     bad_rows: tuple[BadRow, ...] = ()
 
 
-@dataclass(frozen=True)
-class PairBatch:
-    """B pairs of one process: pixels (2B, 3, R, R), winners first."""
+class Placed:
+    """A batch whose pairs have keys."""
 
-    pixels: Tensor
-    captions: list[str]
     keys: list[Key]
-    bad_rows: list[BadRow] = field(default_factory=list)
 
     @property
     def place(self) -> Place:
@@ -57,7 +54,17 @@ class PairBatch:
         return Place(*self.keys[0][1:])
 
     def __len__(self) -> int:
-        return len(self.captions)
+        return len(self.keys)
+
+
+@dataclass(frozen=True)
+class PairBatch(Placed):
+    """B pairs of one process: pixels (2B, 3, R, R), winners first."""
+
+    pixels: Tensor
+    captions: list[str]
+    keys: list[Key]
+    bad_rows: list[BadRow] = field(default_factory=list)
 
     def pin_memory(self) -> PairBatch:
         """Called by `DataLoader(pin_memory=True)`."""
@@ -72,6 +79,20 @@ def collate(pairs: list[Pair]) -> PairBatch:
         keys=[p.key for p in pairs],
         bad_rows=[bad for p in pairs for bad in p.bad_rows],
     )
+
+
+def as_caption(value: Any, column: str) -> str:
+    """One caption of a column; none is the empty one.
+
+    Raises:
+        UserError: it is not text.
+    """
+    if value is not None and not isinstance(value, str):
+        raise UserError(
+            f"--caption_column {column}: captions must be text or lists of text, found "
+            f"{type(value).__name__}"
+        )
+    return value or ""
 
 
 @dataclass(frozen=True)
@@ -89,30 +110,41 @@ class PairDecoder:
         Raises:
             UndecodableImage: one of its images is missing or broken.
         """
-        images = [
+        images = self.images(row)
+        winner, loser = images if float(row[LABEL]) == 1.0 else images[::-1]
+        pixels_w, pixels_l = self.transform(winner, loser, key)
+        return Pair(pixels_w, pixels_l, self.caption(row, key), key)
+
+    def images(self, row: dict[str, Any]) -> list[Image.Image]:
+        """Image 0 and image 1 of a row, RGB.
+
+        Raises:
+            UndecodableImage: one of them is missing or broken.
+        """
+        return [
             open_image(row[name], self.base)
             for name in (self.columns.image_0, self.columns.image_1)
         ]
-        winner, loser = images if float(row[LABEL]) == 1.0 else images[::-1]
-        pixels_w, pixels_l = self.transform(winner, loser, key)
-        return Pair(pixels_w, pixels_l, self._caption(row[self.columns.caption], key), key)
 
-    def _caption(self, value: Any, key: Key) -> str:
+    def caption(self, row: dict[str, Any], key: Key) -> str:
+        """The caption that a row trains with: of several one by the key, or none at all.
+
+        Raises:
+            UserError: the column holds something else than text.
+        """
         if uniform(*key, "caption-dropout") < self.proportion_empty_prompts:
             return ""
+        value = row[self.columns.caption]
         if isinstance(value, list | tuple):
             value = value[integer(len(value), *key, "caption-choice")] if value else ""
-        if value is not None and not isinstance(value, str):
-            raise UserError(
-                f"--caption_column {self.columns.caption}: captions must be text or lists of "
-                f"text, found {type(value).__name__}"
-            )
-        return value or ""
+        return as_caption(value, self.columns.caption)
 
 
 class PairDataset(torch.utils.data.Dataset):
     """Map-style pairs, indexed by `Place`. A row that cannot be decoded is replaced by another,
     which again is a function of (seed, epoch, position)."""
+
+    collate = staticmethod(collate)
 
     def __init__(self, source: PairSource, decoder: PairDecoder, seed: int) -> None:
         self.source, self.decoder, self.seed = source, decoder, seed

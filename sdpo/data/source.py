@@ -39,7 +39,7 @@ class PairSource:
     """Decided pairs: `rows` is a `datasets` object whose images are not decoded.
 
     `origin[i]` is the row of the dataset as it was given; None while streaming. `labels[i]`, where
-    it is given, takes the place of the row's label_0.
+    it is given, takes the place of the row's label_0. `given` is that dataset itself.
     """
 
     rows: datasets.Dataset | datasets.IterableDataset
@@ -47,6 +47,7 @@ class PairSource:
     base: Path | None
     origin: Any = None
     labels: Any = None
+    given: datasets.Dataset | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -70,8 +71,8 @@ def open_pairs(args: argparse.Namespace) -> PairSource:
     rows = _without_decoding(rows.select_columns(list(dict.fromkeys(needed))))
     if args.streaming:
         return PairSource(rows, columns, base)
-    rows, origin = _choose_rows(rows, args)
-    return PairSource(rows, columns, base, origin)
+    chosen, origin = _choose_rows(rows, args)
+    return PairSource(chosen, columns, base, origin, given=rows)
 
 
 def _load(args: argparse.Namespace) -> tuple[Any, Path | None]:

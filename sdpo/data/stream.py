@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import count, islice
 from typing import Any
 
@@ -19,17 +19,23 @@ SHUFFLE_BUFFER = 1000  # pairs held in memory, undecoded
 
 
 def shuffled_pairs(
-    rows: Any, seed: int, epoch: int, dreamlike_only: bool = False
+    rows: Any,
+    seed: int,
+    epoch: int,
+    dreamlike_only: bool = False,
+    shards: Sequence[int] | None = None,
 ) -> Iterator[NumberedRow]:
     """One epoch of the decided pairs of a `datasets.IterableDataset` with their rows' numbers,
-    shards and rows shuffled.
+    shards (all, or those given) and rows shuffled.
 
     Its own `shuffle` draws another order in a data worker than outside one, and with shards in
     another order it cannot tell a row's number. Here the order is a function of (seed, epoch).
     """
     drawn = generator(seed, epoch, "stream-order")
     held: list[NumberedRow] = []
-    for item in _numbered_rows(rows, torch.randperm(rows.num_shards, generator=drawn).tolist()):
+    shards = range(rows.num_shards) if shards is None else shards
+    order = [shards[i] for i in torch.randperm(len(shards), generator=drawn).tolist()]
+    for item in _numbered_rows(rows, order):
         if not is_wanted(item[1], item[0], dreamlike_only):
             continue
         if len(held) < SHUFFLE_BUFFER:
@@ -44,8 +50,8 @@ def shuffled_pairs(
 
 def _numbered_rows(rows: Any, shards: list[int]) -> Iterator[NumberedRow]:
     for shard in shards:
-        for number, row in enumerate(rows.shard(len(shards), shard)):
-            yield (number if len(shards) == 1 else f"{number} of shard {shard}"), row
+        for number, row in enumerate(rows.shard(rows.num_shards, shard)):
+            yield (number if rows.num_shards == 1 else f"{number} of shard {shard}"), row
 
 
 def is_wanted(row: dict[str, Any], number: int | str, dreamlike_only: bool = False) -> bool:
@@ -116,10 +122,14 @@ class StreamingPairs(torch.utils.data.IterableDataset):
                     return
                 ahead.append(row)
             mine = range(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
-            yield [self._decode(ahead, rows, i, (self.seed, epoch, position + i)) for i in mine]
+            yield [self._decode(ahead, rows, i, self._key(epoch, position + i)) for i in mine]
             for _ in range(self.stride):
                 ahead.popleft()
             position += self.stride
+
+    def _key(self, epoch: int, position: int) -> Key:
+        """Of the pair at a position of this stream."""
+        return self.seed, epoch, position
 
     def _decode(self, ahead: deque, rows: Iterator, index: int, key: Key) -> Pair:
         """Decode `ahead[index]`; where that fails, the next row that decodes."""

@@ -65,11 +65,20 @@ class PairTransform:
         along, across = 0.5, 0.5
         if self.random_crop:
             along, across = uniform(*key, "crop-x"), uniform(*key, "crop-y")
-        flip = self.hflip and uniform(*key, "flip") < 0.5
+        flip = self.flips(key)
         return (
             self._one(winner, along, across, flip),
             self._one(loser, along, across, flip),
         )
+
+    def flips(self, key: Key) -> bool:
+        """Whether the pair of this key is flipped."""
+        return self.hflip and uniform(*key, "flip") < 0.5
+
+    def centred(self, image: Image.Image) -> Tensor:
+        """One image, cropped at the centre, not flipped, (3, R, R) float32. Flipping the
+        tensor's last axis gives to the bit what flipping the image would have given."""
+        return self._one(image, 0.5, 0.5, False)
 
     def _one(self, image: Image.Image, along: float, across: float, flip: bool) -> Tensor:
         r = self.resolution

@@ -170,7 +170,7 @@ class Family(ABC):
         Raises:
             UserError: one of them is not to be had, or the model does not predict noise.
         """
-        from diffusers import AutoencoderKL, DDPMScheduler
+        from diffusers import AutoencoderKL
         from transformers import CLIPTokenizer
 
         common = {"revision": source.revision, "cache_dir": source.cache_dir}
@@ -178,14 +178,7 @@ class Family(ABC):
             vae = from_pretrained(AutoencoderKL, VAE_FLAG, source.vae, cache_dir=source.cache_dir)
         else:
             vae = from_pretrained(AutoencoderKL, BASE_FLAG, source.base, subfolder="vae", **common)
-        scheduler = from_pretrained(
-            DDPMScheduler, BASE_FLAG, source.base, subfolder="scheduler", **common
-        )
-        if scheduler.config.prediction_type != "epsilon":
-            raise UserError(
-                f"{BASE_FLAG}: {source.base} predicts {scheduler.config.prediction_type}; the "
-                "losses are defined for models that predict noise (epsilon)"
-            )
+        scheduler = self.load_scheduler(source)
         encoders = [
             from_pretrained(cls, BASE_FLAG, source.base, subfolder=part, **common)
             for part, cls in self._text_encoder_classes().items()
@@ -199,6 +192,29 @@ class Family(ABC):
             module.float().requires_grad_(False).eval()
         return Frozen(vae, encoders, tokenizers, scheduler)
 
+    def load_scheduler(self, source: ModelSource) -> Any:
+        """The training noise schedule alone, a `DDPMScheduler`.
+
+        Raises:
+            UserError: not to be had, or the model does not predict noise.
+        """
+        from diffusers import DDPMScheduler
+
+        scheduler = from_pretrained(
+            DDPMScheduler,
+            BASE_FLAG,
+            source.base,
+            subfolder="scheduler",
+            revision=source.revision,
+            cache_dir=source.cache_dir,
+        )
+        if scheduler.config.prediction_type != "epsilon":
+            raise UserError(
+                f"{BASE_FLAG}: {source.base} predicts {scheduler.config.prediction_type}; the "
+                "losses are defined for models that predict noise (epsilon)"
+            )
+        return scheduler
+
     def vae_dtype(self, vae: nn.Module, dtype: torch.dtype) -> torch.dtype:
         """The dtype to run the VAE in, given that of the run."""
         return dtype
@@ -211,9 +227,23 @@ class Family(ABC):
     def _tokenizer_parts(self) -> tuple[str, ...]:
         """Subfolders of the tokenizers, in the same order."""
 
+    def text_parts(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Subfolders of the text encoders, and of their tokenizers."""
+        return tuple(self._text_encoder_classes()), self._tokenizer_parts()
+
     @abstractmethod
+    def encode_text(self, frozen: Frozen, captions: list[str]) -> dict[str, Tensor]:
+        """What the text encoders say of B captions: `hidden` (B, tokens, width) and, where the
+        family has it, `pooled` (B, width)."""
+
+    @abstractmethod
+    def conditioning(self, text: dict[str, Tensor], resolution: int) -> Conditioning:
+        """From `encode_text`'s output to what the UNet takes, for training at `resolution` pixels
+        square."""
+
     def encode_captions(self, frozen: Frozen, captions: list[str], resolution: int) -> Conditioning:
         """Captions to what the UNet takes, for training at `resolution` pixels square."""
+        return self.conditioning(self.encode_text(frozen, captions), resolution)
 
     @abstractmethod
     def pipeline(self, unet: nn.Module, frozen: Frozen, source: ModelSource) -> Any:
@@ -225,11 +255,17 @@ class Family(ABC):
 
         `noise` (N, C, r, r), standard normal, draws the sample from the VAE's posterior.
         """
+        config = frozen.vae.config
+        mean, std = self.encode_posterior(frozen, pixels)
+        return sample_posterior(mean, std, noise, config.scaling_factor, config.shift_factor)
+
+    @torch.no_grad()
+    def encode_posterior(self, frozen: Frozen, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the VAE's posterior, each (N, C, r, r) in its dtype, of
+        pixels (N, 3, R, R) in [-1, 1]."""
         vae = frozen.vae
         posterior = vae.encode(pixels.to(vae.dtype)).latent_dist
-        sample = posterior.mean.float() + posterior.std.float() * noise
-        latents = (sample - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
-        return latents.contiguous()
+        return posterior.mean, posterior.std
 
     def latent_shape(self, frozen: Frozen, resolution: int) -> tuple[int, int, int]:
         """(C, r, r) of the latents of a square image."""
@@ -248,6 +284,26 @@ class Family(ABC):
             cache_dir=source.cache_dir,
         )
         return getattr(diffusers, config["_class_name"]).from_config(config)
+
+
+def load_frozen_as(
+    family: Family, source: ModelSource, device: torch.device, dtype: torch.dtype
+) -> Frozen:
+    """The frozen parts on `device`, in a run's `dtype` (the VAE in what it can bear).
+
+    Raises:
+        UserError: one of them is not to be had.
+    """
+    frozen = family.load_frozen(source)
+    return frozen.to(device, dtype, family.vae_dtype(frozen.vae, dtype))
+
+
+def sample_posterior(
+    mean: Tensor, std: Tensor, noise: Tensor, scaling_factor: float, shift_factor: float | None
+) -> Tensor:
+    """Scaled latents (N, C, r, r), float32, from a VAE's posterior and standard normal noise."""
+    sample = mean.float() + std.float() * noise
+    return ((sample - (shift_factor or 0.0)) * scaling_factor).contiguous()
 
 
 def tokenize(tokenizer: Any, captions: list[str], device: torch.device) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sdpo.families.base import Conditioning, Family, Frozen, ModelSource, tokenize
 from sdpo.families.names import FAMILY_FLAGS
@@ -28,11 +28,15 @@ class SD15(Family):
         return ("tokenizer",)
 
     @torch.no_grad()
-    def encode_captions(self, frozen: Frozen, captions: list[str], resolution: int) -> Conditioning:
-        """Hidden states (B, tokens, width); the resolution plays no part."""
+    def encode_text(self, frozen: Frozen, captions: list[str]) -> dict[str, Tensor]:
+        """The last hidden states."""
         (encoder,), (tokenizer,) = frozen.text_encoders, frozen.tokenizers
         ids = tokenize(tokenizer, captions, encoder.device)
-        return Conditioning(encoder(ids).last_hidden_state)
+        return {"hidden": encoder(ids).last_hidden_state}
+
+    def conditioning(self, text: dict[str, Tensor], resolution: int) -> Conditioning:
+        """Hidden states (B, tokens, width); the resolution plays no part."""
+        return Conditioning(text["hidden"])
 
     def pipeline(self, unet: nn.Module, frozen: Frozen, source: ModelSource) -> Any:
         """A `StableDiffusionPipeline` without a safety checker."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sdpo.families.base import Conditioning, Family, Frozen, ModelSource, tokenize
 from sdpo.families.names import FAMILY_FLAGS
@@ -35,22 +35,26 @@ class SDXL(Family):
         return torch.float32 if overflows else dtype
 
     @torch.no_grad()
-    def encode_captions(self, frozen: Frozen, captions: list[str], resolution: int) -> Conditioning:
-        """Hidden states (B, tokens, width 1 + width 2), pooled text and time ids."""
+    def encode_text(self, frozen: Frozen, captions: list[str]) -> dict[str, Tensor]:
+        """Hidden states (B, tokens, width 1 + width 2), pooled text (B, width)."""
         hidden = []
         for tokenizer, encoder in zip(frozen.tokenizers, frozen.text_encoders, strict=True):
             ids = tokenize(tokenizer, captions, encoder.device)
             output = encoder(ids, output_hidden_states=True)
             hidden.append(output.hidden_states[-2])
-        pooled = output.text_embeds
+        return {"hidden": torch.cat(hidden, dim=-1), "pooled": output.text_embeds}
+
+    def conditioning(self, text: dict[str, Tensor], resolution: int) -> Conditioning:
+        """Hidden states, pooled text and time ids."""
+        pooled = text["pooled"]
         time_ids = torch.tensor(
             [[resolution, resolution, 0, 0, resolution, resolution]],
             dtype=pooled.dtype,
             device=pooled.device,
         )
         return Conditioning(
-            torch.cat(hidden, dim=-1),
-            {"text_embeds": pooled, "time_ids": time_ids.repeat(len(captions), 1)},
+            text["hidden"],
+            {"text_embeds": pooled, "time_ids": time_ids.repeat(len(pooled), 1)},
         )
 
     def pipeline(self, unet: nn.Module, frozen: Frozen, source: ModelSource) -> Any:

@@ -45,7 +45,7 @@ def test_collate_puts_winners_first(make_rows, rows_of):
 
 def captions(value, dropout, count):
     decode = decoder(dropout)
-    return [decode._caption(value, (0, 0, i)) for i in range(count)]
+    return [decode.caption({"caption": value}, (0, 0, i)) for i in range(count)]
 
 
 @pytest.mark.parametrize("share", [0.1, 0.2, 0.7])

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass
 from importlib import import_module
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -132,12 +133,25 @@ def run_here(name: str, argv: Sequence[Any]) -> int:
 # A server that has imported the heavy modules once; each run is a fork of it, so that it is a
 # process of its own (exit code, signals, standard error) without the seconds of importing.
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload([f"{__package__}.preload"])
+_PRELOAD = f"{__package__}.preload"
+_FORKS.set_forkserver_preload([_PRELOAD])
+
+
+def _start_server() -> None:
+    """Start the server unless it runs. It finds modules by PYTHONPATH alone, and passes over one to
+    preload that it does not find."""
+    before = os.environ["PYTHONPATH"]
+    os.environ["PYTHONPATH"] = os.pathsep.join([before, str(REPO / "tests")])
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ["PYTHONPATH"] = before
 
 
 def _child(name: str, argv: list[str], environment: dict[str, str], stderr: str) -> None:
     from sdpo.errors import run_main
 
+    assert _PRELOAD in sys.modules, "every run would import everything again"
     # A group of its own, so that a kill takes data workers along; they are forked, as they are
     # where train.py runs as a program.
     os.setpgrp()
@@ -163,6 +177,7 @@ class Forked:
         environment: dict[str, str] | None = None,
         name: str = "train.py",
     ):
+        _start_server()
         self.name, self.stderr_file = name, stderr
         arguments = (name, [str(a) for a in argv], environment or {}, str(stderr))
         self.process = _FORKS.Process(target=_child, args=arguments)

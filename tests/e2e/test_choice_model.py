@@ -172,9 +172,8 @@ def test_two_processes(relabelled, tmp_path):
         assert np.allclose(one[side], two[side], equal_nan=True)
 
 
-def test_other_weights_are_scored_anew(table, train, tmp_path, repo, capsys):
-    sys.path.insert(0, str(repo / "tests" / "eval"))
-    from tiny_scorers import write_clip
+def test_other_weights_are_scored_anew(table, train, tmp_path, capsys):
+    from scripts.parity.small_scorers import write_clip
 
     data, cache = write(table, tmp_path / "data"), tmp_path / "cache"
     for name in ("one", "two"):

@@ -37,10 +37,9 @@ def suite(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory, repo):
+def weights(tmp_path_factory):
     """Tiny random weights of all five, as flags."""
-    sys.path.insert(0, str(repo / "tests" / "eval"))
-    from tiny_scorers import write_all
+    from scripts.parity.small_scorers import write_all
 
     found = write_all(tmp_path_factory.mktemp("weights"))
     return ["--weights", *(f"{name}={path}" for name, path in found.items())]

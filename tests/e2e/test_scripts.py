@@ -154,7 +154,7 @@ def test_recipe_as_it_stands(name, tmp_path, monkeypatch):
         (1, "", None),
         (8, "", "--multi_gpu --num_processes 8 --num_machines 1"),
         (1, "--num_machines 2 --num_processes 2", "--multi_gpu --num_processes 1 --num_machines 1"),
-        (8, "--config_file mine.yaml", "--num_processes 8 --num_machines 1"),
+        (8, "--config_file mine.yaml", ""),
         (8, "--use_fsdp", "--num_processes 8 --num_machines 1"),
         (1, "--debug", "--num_processes 1 --num_machines 1"),
     ],
@@ -175,8 +175,37 @@ def test_how_processes_are_launched(tmp_path, gpus, given, expected):
         return
     before, _, after = started.partition(" train.py ")
     fixed = "--mixed_precision no --dynamo_backend no"
-    assert before == f"-m accelerate.commands.launch {expected} {fixed} {given}".strip()
+    assert before.split() == f"-m accelerate.commands.launch {expected} {fixed} {given}".split()
     assert after.startswith("--dataset_name")
+
+
+@pytest.mark.parametrize(
+    ("name", "machines", "processes"), [("1gpu", 1, 1), ("8gpu", 1, 8), ("2x8gpu", 2, 16)]
+)
+def test_configs(tmp_path, repo, name, machines, processes):
+    """--config gives accelerate the file and nothing that would win over it."""
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    python = tmp_path / "python"
+    python.write_text(
+        '#!/bin/sh\ncase "$*" in *device_count*) echo 8; exit;; *sys.version*) exit;; esac\n'
+        f'echo "$@" >>{tmp_path}/calls\n'
+    )
+    python.chmod(0o755)
+    for given in (["--config", name], [f"--config={name}"]):
+        done = script("sd15_dspo", *given, "--seed", "3", SDPO_PYTHON=str(python))
+        assert done.returncode == 0, done.stderr
+        checked, started = (tmp_path / "calls").read_text().splitlines()[-2:]
+        file = f"scripts/configs/{name}.yaml"
+        assert f"--config_file {file} train.py" in started
+        assert "--num_processes" not in started
+        assert started.endswith("--seed 3")
+        assert checked.endswith("--seed 3")
+    config = load_config_from_file(str(repo / file))
+    assert (config.num_machines, config.num_processes) == (machines, processes)
+    done = script("sd15_dspo", "--config", "16gpu", SDPO_PYTHON=str(python))
+    assert done.returncode == 2
+    assert "--config: there is no scripts/configs/16gpu.yaml" in done.stderr
 
 
 def test_arguments_win_and_processes_are_launched(train, tmp_path):

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_scorers import SMALL_CLIP, write_hpsv2
 
 from eval.scorers import get_scorer
 from eval.scorers.hpsv2 import Scorer
 from eval.views import FIXED_POINT, clip_view, whole_pixels, whole_view
 from eval.weights import Weights
+from scripts.parity.small_scorers import SMALL_CLIP, write_hpsv2
 from sdpo.errors import UserError
 
 CPU = torch.device("cpu")

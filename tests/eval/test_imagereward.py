@@ -7,10 +7,10 @@ import shutil
 
 import pytest
 import torch
-from tiny_scorers import SMALL_BLIP, BlipSize, write_imagereward
 
 from eval.scorers.imagereward import TOKENS, Scorer
 from eval.weights import Weights
+from scripts.parity.small_scorers import SMALL_BLIP, BlipSize, write_imagereward
 from sdpo.errors import UserError
 
 CPU = torch.device("cpu")

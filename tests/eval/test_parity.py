@@ -16,12 +16,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_scorers import BlipSize, clip_shapes, imagereward_shapes, write_hpsv2, write_imagereward
 
 from eval.scorer import BaseScorer
 from eval.scorers import get_scorer
 from eval.views import CLIP_MEAN, CLIP_STD, clip_pixels, clip_view, whole_pixels
 from eval.weights import Weights
+from scripts.parity.small_scorers import (
+    BlipSize,
+    clip_shapes,
+    imagereward_shapes,
+    write_hpsv2,
+    write_imagereward,
+)
 from sdpo.data.transforms import open_image
 
 FIXTURES = Path(__file__).parent / "fixtures" / "parity"

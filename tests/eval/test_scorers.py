@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_scorers import write_aesthetics, write_clip, write_pickscore
 
 from eval.scorers import PUBLISHED, SCORERS_DIR, get_scorer, scorer_names
 from eval.scoring import ScoreOptions
+from scripts.parity.small_scorers import write_aesthetics, write_clip, write_pickscore
 from sdpo.errors import UserError
 from sdpo.tinyworld import oracle, world
 

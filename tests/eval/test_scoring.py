@@ -12,7 +12,6 @@ import pytest
 import torch
 from e2e.harness import run_here
 from PIL import Image
-from tiny_scorers import write_all
 
 import eval.scoring
 from eval.manifest import read_manifest, write_manifest
@@ -20,6 +19,7 @@ from eval.precision import CheckedPrecision
 from eval.scorers import PUBLISHED
 from eval.scores import parquet_path, read_scores
 from eval.scoring import ScoreOptions, score_manifests
+from scripts.parity.small_scorers import write_all
 from sdpo.errors import UserError
 from sdpo.tinyworld import world
 

@@ -1,0 +1,113 @@
+"""safeguard.py, data.py, score.py and cost_model.py at their smallest: what their files promise."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+
+import pytest
+from e2e.harness import run_here
+
+from scripts.bench import cost_model, score, score_worker
+from sdpo.errors import UserError
+
+ABOUT = {"benchmark", "machine", "command", "date", "versions"}
+SPREAD = {"median", "quartile_1", "quartile_3", "least", "largest", "count"}
+
+
+def run(name, out, *argv):
+    assert run_here(f"scripts/bench/{name}.py", [*argv, "--out", out]) == 0
+    found = json.loads(out.read_text())
+    assert found.keys() >= ABOUT
+    return found
+
+
+def test_safeguard(tmp_path):
+    step = {
+        "settings": {"size": "sd15", "batch": 1, "resolution": 64},
+        "variants": {"plain": {"seconds": {"median": 2.0}}},
+    }
+    (tmp_path / "step.json").write_text(json.dumps(step))
+    argv = ["--shapes", "2x8", "1x8", "--repeats", 3, "--step_repeats", 2]
+    found = run("safeguard", tmp_path / "x.json", *argv, "--step_json", tmp_path / "step.json")
+    first, second = found["shapes"]
+    assert (first["pairs"], first["side"]) == (2, 8)
+    assert first["loss_seconds"].keys() == first["steps"]["tiny"].keys() == SPREAD
+    assert first["share_of_step"].keys() == {"tiny"}
+    # The true step is looked up by its size.
+    share = second["share_of_step"]["step.py sd15"]
+    for scope in ("batch", "pair"):
+        rule = second["rule_seconds"][scope]["median"]
+        assert rule > 0 and share[scope] == pytest.approx(rule / 2.0)
+        assert second["overhead_seconds"][scope].keys() == SPREAD
+
+
+def test_data(tmp_path):
+    argv = ["--resolution", 64, "--rows", 8, "--batch", 2, "--batches", 1, "--turns", 2]
+    found = run("data", tmp_path / "x.json", *argv)
+    sources = {entry["source"]: entry for entry in found["sources"]}
+    assert set(sources) == {"parquet", "streaming", "cache"}
+    for entry in sources.values():
+        assert entry["pairs_per_s"]["median"] > 0 and entry["pairs_per_s"]["count"] == 2
+        assert entry["kib_per_pair_on_disk"] > 1
+    assert sources["parquet"]["to_parquet"]["median"] == 1.0
+
+
+def test_score(tmp_path, monkeypatch):
+    def here(manifest, scorers, weights):
+        """`score.run` without the seconds of starting a process."""
+        mine = [w for w in weights if w.partition("=")[0].partition(".")[0] in scorers]
+        argv = [manifest, "--outdir", manifest.parent / "s", "--scorers", *scorers]
+        output = io.StringIO()
+        with contextlib.redirect_stdout(output), monkeypatch.context() as patch:
+            patch.setattr("sys.argv", ["score.py", *map(str, argv), "--weights", *mine])
+            patch.setattr("eval.scoring.open_image", open_image)
+            assert score_worker.main() == 0
+        return {**json.loads(output.getvalue().splitlines()[-1]), "wall": 1.0}
+
+    from eval.scoring import open_image
+
+    monkeypatch.setattr(score, "run", here)
+    argv = ["--images", 2, "--resolution", 32, "--turns", 1, "--scorers", "pickscore", "aesthetics"]
+    found = run("score", tmp_path / "x.json", *argv)
+    one, apart = found["ways"]["one pass"], found["ways"]["one process each"]
+    assert (one["decoded"], apart["decoded"]) == (2, 4)
+    assert one["wall_to_apart"]["median"] == 0.5
+    assert one["seconds"].keys() == SPREAD
+
+
+def test_cost_model_agrees_with_known_counts():
+    flops = cost_model.count("sd15")
+    # Published multiply-adds of SD1.5's UNet at 64 x 64 latents are about 0.4e12 a sample.
+    assert flops.unet == pytest.approx(0.80e12, rel=0.02)
+    # A convolution of the VAE's first level: 128 x 128 x 3 x 3 multiply-adds a pixel.
+    assert flops.vae > 4 * 2 * 128 * 128 * 9 * 512**2
+    assert flops.text == pytest.approx(2 * 77 * 85e6, rel=0.1)  # 85 M weights beside embeddings
+
+
+def test_cost_model_arithmetic():
+    f = cost_model.Flops(unet=10.0, vae=7.0, text=1.0)
+    plain = cost_model.pair_flops(f, checkpointing=False, cached=False, lora=False)
+    assert plain == 2 * 10 * (3 + 1) + 2 * 7 + 1
+    assert cost_model.pair_flops(f, True, True, False) == 2 * 10 * (4 + 1)
+    assert cost_model.pair_flops(f, False, True, True) == 2 * 10 * (2 + 1)
+    assert cost_model.PAIRS == 2000 * 2048
+    hours = cost_model._hours(8 * 989e12 * 0.4 * 3600 * 2, 0.4)
+    assert hours["H100"] == pytest.approx(2)
+
+
+@pytest.mark.parametrize(
+    ("name", "argv", "sentence"),
+    [
+        ("safeguard", ["--shapes", "8by64"], "--shapes: 8by64 is not PAIRSxSIDE"),
+        ("safeguard", ["--step_json", "nowhere.json"], "--step_json: there is no file"),
+        ("data", ["--rows", 3], "--rows must be at least"),
+        ("data", ["--resolution", 100], "--resolution must be a multiple of 16"),
+        ("score", ["--turns", 0], "--turns must be at least 1"),
+        ("cost_model", ["--utilisation", 0], "--utilisation must be above 0"),
+    ],
+)
+def test_bad_bench_flags(name, argv, sentence):
+    with pytest.raises(UserError, match=sentence):
+        run_here(f"scripts/bench/{name}.py", argv)

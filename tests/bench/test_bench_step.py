@@ -1,0 +1,161 @@
+"""The public-style step, and step.py and scaling.py at their smallest."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from e2e.harness import as_argv, run_here
+
+import sdpo
+from scripts.bench import scaling, step
+from scripts.bench.public_style import autograd_scale, public_step
+from sdpo.args import parse_args
+from sdpo.errors import UserError
+
+
+@pytest.mark.parametrize("mu", [0.0, 0.6, 0.9])
+def test_both_ways_to_the_scale_agree(mu):
+    draw = torch.Generator().manual_seed(0)
+    for shift in (-2.0, 0.0, 2.0):
+        prediction = torch.randn(6, 4, 8, 8, generator=draw) + shift
+        target = torch.randn(6, 4, 8, 8, generator=draw)
+        winner, loser = (prediction - target).chunk(2)
+        want = sdpo.loser_scale(winner, loser, mu, "batch")
+        torch.testing.assert_close(autograd_scale(prediction, target, mu), want)
+
+
+def test_public_style_step_trains(tiny_sd15, pairs_dir, tmp_path, monkeypatch):
+    reads = []
+    item = torch.Tensor.item
+    monkeypatch.setattr("sdpo.trainer.Trainer.step", public_step)
+    flags = {
+        "pretrained_model_name_or_path": tiny_sd15,
+        "train_data_dir": pairs_dir,
+        "cache_dir": tmp_path / "cache",
+        "output_dir": tmp_path / "run",
+        "resolution": 32,
+        "gradient_accumulation_steps": 2,
+        "max_train_steps": 2,
+        "learning_rate": 1e-4,
+        "lr_warmup_steps": 0,
+        "report_to": "none",
+        "use_winner_preserving": True,
+    }
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "item", lambda tensor: reads.append(1) or item(tensor))
+        assert run_here("train.py", as_argv(flags)) == 0
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    first, second = (json.loads(line)["loss"] for line in lines)
+    # Nothing is learnt before the first step: u = 0 and the loss is log 2.
+    assert first == pytest.approx(0.6931, abs=1e-3)
+    assert second != first
+    # Eight reads in each of four micro-steps, beside the draws of the data.
+    assert len(reads) >= 8 * 4
+
+
+class Stub:
+    """Stands in for `Worker`: checks the flags that it is given, answers at once."""
+
+    started: list[list[str]] = []  # noqa: RUF012
+
+    def __init__(self, name, argv, environment=None):
+        argv = [str(part) for part in argv]
+        Stub.started.append(argv)
+        flags = argv[1:]
+        parse_args(flags[1:] if flags[0] == "--public_style" else flags)
+        self.name, self.turns = name, 0
+
+    def ready(self):
+        pass
+
+    def start_turn(self):
+        pass
+
+    def turn(self):
+        self.turns += 1
+        slow = 2.0 if self.name == "public" else 1.0
+        # The first turn is slow for everyone and must not count.
+        seconds = 100.0 if self.turns == 1 else slow
+        return {"seconds": seconds, "peak_memory_gib": slow, "pairs_per_s": 3.0}
+
+    finish_turn = turn
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def stub(monkeypatch):
+    Stub.started = []
+    monkeypatch.setattr(step, "Worker", Stub)
+    monkeypatch.setattr(scaling, "Worker", Stub)
+    return Stub
+
+
+def test_every_variant_has_flags_that_train_takes(stub, tmp_path):
+    names = [name for name in step.VARIANTS if name != "8bit_adam"]
+    out = tmp_path / "step.json"
+    argv = ["--steps", 3, "--variants", *names, "--out", out]
+    assert run_here("scripts/bench/step.py", argv) == 0
+    found = json.loads(out.read_text())
+    assert set(found["variants"]) == set(names)
+    assert {"machine", "command", "date", "versions", "settings"} <= found.keys()
+    public, plain = found["variants"]["public"], found["variants"]["plain"]
+    assert public["time_to_plain"]["median"] == 2.0
+    assert plain["time_to_public"]["median"] == plain["memory_to_public"] == 0.5
+    assert plain["seconds"] == step.spread([1.0] * 3)
+
+
+def test_larger_sizes_run_one_by_one(stub, tmp_path, monkeypatch, capsys):
+    written = []
+    monkeypatch.setattr(step.subprocess, "run", lambda argv, **_: written.append(argv))
+    monkeypatch.setattr("sdpo.args.check_model_location", lambda args: None)
+    out = tmp_path / "step.json"
+    argv = ["--size", "sdxl", "--variants", "public", "--rounds", 2, "--steps", 2, "--out", out]
+    assert run_here("scripts/bench/step.py", argv) == 0
+    assert [path.name for path in written[0][1:2]] == ["true_pipeline.py"]
+    found = json.loads(out.read_text())
+    assert found["variants"]["public"]["seconds"]["count"] == 4
+    assert found["settings"]["resolution"] == 1024 and found["settings"]["batch"] == 1
+    order = ["--public_style" in argv for argv in stub.started]
+    assert order == [False, True, True, False]
+    assert all("--sdxl" in argv for argv in stub.started)
+
+
+def test_scaling_starts_all_ranks(stub, tmp_path):
+    out = tmp_path / "scaling.json"
+    argv = ["--processes", 2, "--steps", 2, "--out", out]
+    assert run_here("scripts/bench/scaling.py", argv) == 0
+    found = json.loads(out.read_text())
+    assert [group["processes"] for group in found["groups"]] == [1, 2]
+    assert found["groups"][1]["to_one"]["median"] == 1.0
+    assert len(stub.started) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "argv", "sentence"),
+    [
+        ("step", ["--variants", "faster"], "--variants: there is no faster"),
+        ("step", ["--steps", 0], "--steps must be at least 1"),
+        ("scaling", ["--processes", 1, 0], "--processes must be at least 1"),
+    ],
+)
+def test_bad_flags(name, argv, sentence):
+    with pytest.raises(UserError, match=sentence):
+        run_here(f"scripts/bench/{name}.py", argv)
+
+
+def test_a_true_worker_takes_a_step_when_it_is_told_to(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["step.py", "--pairs", "32", "--batch", "2"])
+    bench = step.Bench(step.parse(), tmp_path)
+    worker = bench.start("public", 0)
+    try:
+        entry = worker.turn()
+    finally:
+        worker.close()
+    assert entry["step"] == 1
+    assert entry["loss"] == pytest.approx(0.6931, abs=1e-3)
+    assert 0 < entry["seconds"] < 60 and entry["peak_memory_gib"] > 0.1
+    assert not list(tmp_path.glob("public-0/checkpoint-*"))
