@@ -27,6 +27,7 @@ COLUMNS = (
     ("loser_drift_percent", "loser drift, %", "+.1f"),
     ("implicit_acc", "implicit acc.", ".2f"),
     ("oracle", "oracle score", ".3f"),
+    ("wins_over_base_percent", "beats base, %", ".0f"),
     ("loser_scale", "scale", ".2f"),
 )
 LABELS = {"plain": "without", "safeguard": "with"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,10 @@ SMOOTHING = 10  # optimizer steps
 
 def rows_of(out: Path, manifests: dict[str, Path]) -> list[dict[str, Any]]:
     """One row a model: held-out drift at the last checkpoint, mean oracle score with its standard
-    error, training seconds."""
+    error, share of prompts on which it beats the base, training seconds."""
     rows = []
+    matrix = json.loads((out / "compare" / "matrix_oracle.json").read_text(encoding="utf-8"))
+    over_base = dict(zip(matrix["models"], (row[-1] for row in matrix["win_rate"]), strict=True))
     for name, path in manifests.items():
         scores = read_scores(read_manifest(path)).columns["oracle"]
         row: dict[str, Any] = {
@@ -37,6 +40,7 @@ def rows_of(out: Path, manifests: dict[str, Path]) -> list[dict[str, Any]]:
             last = read_heldout(out / name)[-1]
             steps = read_metrics(out / name / METRICS_FILE)
             row |= {
+                "wins_over_base_percent": 100 * over_base[LABELS[name]],
                 "winner_drift_percent": last["winner_drift_percent"],
                 "loser_drift_percent": last["loser_drift_percent"],
                 "implicit_acc": last["implicit_acc"],
@@ -49,7 +53,8 @@ def rows_of(out: Path, manifests: dict[str, Path]) -> list[dict[str, Any]]:
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
     """The rows on the console; drifts in percent of the reference's held-out error."""
-    head = ("model", "winner drift", "loser drift", "implicit acc", "oracle", "seconds")
+    head = ("model", "winner drift", "loser drift", "implicit acc", "oracle", "beats base")
+    head += ("seconds",)
     print("\n" + " ".join(f"{h:>18}" for h in head))
     for row in rows:
         trained = "seconds" in row
@@ -59,6 +64,7 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
             f"{row['loser_drift_percent']:+.1f} %" if trained else "-",
             f"{row['implicit_acc']:.2f}" if trained else "-",
             f"{row['oracle']:.3f} ± {row['oracle_se']:.3f}",
+            f"{row['wins_over_base_percent']:.0f} %" if trained else "-",
             f"{row['seconds']:.0f}" if trained else "-",
         ]
         print(" ".join(f"{c:>18}" for c in cells))

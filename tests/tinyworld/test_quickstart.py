@@ -71,7 +71,7 @@ def test_summary_says_what_was_measured(quickstart):
 
 
 def test_models_are_compared_on_the_same_prompts_and_noises(quickstart):
-    _, out = quickstart
+    text, out = quickstart
     report = (out / "compare" / "report.html").read_text()
     for word in ("base", "without safeguard", "with safeguard", "a red circle"):
         assert word in report
@@ -83,6 +83,11 @@ def test_models_are_compared_on_the_same_prompts_and_noises(quickstart):
     assert len({json.dumps([row["metadata"]["seed"] for row in m]) for m in manifests}) == 1
     assert len({m[0]["metadata"]["unet_sha256"] for m in manifests}) == 3
     assert json.loads((out / "eval" / "summary.json").read_text())["rows"][0]["scorer"] == "oracle"
+    pair = json.loads((out / "compare" / "without_safeguard_vs_base" / "summary.json").read_text())
+    rows = json.loads((out / "summary.json").read_text())["rows"]
+    rate = 100 * pair["metrics"][0]["win_rate_a_over_b"]
+    assert rows[1]["wins_over_base_percent"] == pytest.approx(rate)
+    assert f"{rate:.0f} %" in text
 
 
 def test_pictures_and_the_line_that_says_where_they_are(quickstart):
@@ -132,6 +137,7 @@ def test_mistakes(repo, quickstart, flags, said):
 def test_table_over_seeds(repo, tmp_path):
     for seed, drift in ((3, 10.0), (4, 21.0)):
         row = {"loser_drift_percent": 1.0, "implicit_acc": 0.5, "oracle": 0.5, "loser_scale": 1.0}
+        row["wins_over_base_percent"] = 60.0
         rows = [
             {"model": "base", "oracle": 0.4},
             {"model": "plain", "winner_drift_percent": drift, **row},
