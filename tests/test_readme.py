@@ -32,7 +32,7 @@ def test_flags_exist(readme):
     parsers = build_parser(), build_evaluation_parser(), build_comparison_parser(None)
     known = {flag for parser in parsers for flag in parser._option_string_actions}
     launcher = {"--num_machines", "--num_processes", "--machine_rank", "--main_process_ip"}
-    launcher |= {"--main_process_port"}
+    launcher |= {"--main_process_port", "--config"}
     # Of other programs.
     other = {"--method", "--steps", "--out", "--repeats", "--no-NAME", "--source"}
     named = set(re.findall(r"--[a-zA-Z][\w-]*", readme))

@@ -106,6 +106,9 @@ def turn(manifest: Path, way: str, args: argparse.Namespace) -> dict[str, Any]:
 def main() -> int:
     """Run, print, write."""
     args = parse()
+    from sdpo.runlog import quieten_libraries
+
+    quieten_libraries()
     work = Path(tempfile.mkdtemp(prefix="sdpo-bench-"))
     try:
         if not args.weights:

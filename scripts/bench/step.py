@@ -115,6 +115,7 @@ class Bench:
         if args.size != "tiny":
             self.model = work / "model"
             # In a process of its own, so that its memory is given back.
+            print(f"writing a random {args.size} pipeline", flush=True)
             program = ROOT / "scripts/bench/true_pipeline.py"
             subprocess.run([sys.executable, program, args.size, self.model], check=True, cwd=ROOT)
 

@@ -36,13 +36,13 @@ def build_second_encoder() -> Any:
 
 def write_pipeline(family: str, path: Path) -> None:
     """Build, cast and save."""
-    import diffusers
     import torch
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
     from scripts.bench.true_size import build_sd15_frozen, build_unet
+    from sdpo.runlog import quieten_libraries
 
-    diffusers.utils.logging.disable_progress_bar()
+    quieten_libraries()
     torch.manual_seed(0)
     frozen = build_sd15_frozen()
     tokenizer, encoder = frozen.tokenizers[0], frozen.text_encoders[0]

@@ -79,7 +79,11 @@ def build_sd15_frozen(with_tokenizer: bool = True) -> Any:
         tokenizers.append(build_tokenizer())
         tokenizers[0].model_max_length = 77
     scheduler = DDPMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        steps_offset=1,
     )
     for module in (vae, text):
         module.requires_grad_(False).eval()
