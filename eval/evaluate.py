@@ -7,7 +7,6 @@ at any point, the same command makes and scores only what is missing.
 from __future__ import annotations
 
 import argparse
-import gc
 import sys
 from pathlib import Path
 
@@ -51,6 +50,8 @@ def main() -> int:
     if args.check_only:
         return 0
 
+    from accelerate.utils.memory import clear_device_cache
+
     from eval.processes import start
     from eval.scoring import fetch_weights
 
@@ -61,11 +62,8 @@ def main() -> int:
     with accelerator.local_main_process_first():
         fetch_weights(scorers, options)
     paths = generate(args, suites, accelerator)
-    gc.collect()  # the generating models are gone before scorers come
-    if accelerator.device.type == "cuda":
-        import torch
-
-        torch.cuda.empty_cache()
+    # The generating models are gone before scorers come.
+    clear_device_cache(garbage_collection=True)
     score(read_manifests(paths), scorers, options, args.outdir, accelerator)
     accelerator.end_training()
     return 0

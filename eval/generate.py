@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -230,11 +229,13 @@ def make_missing(
     from accelerate.utils import gather_object
     from tqdm.auto import tqdm
 
+    from sdpo.validation import save_image
+
     rank, processes = accelerator.process_index, accelerator.num_processes
     mine = range(rank, len(suite.prompts), processes)
     broken = [i for i in mine if not is_whole(folder / image_name(i, args.resolution))]
     # Agreed on before any process begins, so that none takes an image for done or undone twice.
-    missing = sorted(gather_object(broken) if processes > 1 else broken)
+    missing = sorted(gather_object(broken))
     share = missing[rank::processes]
     with tqdm(
         total=len(missing),
@@ -249,7 +250,8 @@ def make_missing(
             for index, prompt, image in zip(
                 indices, prompts, protocol(prompts, indices), strict=True
             ):
-                save_image(image, prompt, folder / image_name(index, args.resolution))
+                path = folder / image_name(index, args.resolution)
+                save_image(image, path, exif=prompt_exif(prompt))
             bar.update(min(len(indices) * processes, len(missing) - bar.n))
 
 
@@ -266,15 +268,13 @@ def is_whole(path: Path) -> bool:
     return True
 
 
-def save_image(image: Image.Image, prompt: str, path: Path) -> None:
-    """Write a PNG with its prompt in EXIF's ImageDescription (UTF-8), beside, and rename it."""
+def prompt_exif(prompt: str) -> Image.Exif:
+    """EXIF with a prompt as its ImageDescription, in UTF-8."""
     from PIL import Image
 
     exif = Image.Exif()
     exif[IMAGE_DESCRIPTION] = prompt.encode("utf-8")
-    beside = path.with_name(path.name + ".tmp")
-    image.save(beside, format="PNG", exif=exif)
-    os.replace(beside, path)
+    return exif
 
 
 def manifest_rows(

@@ -106,10 +106,8 @@ def relabel(
     weights = options.of(name, get_scorer(name))
     path = choices_path(pairs, args, weights.identity())
     found = ChoiceScores(path, int(pairs.origin.max()) + 1)
-    if accelerator.num_processes > 1:
-        # All go by what the main process, which saves, has found: machines may not share a disk.
-        kept = broadcast_object_list([found.scores, found.seen])
-        found.scores, found.seen = kept
+    # All go by what the main process, which saves, has found: machines may not share a disk.
+    found.scores, found.seen = broadcast_object_list([found.scores, found.seen])
     if len(found.missing(pairs.origin)):
         score_missing(pairs, found, name, weights, options, accelerator)
     labelled, agreement = with_choices(pairs, found)
@@ -158,9 +156,7 @@ def score_missing(
         for first in range(0, len(places), chunk):
             part = places[first : first + chunk]
             mine = part[accelerator.process_index :: accelerator.num_processes]
-            scored = score_pairs(pairs, mine.tolist(), run, options)
-            if accelerator.num_processes > 1:
-                scored = gather_object(scored)
+            scored = gather_object(score_pairs(pairs, mine.tolist(), run, options))
             rows, *sides = zip(*scored, strict=True)
             found.put(rows, np.array(sides).T)
             if accelerator.is_main_process:
@@ -196,7 +192,7 @@ def score_pairs(
             whole = [i for i, view in enumerate(views) if view is not None]
             scores = torch.full((len(chosen), 2), math.nan, dtype=torch.float64)
             if whole:
-                prompts = [caption_of(rows[i][pairs.columns.caption]) for i in whole]
+                prompts = [first_caption(rows[i], pairs.columns.caption) for i in whole]
                 stacked = torch.cat([views[i] for i in whole])
                 both = [prompt for prompt in prompts for _ in range(2)]
                 scores[whole] = run(stacked, both).reshape(-1, 2)
@@ -205,11 +201,14 @@ def score_pairs(
     return scored
 
 
-def caption_of(value: Any) -> str:
+def first_caption(row: dict[str, Any], column: str) -> str:
     """A pair's caption; of several the first."""
+    from sdpo.data.pairs import as_caption
+
+    value = row[column]
     if isinstance(value, list | tuple):
         value = value[0] if value else ""
-    return value or ""
+    return as_caption(value, column)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ others is not returned.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -21,7 +20,7 @@ import pyarrow.parquet as pq
 
 from eval.manifest import Manifest
 from sdpo.errors import UserError
-from sdpo.files import write_json
+from sdpo.files import file_sha256, write_json, written_beside
 
 _METADATA_KEY = b"sdpo.scorers"
 _ROW_COLUMNS = ("prompt", "gen_image_path", "image_sha256")
@@ -35,11 +34,6 @@ def parquet_path(manifest: Path) -> Path:
 def json_path(manifest: Path) -> Path:
     """Where a manifest's scores are, in JSON."""
     return manifest.with_name(f"{manifest.stem}_scores.json")
-
-
-def image_digest(path: Path) -> str:
-    """sha256 of an image file's bytes, in hex."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @dataclass
@@ -86,9 +80,8 @@ class ScoreTable:
         table = pa.table(columns)
         table = table.replace_schema_metadata({_METADATA_KEY: json.dumps(self.about)})
         path = parquet_path(manifest.path)
-        beside = path.with_name(path.name + ".tmp")
-        pq.write_table(table, beside)
-        os.replace(beside, path)
+        with written_beside(path) as beside:
+            pq.write_table(table, beside)
         write_json(json_path(manifest.path), {"scorers": self.about, "scores": table.to_pylist()})
 
 
@@ -101,7 +94,7 @@ def read_scores(manifest: Manifest) -> ScoreTable:
         UserError: there is a score file and it cannot be read; an image cannot be read.
     """
     try:
-        digests = [image_digest(entry.image) for entry in manifest.entries]
+        digests = [file_sha256(entry.image) for entry in manifest.entries]
     except OSError as error:
         raise UserError(f"{manifest.path}: cannot read an image: {error}") from None
     table = ScoreTable(manifest, digests)

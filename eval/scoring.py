@@ -6,7 +6,6 @@ images (small, 8 bit) wait for them in a temporary file.
 
 from __future__ import annotations
 
-import gc
 import math
 import os
 import tempfile
@@ -100,16 +99,19 @@ def score_manifests(
     Raises:
         UserError: weights that are not to be had, an image that cannot be decoded.
     """
+    from accelerate.utils.memory import clear_device_cache
+
     options = options or ScoreOptions()
     accelerator = accelerator or start()
     device = device_of(options.device, accelerator)
     classes = {name: get_scorer(name) for name in scorers}
     weights = {name: options.of(name, cls) for name, cls in classes.items()}
+    identities = {name: each.identity() for name, each in weights.items()}
     tables = [read_scores(manifest) for manifest in manifests]
     accelerator.wait_for_everyone()  # nobody may read what another has already begun to write
     for table in tables:
         for name in scorers:
-            _drop_if_stale(table, name, weights[name], options)
+            _drop_if_stale(table, name, identities[name], options)
     missing = {
         name: {_Item(t, int(r)) for t, table in enumerate(tables) for r in table.missing(name)}
         for name in scorers
@@ -123,22 +125,24 @@ def score_manifests(
         work = [[i for i in share if i in missing[name]] for share in shares]
         places = [place for place, item in enumerate(mine) if item in missing[name]]
         scorer = classes[name](weights[name], device)
-        run = _Run(name, scorer, views[view], tables, options, device, accelerator)
-        run.score(work, places, weights[name])
-        del scorer, run
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        about = {"label": scorer.label, "weights": identities[name]}
+        checked = CheckedPrecision(name, scorer, options.mixed_precision, device)
+        run = _Run(name, checked, about, views[view], tables, options, accelerator)
+        run.score(work, places)
+        del scorer, checked, run
+        clear_device_cache(garbage_collection=True)
     return tables
 
 
-def _drop_if_stale(table: ScoreTable, name: str, weights: Weights, options: ScoreOptions) -> None:
+def _drop_if_stale(
+    table: ScoreTable, name: str, identity: dict[str, Any], options: ScoreOptions
+) -> None:
     """Forget scores made by other weights, or in a precision that is not the one asked for."""
     about = table.about.get(name)
     if about is None:
         return
     precise = options.mixed_precision in ("auto", about.get("precision"))
-    if about.get("weights") != weights.identity() or not precise:
+    if about.get("weights") != identity or not precise:
         table.drop(name)
 
 
@@ -197,18 +201,18 @@ class _Run:
     def __init__(
         self,
         name: str,
-        scorer: BaseScorer,
+        scorer: CheckedPrecision,
+        about: dict[str, Any],
         views: np.ndarray,
         tables: list[ScoreTable],
         options: ScoreOptions,
-        device: torch.device,
         accelerator: Accelerator,
     ) -> None:
-        self.name, self.label, self.views, self.tables = name, scorer.label, views, tables
-        self.scorer = CheckedPrecision(name, scorer, options.mixed_precision, device)
+        self.name, self.scorer, self.about = name, scorer, about
+        self.views, self.tables = views, tables
         self.options, self.accelerator = options, accelerator
 
-    def score(self, work: list[list[_Item]], places: list[int], weights: Weights) -> None:
+    def score(self, work: list[list[_Item]], places: list[int]) -> None:
         """Score this process's items, `places` in `views`; `work` is every process's share."""
         from accelerate.utils import gather_object
         from tqdm.auto import tqdm
@@ -218,16 +222,13 @@ class _Run:
         rounds = math.ceil(max(map(len, work)) / a_round)
         with tqdm(
             total=sum(map(len, work)),
-            desc=self.label,
+            desc=self.about["label"],
             unit="image",
             disable=not self.accelerator.is_main_process,
         ) as bar:
             for number in range(rounds):
                 part = slice(number * a_round, (number + 1) * a_round)
-                scored = self._some(mine[part], places[part], bar)
-                if self.accelerator.num_processes > 1:
-                    scored = gather_object(scored)
-                self._enter(scored, weights)
+                self._enter(gather_object(self._some(mine[part], places[part], bar)))
 
     def _some(self, items: list[_Item], places: list[int], bar: Any) -> list[tuple[_Item, float]]:
         scored: list[tuple[_Item, float]] = []
@@ -248,7 +249,7 @@ class _Run:
             bar.update(min(len(batch) * self.accelerator.num_processes, bar.total - bar.n))
         return scored
 
-    def _enter(self, scored: list[tuple[_Item, float]], weights: Weights) -> None:
+    def _enter(self, scored: list[tuple[_Item, float]]) -> None:
         for number, table in enumerate(self.tables):
             here = [(item.row, value) for item, value in scored if item.table == number]
             if not here:
@@ -256,8 +257,7 @@ class _Run:
             rows, values = zip(*here, strict=True)
             table.put(self.name, np.array(rows), np.array(values))
             table.about[self.name] = {
-                "label": self.label,
-                "weights": weights.identity(),
+                **self.about,
                 "precision": self.scorer.precision,
                 "float32_difference": self.scorer.difference,
             }

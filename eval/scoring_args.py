@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eval.scorers import PUBLISHED, scorer_names
 from sdpo.errors import UserError
+from sdpo.preflight import HUB_ID
 
 if TYPE_CHECKING:
     from eval.scoring import ScoreOptions
 
-HUB_ID = r"[\w-][\w.-]*/[\w.-]+"
 PRECISION_NAMES = ("auto", "no", "fp16", "bf16")
 
 
@@ -111,7 +110,7 @@ def parse_weights(given: list[str], flag: str) -> dict[str, str]:
                 f"({' '.join(known)})"
             )
         local = Path(os.path.expanduser(path))
-        if not local.exists() and not re.fullmatch(HUB_ID, path):
+        if not local.exists() and not HUB_ID.fullmatch(path):
             raise UserError(f"{flag} {name}: there is no file or directory {path}")
         weights[name] = str(local) if local.exists() else path
     return weights

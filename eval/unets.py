@@ -7,20 +7,16 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sdpo.checkpoint_paths import latest_checkpoint
+from sdpo.checkpoint_paths import UNET_FILE, latest_checkpoint
 from sdpo.errors import UserError, first_line
-from sdpo.preflight import check_family, read_config
+from sdpo.preflight import HUB_ID, WEIGHT_SUFFIXES, check_family, read_config
 
 if TYPE_CHECKING:
     from torch import nn
 
 FLAG = "--unet"
 BASE = "base"
-# As sdpo.checkpoint names it; importing that would import torch.
-UNET_FILE = "unet.pth"
-_WEIGHTS = {".pth", ".pt", ".bin", ".safetensors"}
 _HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+):(.+)")
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def check_unet(name: str, sdxl: bool) -> None:
@@ -39,13 +35,13 @@ def check_unet(name: str, sdxl: bool) -> None:
             if config.is_file():
                 check_family(read_config(config), sdxl, f"{FLAG} {name}")
                 break
-    elif not path.is_file() and (path.suffix in _WEIGHTS or not _HUB_ID.fullmatch(name)):
+    elif not path.is_file() and (path.suffix in WEIGHT_SUFFIXES or not HUB_ID.fullmatch(name)):
         raise UserError(
             f"{FLAG}: there is no file or directory {name}; give unet.pth, .safetensors, a "
             "diffusers or checkpoint directory, ORG/REPO:path/on/the/hub/unet.pth, or base"
         )
-    elif path.is_file() and path.suffix not in _WEIGHTS:
-        raise UserError(f"{FLAG}: {name} is none of {', '.join(sorted(_WEIGHTS))}")
+    elif path.is_file() and path.suffix not in WEIGHT_SUFFIXES:
+        raise UserError(f"{FLAG}: {name} is none of {', '.join(sorted(WEIGHT_SUFFIXES))}")
 
 
 def _inside(path: Path) -> Path:
@@ -109,7 +105,7 @@ def label_of(name: str) -> str:
 
 
 def _is_file(name: str) -> bool:
-    return Path(name).suffix in _WEIGHTS
+    return Path(name).suffix in WEIGHT_SUFFIXES
 
 
 def digest_of(unet: nn.Module) -> str:

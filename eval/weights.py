@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import re
 import textwrap
 import zipfile
 from dataclasses import dataclass
@@ -19,9 +18,10 @@ import torch
 from torch import nn
 
 from sdpo.errors import UserError, first_line
+from sdpo.files import file_sha256, hub_sha256
+from sdpo.preflight import HUB_ID
 
 log = logging.getLogger(__name__)
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Weights:
         given = self.overrides.get(part)
         if given is None:
             return self.parts[part].source
-        if not Path(given).exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", given):
+        if not Path(given).exists() and not HUB_ID.fullmatch(given):
             raise UserError(f"{self.flag(part)}: there is no file or directory {given}")
         return given
 
@@ -146,8 +146,7 @@ class Weights:
         return path
 
     def _verify(self, path: Path, wanted: Part, part: str) -> None:
-        blob = path.resolve().name  # the hub's client names a large file's blob by its sha256
-        known = wanted.sha256 or (blob if _SHA256.fullmatch(blob) else None)
+        known = wanted.sha256 or hub_sha256(path)
         if known and file_sha256(path) != known:
             raise UserError(
                 f"{self.scorer}: {path} is damaged (its sha256 is not {known}); delete it to "
@@ -208,12 +207,3 @@ def load_exactly(module: nn.Module, state: Any, where: str) -> None:
         # One line can name a thousand weights.
         reason = textwrap.shorten(detail[1 if len(detail) > 1 else 0], 200, placeholder=" ...")
         raise UserError(f"{where} does not fit: {reason}") from None
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 of a file, in hex."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from sdpo.checkpoint_paths import STATE_FILE, checkpoint_dir, list_checkpoints
+from sdpo.checkpoint_paths import STATE_FILE, UNET_FILE, checkpoint_dir, list_checkpoints
 from sdpo.data.order import Place
 from sdpo.errors import UserError
 from sdpo.files import rename_complete, write_json
@@ -21,7 +21,6 @@ from sdpo.weights import load_strictly, read_state_dict
 
 log = logging.getLogger(__name__)
 
-UNET_FILE = "unet.pth"
 OPTIMIZER_FILE = "optimizer.pt"
 # A checkpoint made under other values of these is of another run.
 SAME_RUN = (

@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 STATE_FILE = "state.json"
+UNET_FILE = "unet.pth"
 EMA_FILE = "unet_ema.pth"
 _NAME = re.compile(r"checkpoint-(\d+)")
 

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@contextmanager
+def written_beside(path: Path) -> Iterator[Path]:
+    """Where to write in the block; renamed to `path` when that ends without an error."""
+    beside = path.with_name(path.name + ".tmp")
+    yield beside
+    os.replace(beside, path)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -16,12 +30,10 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write beside, flush to disk, rename."""
-    beside = path.with_name(path.name + ".tmp")
-    with open(beside, "wb") as file:
+    with written_beside(path) as beside, open(beside, "wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(beside, path)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -49,3 +61,21 @@ def replace_directory(beside: Path, path: Path) -> None:
         path.rename(old)
     rename_complete(beside, path)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file, in hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def hub_sha256(path: Path) -> str | None:
+    """The sha256 in the name under which the hub's client keeps a large file; None for others.
+
+    It is what the content should have: nothing is read.
+    """
+    blob = path.resolve().name
+    return blob if _SHA256.fullmatch(blob) else None

@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdpo.checkpoint_paths import EMA_FILE, list_checkpoints, step_of
+from sdpo.checkpoint_paths import EMA_FILE, UNET_FILE, list_checkpoints, step_of
 from sdpo.cli import Parser
 from sdpo.errors import UserError, run_main
 from sdpo.files import write_text
@@ -70,7 +70,6 @@ def main() -> int:
     from accelerate import Accelerator
     from tqdm.auto import tqdm
 
-    from sdpo.checkpoint import UNET_FILE
     from sdpo.data.source import open_pairs
     from sdpo.encoding import ModelEncoder
     from sdpo.families import get_family

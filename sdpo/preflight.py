@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from sdpo.errors import UserError
 from sdpo.families.names import FAMILY_FLAGS, family_of_config
+
+WEIGHT_SUFFIXES = frozenset({".pth", ".pt", ".bin", ".safetensors"})
+# ORG/NAME; a path that begins with a dot is none.
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 def looks_local(name: str) -> bool:
@@ -36,7 +41,7 @@ def check_model_location(args: argparse.Namespace) -> None:
         )
     if args.unet_init:
         init = Path(args.unet_init)
-        is_file_name = init.suffix in {".pth", ".pt", ".bin", ".safetensors"}
+        is_file_name = init.suffix in WEIGHT_SUFFIXES
         if (is_file_name or looks_local(args.unet_init)) and not init.exists():
             raise UserError(f"--unet_init: there is no file or directory {args.unet_init}")
 

@@ -11,7 +11,6 @@ with --use_ema pipeline_ema/, and beside them the files of the second column.
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from sdpo.checkpoint import Progress, load_unet, save_checkpoint
 from sdpo.checkpoint_paths import EMA_FILE
 from sdpo.ema import Ema
 from sdpo.export import export_pipeline
+from sdpo.files import written_beside
 from sdpo.lora import LORA_FILE, has_adapters, load_adapters, merged_state, save_adapters
 from sdpo.models import Models
 
@@ -129,9 +129,8 @@ def _export(output_dir: Path, models: Models, unet: nn.Module, suffix: str) -> l
         plain.load_state_dict(plain_state(models, unet))
     if has_adapters(unet):
         path = output_dir / (EMA_LORA_FILE if suffix else LORA_FILE)
-        beside = path.with_name(path.name + ".tmp")
-        save_adapters(unet, beside)
-        os.replace(beside, path)
+        with written_beside(path) as beside:
+            save_adapters(unet, beside)
         written.append(path)
     name = f"pipeline{suffix}"
     return [export_pipeline(output_dir / name, models.family, models.source, plain), *written]

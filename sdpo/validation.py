@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from sdpo.files import written_beside
 from sdpo.randomness import generator
 
 if TYPE_CHECKING:
@@ -63,12 +63,11 @@ def grid(images: Sequence[Image.Image], columns: int, gap: int = 2) -> Image.Ima
     return sheet
 
 
-def save_image(image: Image.Image, path: Path) -> None:
-    """Write a PNG beside and rename it."""
+def save_image(image: Image.Image, path: Path, **options: Any) -> None:
+    """Write a PNG beside and rename it; `options` are those of Pillow's PNG writer."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".tmp")
-    image.save(beside, format="PNG")
-    os.replace(beside, path)
+    with written_beside(path) as beside:
+        image.save(beside, format="PNG", **options)
 
 
 def draw_grid(

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sdpo.errors import UserError, first_line
-
-PICKLE_SUFFIXES = {".pth", ".pt", ".bin"}
+from sdpo.preflight import WEIGHT_SUFFIXES
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
@@ -55,7 +54,7 @@ def load_strictly(unet: nn.Module, state: dict[str, Tensor], where: str) -> None
 
 def is_weights_file(name: str) -> bool:
     """Whether a name means one file of weights (rather than a directory or a hub id)."""
-    return Path(name).suffix in PICKLE_SUFFIXES | {".safetensors"}
+    return Path(name).suffix in WEIGHT_SUFFIXES
 
 
 def from_pretrained(cls: Any, flag: str, name: str, **kwargs: Any) -> Any:

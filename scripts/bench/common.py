@@ -17,6 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from eval.summary import print_grid
 from sdpo.cli import Parser
 from sdpo.errors import UserError
 from sdpo.files import write_json
@@ -73,11 +74,7 @@ def ratios(values: Sequence[float], baseline: Sequence[float]) -> dict[str, Any]
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Columns aligned: the first to the left, the others to the right."""
-    cells = [[str(c) for c in row] for row in (head, *rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
-    for row in cells:
-        first = row[0].ljust(widths[0])
-        print("  ".join([first, *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]))
+    print_grid([[str(cell) for cell in row] for row in (head, *rows)])
 
 
 def machine() -> dict[str, Any]:

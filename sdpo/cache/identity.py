@@ -5,15 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from eval.weights import file_sha256
 from sdpo.errors import UserError, first_line
 from sdpo.families.base import BASE_FLAG, VAE_FLAG
+from sdpo.files import file_sha256, hub_sha256
 
 if TYPE_CHECKING:
     from sdpo.data.source import PairSource
@@ -33,7 +32,6 @@ _TOKENIZER = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.js
 _TOKENIZER += ("special_tokens_map.json",)
 # They change whenever a model is saved again, and say nothing about what it computes.
 _BY_THE_WAY = {"transformers_version", "torch_dtype", "dtype", "architectures"}
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 SAMPLED_ROWS = 64
 
 
@@ -103,9 +101,8 @@ def _joined(parts: list[str]) -> str:
 
 
 def _content_digest(path: Path) -> str:
-    # The hub's client names the blob of a large file by its sha256: gigabytes need no reading.
-    blob = path.resolve().name
-    return blob if _SHA256.fullmatch(blob) else file_sha256(path)
+    # Gigabytes of the hub need no reading.
+    return hub_sha256(path) or file_sha256(path)
 
 
 def _config_digest(path: Path) -> str:

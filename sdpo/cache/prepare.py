@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import argparse
 import fcntl
-import gc
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from sdpo.cache.build import Builder, Work, all_captions
 from sdpo.cache.flags import CACHE_FLAG
@@ -52,6 +49,8 @@ def prepare_cache(
     Raises:
         UserError: the cache was made for something else, is damaged, or cannot be completed.
     """
+    from accelerate.utils.memory import clear_device_cache
+
     directory = Path(args.cache_dir_latents)
 
     def find() -> tuple[dict[str, Any], bool]:
@@ -69,9 +68,7 @@ def prepare_cache(
             frozen = load_frozen_as(family, source, accelerator.device, dtype)
         _build(key, directory, pairs, args, family, frozen, accelerator)
         del frozen
-        gc.collect()
-        if accelerator.device.type == "cuda":
-            torch.cuda.empty_cache()
+        clear_device_cache(garbage_collection=True)
     return _open(directory, args.verify_cache, accelerator)
 
 
@@ -114,7 +111,7 @@ def _build(
         rank, world_size = accelerator.process_index, accelerator.num_processes
         device = accelerator.device
         builder = Builder(directory, family, frozen, device, args, flips, rank, world_size)
-        _together(accelerator, lambda: builder.build(work, pairs))
+        _together(lambda: builder.build(work, pairs))
         _on_main(accelerator, finish)
 
 
@@ -134,7 +131,7 @@ def _open(directory: Path, verify: bool, accelerator: Accelerator) -> LatentCach
             cache.verify(accelerator.process_index, accelerator.num_processes)
         return cache
 
-    return _together(accelerator, read)
+    return _together(read)
 
 
 def _apart(directory: Path) -> str:
@@ -144,7 +141,7 @@ def _apart(directory: Path) -> str:
     )
 
 
-def _together(accelerator: Accelerator, work: Callable[[], Any]) -> Any:
+def _together(work: Callable[[], Any]) -> Any:
     """`work()` on every process; the first `UserError` of any of them is raised in all, so that
     none waits for one that is gone."""
     from accelerate.utils import gather_object
@@ -154,8 +151,7 @@ def _together(accelerator: Accelerator, work: Callable[[], Any]) -> Any:
         value = work()
     except UserError as raised:
         error = str(raised)
-    errors = gather_object([error]) if accelerator.num_processes > 1 else [error]
-    for found in errors:
+    for found in gather_object([error]):
         if found is not None:
             raise UserError(found)
     return value
@@ -165,8 +161,8 @@ def _on_main(accelerator: Accelerator, work: Callable[[], Any]) -> Any:
     """`work()` of the main process, its value given to all."""
     from accelerate.utils import broadcast_object_list
 
-    value = _together(accelerator, work if accelerator.is_main_process else lambda: None)
-    return broadcast_object_list([value])[0] if accelerator.num_processes > 1 else value
+    value = _together(work if accelerator.is_main_process else lambda: None)
+    return broadcast_object_list([value])[0]
 
 
 @contextmanager
@@ -187,7 +183,7 @@ def _locked(directory: Path, accelerator: Accelerator) -> Iterator[None]:
             log.warning("%s cannot be locked (%s): build it by one run alone", directory, error)
         return file
 
-    held = _together(accelerator, lock if accelerator.is_main_process else lambda: None)
+    held = _together(lock if accelerator.is_main_process else lambda: None)
     try:
         yield
     finally:

@@ -16,10 +16,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from eval.weights import file_sha256
 from sdpo.cache.manifest import LATENTS, TEXT, Manifest, Shard, damaged, entry_path
 from sdpo.errors import UserError
-from sdpo.files import write_bytes, write_text
+from sdpo.files import file_sha256, write_bytes, write_text
 
 if TYPE_CHECKING:
     from sdpo.cache.pairs import CachedPairs

@@ -6,7 +6,6 @@ images of a pair apart the people's label stays.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ import pyarrow.parquet as pq
 
 from sdpo.data.source import LABEL, PairSource
 from sdpo.errors import UserError
+from sdpo.files import written_beside
 
 _COLUMNS = ("row", "score_0", "score_1")
 
@@ -61,9 +61,8 @@ class ChoiceScores:
         sides = [pa.array(v, mask=np.isnan(v)) for v in self.scores[rows].T]
         table = pa.table(dict(zip(_COLUMNS, [pa.array(rows), *sides], strict=True)))
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.path.with_name(self.path.name + ".tmp")
-        pq.write_table(table, beside)
-        os.replace(beside, self.path)
+        with written_beside(self.path) as beside:
+            pq.write_table(table, beside)
 
 
 @dataclass(frozen=True)

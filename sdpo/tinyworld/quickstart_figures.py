@@ -15,6 +15,7 @@ import numpy as np
 
 from eval.manifest import read_manifest
 from eval.scores import read_scores
+from sdpo.files import written_beside
 from sdpo.heldout import read_heldout
 from sdpo.runlog import METRICS_FILE, read_metrics
 
@@ -137,9 +138,6 @@ def _wrapped(text: str, width: int = 24) -> str:
 
 
 def _save(figure: plt.Figure, path: Path) -> None:
-    import os
-
-    beside = path.with_name(path.name + ".tmp")
-    figure.savefig(beside, dpi=110, format="png")
+    with written_beside(path) as beside:
+        figure.savefig(beside, dpi=110, format="png")
     plt.close(figure)
-    os.replace(beside, path)

@@ -132,7 +132,8 @@ def test_aesthetics(images, tmp_path):
 def test_the_real_aesthetic_head(repo):
     """LAION's own weights: the hash written down, and the values of a second computation."""
     from eval.scorers.aesthetics import AestheticHead, Scorer
-    from eval.weights import file_sha256, load_exactly, read_tensors
+    from eval.weights import load_exactly, read_tensors
+    from sdpo.files import file_sha256
 
     path = repo.parent / "shared" / "weights" / "sac+logos+ava1-l14-linearMSE.pth"
     if not path.is_file():
