@@ -11,13 +11,13 @@ at any point, the same command goes on.
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from sdpo.cli import Parser
+from sdpo.directories import claim_directory
 from sdpo.errors import UserError, run_main
 from sdpo.files import write_json
 from sdpo.heldout import read_heldout
@@ -49,7 +49,6 @@ RECIPES = {
     "dspo": TinyRecipe(beta=0.001, mu=0.2),
     "dmpo": TinyRecipe(beta=2000, mu=0.9, alpha=0.01),
 }
-FLAGS_FILE = "flags.json"
 SUMMARY_FILE = "summary.json"
 VARIANTS = ("plain", "safeguard")
 
@@ -101,7 +100,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     """Train both variants, evaluate, draw, print the table."""
     args = parse_args(sys.argv[1:])
-    claim_directory(args)
+    flags = {name: value for name, value in vars(args).items() if name != "out"}
+    claim_directory(args.out, flags, "--out", "a quickstart")
     pairs = ensure_pairs(args)
     for variant in VARIANTS:
         train(args, variant, pairs)
@@ -123,26 +123,6 @@ def main() -> int:
         f"{args.out / 'compare' / 'report.html'}"
     )
     return 0
-
-
-def claim_directory(args: argparse.Namespace) -> None:
-    """Make --out, or make sure that what is there was begun with the same flags.
-
-    Raises:
-        UserError: it was not; going on would mix two runs.
-    """
-    flags = {name: value for name, value in vars(args).items() if name != "out"}
-    path = args.out / FLAGS_FILE
-    if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        changed = [f"--{k} {before.get(k)}" for k in flags if before.get(k) != flags[k]]
-        if changed:
-            raise UserError(
-                f"--out: {args.out} holds a quickstart with {', '.join(changed)}; give another "
-                "--out, or delete it"
-            )
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_json(path, flags)
 
 
 def ensure_pairs(args: argparse.Namespace) -> Path:

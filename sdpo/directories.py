@@ -1,0 +1,36 @@
+"""Keeping one output directory to one set of flags."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sdpo.errors import UserError
+from sdpo.files import write_json
+
+FLAGS_FILE = "flags.json"
+
+
+def claim_directory(out: Path, flags: dict[str, Any], flag: str, what: str) -> None:
+    """Make `out`, or make sure that what is there was begun with the same flags.
+
+    Args:
+        flag: that named the directory.
+        what: it holds, for the sentence: "an audit".
+
+    Raises:
+        UserError: it was begun with others; going on would mix two runs.
+    """
+    path = out / FLAGS_FILE
+    flags = json.loads(json.dumps(flags, default=str))
+    if path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        changed = [f"--{k} {before.get(k)}" for k in flags if before.get(k) != flags[k]]
+        if changed:
+            raise UserError(
+                f"{flag}: {out} holds {what} with {', '.join(changed)}; give another {flag}, or "
+                "delete it"
+            )
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(path, flags)

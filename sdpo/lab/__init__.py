@@ -1,0 +1,1 @@
+"""What the method's assumptions and questions look like, measured: `python -m sdpo.lab`."""
