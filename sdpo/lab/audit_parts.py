@@ -194,6 +194,8 @@ def _measure_spectrum(subject: Subject, lines: Lines) -> None:
 def _stratified(subject: Subject, total: int, done: int) -> Iterator[tuple[Sample, Sample]]:
     """Winner and loser of the first `total` pairs but for `done`, pair i at a timestep of the i-th
     of `total` equal parts of the schedule."""
+    if done >= total:
+        return
     count = subject.encoder.schedule.config.num_train_timesteps
     index = 0
     for batch in subject.loader:
