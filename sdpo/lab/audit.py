@@ -5,9 +5,10 @@
 takes train.py's flags, which say on what data, by which method and at which step size the
 checkpoint would be trained on. Nothing is trained. On each of --steps batches of --train_batch_size
 pairs it finds what the next update would be, for every way of treating the losers, the first-order
-change of the winners' errors along it, and their real change after it. Then it compares, pair by
-pair, the gradients over the parameters with the residuals that the safeguard puts in their place,
-and estimates the spectrum of the Jacobians. All in float32, whatever --mixed_precision says.
+change of the winners' errors along it, and their real change after it: on that batch, and on the
+one after it. Then it compares, pair by pair, the gradients over the parameters with the residuals
+that the safeguard puts in their place, and estimates the spectrum of the Jacobians. All in float32,
+whatever --mixed_precision says.
 Written to --output_dir: updates.jsonl, jacobian.jsonl, spectrum.jsonl, summary.json and PNGs;
 killed at any point, the same command goes on.
 """

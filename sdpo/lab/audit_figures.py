@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from sdpo.files import written_beside
-from sdpo.lab.audit_summary import TIMESTEP_BINS, TIMESTEPS, pair_quantities
+from sdpo.lab.audit_summary import MEASURED_ON, TIMESTEP_BINS, TIMESTEPS, pair_quantities
 from sdpo.lab.jacobian import QUANTILES
 from sdpo.lab.updates import UPDATES
 
@@ -26,16 +26,19 @@ SHOWN = ("none", "batch", "pair", "parameter", "weighted")
 
 
 def draw(lines: dict[str, list[dict[str, Any]]], summary: dict[str, Any], out: Path) -> None:
-    """updates.png, updates_by_timestep.png, jacobian.png and, where measured, spectrum.png."""
-    draw_updates(summary["updates"], out / "updates.png")
-    draw_by_timestep(summary["updates"], out / "updates_by_timestep.png")
+    """updates_own.png, updates_next.png, both by timestep too, jacobian.png and, where measured,
+    spectrum.png."""
+    for on in MEASURED_ON:
+        rows = [row for row in summary["updates"] if row["on"] == on]
+        draw_updates(rows, MEASURED_ON[on], out / f"updates_{on}.png")
+        draw_by_timestep(rows, MEASURED_ON[on], out / f"updates_{on}_by_timestep.png")
     mu = summary["flags"]["winner_preserving_mu"]
     draw_jacobian(pair_quantities(lines["jacobian"], mu), summary, out / "jacobian.png")
     if lines["spectrum"]:
         draw_spectrum(lines["spectrum"], out / "spectrum.png")
 
 
-def draw_updates(rows: list[dict[str, Any]], path: Path) -> None:
+def draw_updates(rows: list[dict[str, Any]], about: str, path: Path) -> None:
     """Above: share of batches whose winners' error would rise. Below: the change itself."""
     figure, axes = plt.subplots(2, len(UPDATES), figsize=(15, 7), constrained_layout=True)
     for column, update in enumerate(UPDATES):
@@ -57,7 +60,7 @@ def draw_updates(rows: list[dict[str, Any]], path: Path) -> None:
                 errors = np.abs(ends - values)
                 axis.errorbar(at + side * offset, values, errors, fmt="none", ecolor="black", lw=1)
             axis.axhline(0, color="black", lw=0.8)
-            axis.set_xticks(at, labels, fontsize=7)
+            axis.set_xticks(at, labels, fontsize=7, rotation=45)
             axis.spines[["top", "right"]].set_visible(False)
             axis.set_ylabel(
                 "batches whose winners' error rises, %" if row == 0 else "change of that error, %",
@@ -66,11 +69,13 @@ def draw_updates(rows: list[dict[str, Any]], path: Path) -> None:
         axes[0, column].set_ylim(0, 105)
         axes[0, column].set_title(TITLES[update], fontsize=10)
     axes[0, 0].legend(frameon=False, fontsize=8)
-    figure.suptitle("One step, by treatment of the losers and its mean scale; 95 % over batches")
+    figure.suptitle(
+        f"One step, {about}, by treatment of the losers and its mean scale; 95 % over batches"
+    )
     _save(figure, path)
 
 
-def draw_by_timestep(rows: list[dict[str, Any]], path: Path) -> None:
+def draw_by_timestep(rows: list[dict[str, Any]], about: str, path: Path) -> None:
     """First-order change of the winners' error by timestep bin."""
     figure, axes = plt.subplots(1, len(UPDATES), figsize=(15, 3.8), constrained_layout=True)
     for axis, update in zip(axes, UPDATES, strict=True):
@@ -84,6 +89,7 @@ def draw_by_timestep(rows: list[dict[str, Any]], path: Path) -> None:
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("first-order change of winners' error, %", fontsize=8)
+    figure.suptitle(f"One step, {about}")
     axes[0].legend(frameon=False, fontsize=8)
     _save(figure, path)
 

@@ -58,6 +58,10 @@ class Subject:
         form = self.encoder.family.name
         return branches(self.unet, self.parameters, inputs, reference, self.args, form)
 
+    def errors(self, inputs: NoisedPairs) -> WinnerErrors:
+        """Of the winners of one batch."""
+        return WinnerErrors(self.unet, self.names, self.parameters, inputs)
+
     def noised(self, batch: PairBatch, timesteps: torch.Tensor | None = None) -> NoisedPairs:
         """As in training, or at timesteps of one's own, (B,)."""
         args = self.args
@@ -124,36 +128,35 @@ def _measure_updates(subject: Subject, lines: Lines) -> None:
     learning_rate = scaled_learning_rate(args, 1)
     batches = iter(subject.loader)
     moments = subject.moments or _estimated_moments(subject, batches)
+    coming = next(batches)
     for index in range(args.steps):
-        batch = next(batches)
+        batch, coming = coming, next(batches)
         if index < len(lines):
             continue
         inputs = subject.noised(batch)
         found = subject.branches(inputs)
-        errors = WinnerErrors(subject.unet, subject.names, subject.parameters, inputs)
+        # The update is made of `batch`; training goes wrong or right on the pairs that it is not.
+        errors = {"own": subject.errors(inputs), "next": subject.errors(subject.noised(coming))}
         records = []
         for mode, treated in modes(found, args.winner_preserving_mu, args.fixed_scales).items():
             steps = displacements(
                 treated.gradient, subject.parameters, moments, args, learning_rate
             )
             for update, displacement in steps.items():
-                records.append(
-                    {
-                        "mode": mode,
-                        "update": update,
-                        "scale": treated.scale,
-                        "first_order": errors.first_order(displacement).tolist(),
-                        "realised": errors.realised(displacement).tolist(),
+                record: dict[str, Any] = {"mode": mode, "update": update, "scale": treated.scale}
+                for on, winners in errors.items():
+                    record[on] = {
+                        "first_order": winners.first_order(displacement).tolist(),
+                        "realised": winners.realised(displacement).tolist(),
                     }
-                )
-        lines.append(
-            {
-                "batch": index,
-                "timesteps": inputs.half(0).timesteps.tolist(),
-                "winner_error": errors.before.tolist(),
-                "records": records,
+                records.append(record)
+        entry: dict[str, Any] = {"batch": index, "records": records}
+        for on, winners in errors.items():
+            entry[on] = {
+                "timesteps": winners.batch.timesteps.tolist(),
+                "winner_error": winners.before.tolist(),
             }
-        )
+        lines.append(entry)
         bar.update()
     bar.close()
 

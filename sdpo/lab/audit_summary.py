@@ -12,6 +12,10 @@ from sdpo.lab.updates import UPDATES
 TIMESTEP_BINS = 10
 TIMESTEPS = 1000
 _SEED = 0
+MEASURED_ON = {
+    "own": "on the batch that the update is made of",
+    "next": "on the batch after it",
+}
 
 
 def summarise(lines: dict[str, list[dict[str, Any]]], flags: dict[str, Any]) -> dict[str, Any]:
@@ -29,20 +33,22 @@ def summarise(lines: dict[str, list[dict[str, Any]]], flags: dict[str, Any]) -> 
 
 
 def update_rows(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row for each mode and update."""
+    """One row for each mode, update and batch that the change is measured on."""
     rows = []
     keys = [(r["mode"], r["update"]) for r in batches[0]["records"]]
-    for place, (mode, update) in enumerate(keys):
+    for place, on in ((p, on) for p in range(len(keys)) for on in MEASURED_ON):
+        mode, update = keys[place]
         records = [b["records"][place] for b in batches]
-        error = np.array([np.mean(b["winner_error"]) for b in batches])
-        first = 100 * np.array([np.mean(r["first_order"]) for r in records]) / error
-        real = 100 * np.array([np.mean(r["realised"]) for r in records]) / error
+        error = np.array([np.mean(b[on]["winner_error"]) for b in batches])
+        first = 100 * np.array([np.mean(r[on]["first_order"]) for r in records]) / error
+        real = 100 * np.array([np.mean(r[on]["realised"]) for r in records]) / error
         columns = np.stack([first, real, 100.0 * (first > 0), 100.0 * (real > 0)], axis=1)
         low, high = bootstrap_means(columns, _SEED)
         names = ("first_order", "realised", "rising_first_order", "rising_realised")
         row: dict[str, Any] = {
             "mode": mode,
             "update": update,
+            "on": on,
             "batches": len(batches),
             "scale": float(np.mean([r["scale"] for r in records])),
         }
@@ -50,18 +56,20 @@ def update_rows(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
             row[name] = float(columns[:, i].mean())
             row[f"{name}_interval"] = [float(low[i]), float(high[i])]
         row["rise_where_rising"] = float(first[first > 0].mean()) if (first > 0).any() else None
-        row["by_timestep"] = _by_timestep(batches, place)
+        row["by_timestep"] = _by_timestep(batches, place, on)
         rows.append(row)
     return rows
 
 
-def _by_timestep(batches: list[dict[str, Any]], place: int) -> dict[str, list[float | None]]:
+def _by_timestep(
+    batches: list[dict[str, Any]], place: int, on: str
+) -> dict[str, list[float | None]]:
     """Changes by timestep bin, in percent of the errors in the bin."""
-    bins = bin_of(np.concatenate([b["timesteps"] for b in batches]))
-    error = np.concatenate([b["winner_error"] for b in batches])
+    bins = bin_of(np.concatenate([b[on]["timesteps"] for b in batches]))
+    error = np.concatenate([b[on]["winner_error"] for b in batches])
     result: dict[str, list[float | None]] = {"pairs": np.bincount(bins, minlength=10).tolist()}
     for name in ("first_order", "realised"):
-        change = np.concatenate([b["records"][place][name] for b in batches])
+        change = np.concatenate([b["records"][place][on][name] for b in batches])
         result[name] = [
             100 * float(change[bins == i].sum() / error[bins == i].sum())
             if (bins == i).any()
@@ -135,15 +143,19 @@ def print_summary(summary: dict[str, Any]) -> None:
     """The table of updates and the Jacobians' means on the console."""
     print(f"\n{'losers':>14} {'scale':>7}", *(f"{u:>32}" for u in UPDATES))
     print(f"{'':>14} {'':>7}", *(f"{'rising  first order  realised':>32}" for _ in UPDATES))
-    by_mode: dict[str, dict[str, dict[str, Any]]] = {}
-    for row in summary["updates"]:
-        by_mode.setdefault(row["mode"], {})[row["update"]] = row
-    for mode, updates in by_mode.items():
-        cells = [
-            f"{r['rising_first_order']:4.0f} % {r['first_order']:+10.4f} % {r['realised']:+9.4f} %"
-            for r in (updates[u] for u in UPDATES)
-        ]
-        print(f"{mode:>14} {updates['adam']['scale']:7.3f}", *(f"{c:>32}" for c in cells))
+    for on, about in MEASURED_ON.items():
+        print(about)
+        by_mode: dict[str, dict[str, dict[str, Any]]] = {}
+        for row in summary["updates"]:
+            if row["on"] == on:
+                by_mode.setdefault(row["mode"], {})[row["update"]] = row
+        for mode, updates in by_mode.items():
+            cells = [
+                f"{r['rising_first_order']:4.0f} % {r['first_order']:+10.4f} % "
+                f"{r['realised']:+9.4f} %"
+                for r in (updates[u] for u in UPDATES)
+            ]
+            print(f"{mode:>14} {updates['adam']['scale']:7.3f}", *(f"{c:>32}" for c in cells))
     print("(rising: share of batches; changes: of the winners' error, to first order and real)\n")
     for name, found in summary["jacobian"]["means"].items():
         print(f"{name:>18} {found['mean']:9.3f}  [{found['interval'][0]:.3f}, "

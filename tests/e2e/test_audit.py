@@ -63,7 +63,9 @@ def record(batch, mode, update):
 
 def test_the_next_batch_is_that_of_the_next_step(run, audited):
     first = lines(audited, "updates")[0]
-    assert sum(first["winner_error"]) / 3 == pytest.approx(run.column("winner_mse")[2], rel=1e-5)
+    assert sum(first["own"]["winner_error"]) / 3 == pytest.approx(
+        run.column("winner_mse")[2], rel=1e-5
+    )
     assert record(first, "batch", "adam")["scale"] == pytest.approx(
         run.column("loser_scale")[2], rel=1e-4
     )
@@ -76,8 +78,8 @@ def test_realised_change_is_that_of_the_step_that_training_took(train, run, audi
     load_strictly(subject.unet, run.unet(3), "checkpoint-3")
     after = WinnerErrors(subject.unet, subject.names, subject.parameters, inputs).before
     first = lines(audited, "updates")[0]
-    expected = after - torch.tensor(first["winner_error"])
-    found = torch.tensor(record(first, "batch", "adam")["realised"])
+    expected = after - torch.tensor(first["own"]["winner_error"])
+    found = torch.tensor(record(first, "batch", "adam")["own"]["realised"])
     assert expected.abs().max() > 1e-4
     torch.testing.assert_close(found, expected, rtol=1e-2, atol=2e-6)
 
@@ -85,20 +87,28 @@ def test_realised_change_is_that_of_the_step_that_training_took(train, run, audi
 def test_every_mode_and_update_is_there(audited):
     summary = json.loads((audited / "summary.json").read_text())
     modes = ["none", "fixed 0.5", "batch", "pair", "parameter", "weighted"]
-    assert [(r["mode"], r["update"]) for r in summary["updates"]] == [
-        (mode, update) for mode in modes for update in UPDATES
+    assert [(r["mode"], r["update"], r["on"]) for r in summary["updates"]] == [
+        (mode, update, on) for mode in modes for update in UPDATES for on in ("own", "next")
     ]
     batches = lines(audited, "updates")
-    row = next(r for r in summary["updates"] if (r["mode"], r["update"]) == ("pair", "gradient"))
-    change = [sum(record(b, "pair", "gradient")["first_order"]) for b in batches]
-    error = [sum(b["winner_error"]) for b in batches]
+    key = ("pair", "gradient", "next")
+    row = next(r for r in summary["updates"] if (r["mode"], r["update"], r["on"]) == key)
+    change = [sum(record(b, "pair", "gradient")["next"]["first_order"]) for b in batches]
+    error = [sum(b["next"]["winner_error"]) for b in batches]
     percent = [100 * c / e for c, e in zip(change, error, strict=True)]
     assert row["first_order"] == pytest.approx(sum(percent) / 2)
     assert row["rising_first_order"] == pytest.approx(50.0 * sum(p > 0 for p in percent))
     assert summary["jacobian"]["pairs"] == len(lines(audited, "jacobian")) == 5
     assert len(summary["spectrum"]) == 1
-    for name in ("updates", "updates_by_timestep", "jacobian", "spectrum"):
+    pictures = ["jacobian", "spectrum"]
+    pictures += [f"updates_{on}{more}" for on in ("own", "next") for more in ("", "_by_timestep")]
+    for name in pictures:
         assert (audited / f"{name}.png").stat().st_size > 10_000
+
+
+def test_the_next_batch_of_one_is_the_own_of_another(audited):
+    first, second = lines(audited, "updates")
+    assert first["next"] == second["own"]
 
 
 def test_pairs_cover_the_schedule(audited):
@@ -133,7 +143,7 @@ def test_weights_without_moments(train, run, tmp_path):
     assert audit.main(argv(train, tmp_path / "a", **flags, spectrum_pairs=0, steps=1)) == 0
     assert not (tmp_path / "a" / "spectrum.png").exists()
     (found,) = lines(tmp_path / "a", "updates")
-    assert record(found, "none", "adam")["first_order"] != record(found, "none", "preconditioned")
+    assert record(found, "none", "adam")["own"] != record(found, "none", "preconditioned")["own"]
 
 
 @pytest.mark.parametrize(
