@@ -11,15 +11,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sdpo.losses import LossOutput, preference_loss
-    from sdpo.safeguard import loser_scale, scale_gradient
+    from sdpo.safeguard import loser_scale, scale_from_products, scale_gradient
 
-__all__ = ["LossOutput", "loser_scale", "preference_loss", "scale_gradient"]
+__all__ = [
+    "LossOutput",
+    "loser_scale",
+    "preference_loss",
+    "scale_from_products",
+    "scale_gradient",
+]
 __version__ = "0.1.0"
 
 _HOME = {
     "LossOutput": "sdpo.losses",
     "preference_loss": "sdpo.losses",
     "loser_scale": "sdpo.safeguard",
+    "scale_from_products": "sdpo.safeguard",
     "scale_gradient": "sdpo.safeguard",
 }
 

@@ -19,6 +19,7 @@ from sdpo.errors import UserError, run_main
 from sdpo.families.names import FAMILY_FLAGS
 from sdpo.losses.names import method_names
 from sdpo.preflight import check_data_location, check_model_location, check_output_dir
+from sdpo.safeguard_flags import add_safeguard_flags, check_safeguard_flags
 from sdpo.speed_flags import add_speed_flags, check_speed_flags
 from sdpo.weight_flags import add_weight_flags, check_weight_flags
 
@@ -111,25 +112,7 @@ def _add_method(group: argparse._ArgumentGroup) -> None:
     )
     add("--beta_dpo", type=float, default=5000.0, metavar="BETA", help="default: 5000")
     add("--dmpo_alpha", type=float, default=0.01, metavar="ALPHA", help="DMPO only, default: 0.01")
-    add(
-        "--use_winner_preserving",
-        action=_SWITCH,
-        default=False,
-        help="scale the loser's gradient so that a step does not raise the winner's loss",
-    )
-    add(
-        "--winner_preserving_mu",
-        type=float,
-        default=0.9,
-        metavar="MU",
-        help="share of the winner's own decrease that must remain, 0 to 1 (default: 0.9)",
-    )
-    add(
-        "--winner_preserving_scope",
-        choices=("batch", "pair"),
-        default="batch",
-        help="one scale per micro-batch (as published, the default) or per pair",
-    )
+    add_safeguard_flags(group)
     add(
         "--noise_offset", type=float, default=0.0, help="scale of a per-channel offset of the noise"
     )
@@ -250,8 +233,7 @@ def parse_args(
         args.max_train_steps = 2000
     if args.resolution is None:
         args.resolution = FAMILY_FLAGS["sdxl" if args.sdxl else "sd15"].resolution
-    if args.train_method == "sft" and args.use_winner_preserving:
-        raise UserError("--use_winner_preserving has no meaning with --train_method sft: no losers")
+    check_safeguard_flags(args)
     check_source_flags(args)
     check_cache_flags(args)
     check_speed_flags(args)

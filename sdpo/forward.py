@@ -26,7 +26,11 @@ class NoisedPairs:
 
     def half(self, which: int) -> NoisedPairs:
         """The winners (0) or the losers (1) alone."""
-        keep = slice(0, len(self.noisy) // 2) if which == 0 else slice(len(self.noisy) // 2, None)
+        middle = len(self.noisy) // 2
+        return self.samples(slice(0, middle) if which == 0 else slice(middle, None))
+
+    def samples(self, keep: slice) -> NoisedPairs:
+        """Some of the 2B samples, of one branch or of both."""
         return NoisedPairs(
             self.noisy[keep],
             self.timesteps[keep],

@@ -27,17 +27,18 @@ class StepMetrics:
         self._count += 1
 
     def reduce(
-        self, accelerator: Accelerator, extra: dict[str, float]
-    ) -> tuple[dict[str, float], dict[str, float]]:
-        """Means over micro-steps and processes (minima for `MINIMA`), and `extra`'s sums over
-        processes. Called by every process."""
+        self, accelerator: Accelerator, extra: dict[str, float], more: Tensor
+    ) -> tuple[dict[str, float], dict[str, float], Tensor]:
+        """Means over micro-steps and processes (minima for `MINIMA`), and sums over processes of
+        `extra` and of `more`, (n,), the last on the CPU. Called by every process."""
         row = torch.cat([self._total / self._count, self._least])
         own = torch.tensor(list(extra.values()), device=row.device, dtype=row.dtype)
-        gathered = accelerator.gather(torch.cat([row, own])[None]).cpu()
+        gathered = accelerator.gather(torch.cat([row, own, more.to(row)])[None]).cpu()
         n = len(self._names)
         mean, least = gathered[:, :n].mean(0), gathered[:, n : 2 * n].amin(0)
         metrics = {
             name: (least if name in MINIMA else mean)[i].item()
             for i, name in enumerate(self._names)
         }
-        return metrics, dict(zip(extra, gathered[:, 2 * n :].sum(0).tolist(), strict=True))
+        sums, more_sums = gathered[:, 2 * n :].sum(0).split([len(extra), len(more)])
+        return metrics, dict(zip(extra, sums.tolist(), strict=True)), more_sums

@@ -99,9 +99,13 @@ def write_config(output_dir: Path, config: dict[str, Any]) -> None:
 def _line(entry: dict[str, Any]) -> str:
     # JSON has no NaN or infinity.
     def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        if isinstance(value, list):
+            return [plain(v) for v in value]
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    return json.dumps({k: plain(v) for k, v in entry.items()}) + "\n"
+    return json.dumps(plain(entry)) + "\n"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -43,8 +43,6 @@ def loser_scale(
     Raises:
         ValueError: on mu outside [0, 1], an unknown scope or shapes that differ.
     """
-    if not 0.0 <= mu <= 1.0:
-        raise ValueError(f"mu must lie in [0, 1], got {mu}")
     if scope not in SCOPES:
         raise ValueError(f"scope must be one of {', '.join(SCOPES)}, got {scope!r}")
     if residual_w.shape != residual_l.shape:
@@ -55,11 +53,28 @@ def loser_scale(
     accumulate = torch.promote_types(residual_w.dtype, torch.float32)
     w = residual_w.detach().to(accumulate).flatten(1 if scope == "pair" else 0)
     l = residual_l.detach().to(accumulate).flatten(1 if scope == "pair" else 0)  # noqa: E741
-    winner_sq = (w * w).sum(-1)
-    inner = (w * l).sum(-1)
+    return scale_from_products((w * w).sum(-1), (w * l).sum(-1), mu)
+
+
+def scale_from_products(winner_sq: Tensor, inner: Tensor, mu: float) -> Tensor:
+    """The rule itself, in whatever space the two products were taken.
+
+    Args:
+        winner_sq: |g_w|^2, any shape, detached, float32 or better.
+        inner: <g_w, g_l>, same shape.
+        mu: share of the winner's own first-order decrease that must remain, in [0, 1].
+
+    Returns:
+        The scale in [0, 1], same shape; NaN where a product is NaN or both are infinite.
+
+    Raises:
+        ValueError: on mu outside [0, 1].
+    """
+    if not 0.0 <= mu <= 1.0:
+        raise ValueError(f"mu must lie in [0, 1], got {mu}")
     # Where the branches do not conflict the quotient is not taken: no epsilon is needed, and none
     # is added, since its weight would depend on the tensor's size.
-    conflict = inner > 0
+    conflict = ~(inner <= 0)  # NaN stays NaN
     quotient = (1.0 - mu) * winner_sq / torch.where(conflict, inner, torch.ones_like(inner))
     return torch.where(conflict, quotient, torch.ones_like(quotient)).clamp(0.0, 1.0)
 

@@ -9,9 +9,10 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from accelerate import Accelerator
+from torch import Tensor
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -20,17 +21,35 @@ from sdpo.checkpoint_paths import latest_checkpoint
 from sdpo.data.loader import PairLoader
 from sdpo.data.order import Place
 from sdpo.data.pairs import PairBatch
+from sdpo.distributions import Distributions
 from sdpo.errors import UserError
-from sdpo.forward import noise_pairs, predict, predict_reference, predict_winners_only
+from sdpo.forward import (
+    NoisedPairs,
+    noise_pairs,
+    predict,
+    predict_reference,
+    predict_winners_only,
+)
 from sdpo.lora import seed_dropout
 from sdpo.losses import LossOutput, get_method, preference_loss
 from sdpo.metrics import StepMetrics
 from sdpo.models import Models
+from sdpo.parameter_space import BranchGradients
+from sdpo.randomness import Key
 from sdpo.runlog import RunLog, peak_memory_gib
 from sdpo.saving import save_run
 from sdpo.signals import StopRequest
+from sdpo.tracking import track
 
 log = logging.getLogger(__name__)
+
+
+class MicroBatch(NamedTuple):
+    """One micro-batch of B pairs, ready for the UNet."""
+
+    inputs: NoisedPairs
+    keys: list[Key]
+    place_after: Place
 
 
 class Trainer:
@@ -57,6 +76,15 @@ class Trainer:
         self.stop_agreed = False
         self.device = accelerator.device
         self.winners_only = not getattr(get_method(args.train_method), "USES_LOSERS", True)
+        self.timesteps = models.encoder.schedule.config.num_train_timesteps
+        self.gradients: BranchGradients | None = None
+        if args.winner_preserving_space == "parameter":
+            self.gradients = BranchGradients(
+                accelerator, models.unet, args.winner_preserving_mu, args.lora_dropout > 0
+            )
+        # Else a scale is taken within each micro-batch.
+        per_pair = args.winner_preserving_scope == "pair"
+        self.one_scale_a_step = self.gradients is not None and not per_pair
 
     def train(self) -> int:
         """Train up to `max_train_steps`.
@@ -98,7 +126,7 @@ class Trainer:
                 break
             if run_log:
                 run_log.write(entry)
-                self._track(entry)
+                track(self.accelerator, entry, self.timesteps)
             bar.update()
             bar.set_postfix(
                 loss=f"{entry['loss']:.4f}",
@@ -115,30 +143,35 @@ class Trainer:
     def step(self, batches: Iterator[PairBatch]) -> dict[str, Any] | None:
         """One optimizer step; None where a signal came before it was complete."""
         began = time.perf_counter()
-        metrics = StepMetrics()
+        metrics, spread = StepMetrics(), Distributions(self.timesteps)
         bad_before = len(self.loader.counter.rows)
         place = self.progress.place
+        micro_batches, scale = self._prepare(batches)
         for micro in range(self.args.gradient_accumulation_steps):
             # Several processes agree on stopping at the step's end: one that left now would leave
             # the others waiting for its gradients.
-            if self.stop and self.accelerator.num_processes == 1:
+            if self._stopped_alone():
                 self.optimizer.zero_grad(set_to_none=True)
                 self.stop_agreed = True
                 return None
-            batch = next(batches)
+            batch = next(micro_batches)
             last = micro == self.args.gradient_accumulation_steps - 1
             with nullcontext() if last else self.accelerator.no_sync(self.models.unet):
-                output = self._losses(batch)
+                output = self._losses(batch, scale)
                 self.accelerator.backward(output.loss / self.args.gradient_accumulation_steps)
             metrics.add(output.metrics)
-            place = self.loader.place_after(batch)
+            once = micro == 0 and self.accelerator.is_main_process
+            timesteps = batch.inputs.timesteps[: len(batch.keys)]
+            spread.add(output, timesteps, count_scales=once or not self.one_scale_a_step)
+            place = batch.place_after
         grad_norm = self.accelerator.clip_grad_norm_(self.parameters, self.args.max_grad_norm)
-        means, sums = metrics.reduce(
+        means, sums, spread_sums = metrics.reduce(
             self.accelerator,
             {
                 "stop": float(bool(self.stop)),
                 "bad_rows": float(len(self.loader.counter.rows) - bad_before),
             },
+            spread.sums(),
         )
         self.stop_agreed = sums["stop"] > 0
         self._apply(means["loss"], float(grad_norm))
@@ -159,13 +192,44 @@ class Trainer:
             "peak_memory_gib": peak_memory_gib(self.device),
             "nonfinite_steps": self.nonfinite_steps,
             "bad_rows": int(sums["bad_rows"]),
+            **spread.read(spread_sums),
         }
 
-    def _losses(self, batch: PairBatch) -> LossOutput:
-        args, models = self.args, self.models
+    def _stopped_alone(self) -> bool:
+        return bool(self.stop) and self.accelerator.num_processes == 1
+
+    def _prepare(
+        self, batches: Iterator[PairBatch]
+    ) -> tuple[Iterator[MicroBatch], Tensor | float | None]:
+        """The step's micro-batches, and the loser's scale where one holds for the whole step.
+
+        They are noised as they are asked for; where that scale comes from the gradients of all of
+        them, all are noised and gone through here, and kept as latents.
+        """
+        coming = map(self._noised, batches)
+        if not self.one_scale_a_step:
+            return coming, self.args.loser_scale_fixed
+        kept: list[MicroBatch] = []
+        for _ in range(self.args.gradient_accumulation_steps):
+            if self._stopped_alone():
+                return iter(kept), None
+            kept.append(next(coming))
+            self.gradients.add(kept[-1].inputs, kept[-1].keys)
+        return iter(kept), self.gradients.step_scale()
+
+    def _noised(self, batch: PairBatch) -> MicroBatch:
         # Outside autocast: the frozen parts have a dtype of their own, float32 for a VAE that
         # overflows in float16.
-        inputs = noise_pairs(models.encoder, batch, args.noise_offset, args.input_perturbation)
+        args = self.args
+        inputs = noise_pairs(self.models.encoder, batch, args.noise_offset, args.input_perturbation)
+        return MicroBatch(inputs, batch.keys, self.loader.place_after(batch))
+
+    def _losses(self, batch: MicroBatch, scale: Tensor | float | None) -> LossOutput:
+        """`scale`: the loser's, where one holds for the whole step."""
+        args, models, inputs = self.args, self.models, batch.inputs
+        if scale is None and self.gradients:
+            scale = self.gradients.pair_scales(inputs, batch.keys)
+        at_output = args.use_winner_preserving and not self.gradients
         reference = predict_reference(models.reference, inputs, self.accelerator.autocast())
         if args.lora_dropout:
             seed_dropout(batch.keys)
@@ -178,8 +242,9 @@ class Trainer:
             reference,
             inputs.target,
             beta=args.beta_dpo,
-            mu=args.winner_preserving_mu if args.use_winner_preserving else None,
+            mu=args.winner_preserving_mu if at_output else None,
             scope=args.winner_preserving_scope,
+            fixed_scale=scale,
             alpha=args.dmpo_alpha,
             form=models.family.name,
         )
@@ -232,10 +297,6 @@ class Trainer:
             unet = self.accelerator.unwrap_model(self.models.unet)
             save_run(self.args, self.progress, self.models, unet, training)
         self.accelerator.wait_for_everyone()
-
-    def _track(self, entry: dict[str, Any]) -> None:
-        numbers = {k: v for k, v in entry.items() if k not in ("step", "epoch")}
-        self.accelerator.log(numbers, step=entry["step"])
 
     def _draw_samples(self) -> None:
         if self.args.validation_prompts and self.accelerator.is_main_process:

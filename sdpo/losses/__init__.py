@@ -7,7 +7,7 @@ adding that file. A module may also set `USES_LOSERS = False` when losers get no
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -26,10 +26,14 @@ __all__ = ["FORMS", "METHODS_DIR", "LossOutput", "get_method", "method_names", "
 
 @dataclass(frozen=True)
 class LossOutput:
-    """`loss`: the scalar to backpropagate. `metrics`: detached scalars for the log."""
+    """`loss`: the scalar to backpropagate. The others are detached: `metrics`, scalars for the log;
+    `per_pair`, winner_drift, loser_drift and loser_scale of each pair, (B,); `scale`, the loser's
+    scale as it was taken, () or (B,)."""
 
     loss: Tensor
-    metrics: dict[str, Tensor] = field(default_factory=dict)
+    metrics: dict[str, Tensor]
+    per_pair: dict[str, Tensor]
+    scale: Tensor
 
 
 def get_method(name: str) -> ModuleType:
@@ -52,6 +56,7 @@ def preference_loss(
     beta: float,
     mu: float | None = None,
     scope: Scope = "batch",
+    fixed_scale: float | Tensor | None = None,
     alpha: float = 0.0,
     form: str = "sd15",
 ) -> LossOutput:
@@ -67,6 +72,8 @@ def preference_loss(
         beta: strength of the implicit KL constraint.
         mu: the safeguard's share, in [0, 1]; None: safeguard off.
         scope: of the safeguard, "batch" or "pair" (see `sdpo.loser_scale`).
+        fixed_scale: instead of `mu`, the loser's scale itself, in [0, 1] (a tensor's values are not
+            looked at): a number or () for all pairs, (B,) for each.
         alpha: DMPO's smoothing of the target distribution; the other methods ignore it.
         form: "sd15" or "sdxl": the form of DSPO; the other methods ignore it.
 
@@ -76,8 +83,8 @@ def preference_loss(
         loser_scale (mean) and loser_scale_min.
 
     Raises:
-        ValueError: shapes that differ or are not pairs, an unknown method, scope or form, mu
-            outside [0, 1].
+        ValueError: shapes that differ or are not pairs, an unknown method, scope or form, mu or
+            a number for fixed_scale outside [0, 1], or both of them given.
     """
     import torch
 
@@ -96,6 +103,8 @@ def preference_loss(
         raise ValueError(
             f"predictions must be (2B, ...), winners then losers, got {tuple(model_pred.shape)}"
         )
+    if fixed_scale is not None:
+        _check_fixed_scale(fixed_scale, mu, len(model_pred) // 2)
 
     pred_w, pred_l = as_accumulated(model_pred).chunk(2)
     ref_w, ref_l = as_accumulated(ref_pred.detach()).chunk(2)
@@ -107,6 +116,9 @@ def preference_loss(
     scale = torch.ones((), dtype=error_l.dtype, device=error_l.device)
     if mu is not None:
         scale = loser_scale(residual_w, residual_l, mu, scope)
+    elif fixed_scale is not None:
+        scale = torch.as_tensor(fixed_scale, dtype=error_l.dtype, device=error_l.device).detach()
+    if mu is not None or fixed_scale is not None:
         error_l = scale_gradient(error_l, scale)
 
     terms = PairTerms(
@@ -123,17 +135,35 @@ def preference_loss(
     )
     loss = module.loss(terms)
     with torch.no_grad():
+        winner_drift, loser_drift = error_w - ref_error_w, error_l - ref_error_l
         metrics = {
             "loss": loss,
             "winner_mse": error_w.mean(),
             "loser_mse": error_l.mean(),
             "ref_winner_mse": ref_error_w.mean(),
             "ref_loser_mse": ref_error_l.mean(),
-            "winner_drift": (error_w - ref_error_w).mean(),
-            "loser_drift": (error_l - ref_error_l).mean(),
+            "winner_drift": winner_drift.mean(),
+            "loser_drift": loser_drift.mean(),
             "margin": terms.margin.mean(),
             "implicit_acc": (terms.u > 0).to(error_w.dtype).mean(),
             "loser_scale": scale.mean(),
             "loser_scale_min": scale.min(),
         }
-    return LossOutput(loss, {name: value.detach() for name, value in metrics.items()})
+        per_pair = {
+            "winner_drift": winner_drift,
+            "loser_drift": loser_drift,
+            "loser_scale": scale.expand(error_l.shape),
+        }
+    return LossOutput(
+        loss, {name: value.detach() for name, value in metrics.items()}, per_pair, scale
+    )
+
+
+def _check_fixed_scale(scale: float | Tensor, mu: float | None, pairs: int) -> None:
+    if mu is not None:
+        raise ValueError("give mu or fixed_scale, not both")
+    if isinstance(scale, int | float):
+        if not 0.0 <= scale <= 1.0:
+            raise ValueError(f"fixed_scale must lie in [0, 1], got {scale}")
+    elif scale.shape not in ((), (pairs,)):
+        raise ValueError(f"fixed_scale must be () or ({pairs},), got {tuple(scale.shape)}")
