@@ -97,6 +97,8 @@ def _check(args: argparse.Namespace) -> None:
         # 0.0 is a value that a flag can have been given.
         if getattr(args, name, None) not in (None, False):
             raise UserError(f"--{name}: the audit does not serve it; leave it out")
+    if args.winner_preserving_space == "parameter" and args.winner_preserving_scope == "pair":
+        raise UserError("--winner_preserving_scope pair: the audit serves it at the output alone")
     if args.train_method == "sft":
         raise UserError("--train_method sft has no losers to audit")
     for name in ("steps", "moment_batches", "jacobian_pairs", "probes", "lanczos"):

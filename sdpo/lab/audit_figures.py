@@ -11,8 +11,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from sdpo.distributions import BINS
 from sdpo.files import written_beside
-from sdpo.lab.audit_summary import MEASURED_ON, TIMESTEP_BINS, TIMESTEPS, pair_quantities
+from sdpo.lab.audit_summary import MEASURED_ON, TIMESTEPS, pair_quantities
 from sdpo.lab.jacobian import QUANTILES
 from sdpo.lab.updates import UPDATES
 
@@ -154,7 +155,7 @@ def draw_spectrum(pairs: list[dict[str, Any]], path: Path) -> None:
 
 
 def _centres() -> np.ndarray:
-    return (np.arange(TIMESTEP_BINS) + 0.5) * TIMESTEPS / TIMESTEP_BINS
+    return (np.arange(BINS) + 0.5) * TIMESTEPS / BINS
 
 
 def _numbers(values: list[float | None]) -> np.ndarray:

@@ -25,7 +25,7 @@ from sdpo.families import get_family
 from sdpo.families.base import ModelSource
 from sdpo.forward import NoisedPairs, make_reference, noise_pairs, predict
 from sdpo.lab.branches import Branches, branches, modes
-from sdpo.lab.jacobian import Sample, branch_alignment, one_sample, spectrum
+from sdpo.lab.jacobian import Sample, branch_alignment, spectrum
 from sdpo.lab.lines import Lines
 from sdpo.lab.updates import Moments, WinnerErrors, clipped, displacements
 from sdpo.optim import scaled_learning_rate
@@ -165,7 +165,10 @@ def _estimated_moments(subject: Subject, batches: Iterator[PairBatch]) -> Moment
     """Those of --moment_batches steps at these weights, by the flags' own treatment of losers."""
     args = subject.args
     moments = Moments.none(subject.parameters)
-    mode = args.winner_preserving_scope if args.use_winner_preserving else "none"
+    mode = "none"
+    if args.use_winner_preserving:
+        at_output = args.winner_preserving_space == "output"
+        mode = args.winner_preserving_scope if at_output else "parameter"
     for _ in tqdm(range(args.moment_batches), desc="moments", unit="batch"):
         found = subject.branches(subject.noised(next(batches)))
         treated = modes(found, args.winner_preserving_mu, [])[mode]
@@ -212,7 +215,12 @@ def _stratified(subject: Subject, total: int, done: int) -> Iterator[tuple[Sampl
                 return
             if index >= done:
                 yield tuple(
-                    Sample(subject.unet, subject.names, subject.parameters, one_sample(inputs, k))
+                    Sample(
+                        subject.unet,
+                        subject.names,
+                        subject.parameters,
+                        inputs.samples(slice(k, k + 1)),
+                    )
                     for k in (i, size + i)
                 )
             index += 1

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 
 from eval.statistics import CONFIDENCE, bootstrap_means
+from sdpo.distributions import BINS
 from sdpo.lab.updates import UPDATES
+from sdpo.safeguard import scale_from_products
 
-TIMESTEP_BINS = 10
 TIMESTEPS = 1000
 _SEED = 0
 MEASURED_ON = {
@@ -67,21 +69,21 @@ def _by_timestep(
     """Changes by timestep bin, in percent of the errors in the bin."""
     bins = bin_of(np.concatenate([b[on]["timesteps"] for b in batches]))
     error = np.concatenate([b[on]["winner_error"] for b in batches])
-    result: dict[str, list[float | None]] = {"pairs": np.bincount(bins, minlength=10).tolist()}
+    result: dict[str, list[float | None]] = {"pairs": np.bincount(bins, minlength=BINS).tolist()}
     for name in ("first_order", "realised"):
         change = np.concatenate([b["records"][place][on][name] for b in batches])
         result[name] = [
             100 * float(change[bins == i].sum() / error[bins == i].sum())
             if (bins == i).any()
             else None
-            for i in range(TIMESTEP_BINS)
+            for i in range(BINS)
         ]
     return result
 
 
 def bin_of(timesteps: np.ndarray) -> np.ndarray:
     """The tenth of the schedule that each timestep lies in, 0 to 9."""
-    return np.asarray(timesteps) * TIMESTEP_BINS // TIMESTEPS
+    return np.asarray(timesteps) * BINS // TIMESTEPS
 
 
 def pair_quantities(pairs: list[dict[str, Any]], mu: float) -> dict[str, np.ndarray]:
@@ -94,9 +96,8 @@ def pair_quantities(pairs: list[dict[str, Any]], mu: float) -> dict[str, np.ndar
         winner, loser = columns[f"{space}_winner_sq"], columns[f"{space}_loser_sq"]
         found[f"{space}_cosine"] = inner / np.sqrt(winner * loser)
         found[f"{space}_ratio"] = np.sqrt(loser / winner)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            quotient = (1 - mu) * winner / inner
-        found[f"{space}_scale"] = np.where(inner > 0, np.clip(quotient, 0, 1), 1.0)
+        scale = scale_from_products(torch.from_numpy(winner), torch.from_numpy(inner), mu)
+        found[f"{space}_scale"] = scale.numpy()
     return found
 
 
@@ -124,7 +125,7 @@ def jacobian_rows(pairs: list[dict[str, Any]], mu: float) -> dict[str, Any]:
         "by_timestep": {
             n: [
                 float(found[n][bins == b].mean()) if (bins == b).any() else None
-                for b in range(TIMESTEP_BINS)
+                for b in range(BINS)
             ]
             for n in names
         },

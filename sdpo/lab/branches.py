@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sdpo.forward import NoisedPairs, predict
 from sdpo.losses import preference_loss
-from sdpo.safeguard import loser_scale
+from sdpo.safeguard import loser_scale, scale_from_products
 
 # One tensor per parameter, in the order of the list of parameters that they were asked for.
 Gradients = list[Tensor]
@@ -123,20 +123,23 @@ def modes(found: Branches, mu: float, fixed: Sequence[float]) -> dict[str, Mode]
     pair_gradient = _sum(found.winner_part, found.loser_part_by_pair, 1.0)
     result["pair"] = Mode(found.pair_scales.mean().item(), pair_gradient)
     parameter = _scale(
-        (1.0 - mu) * inner(found.winner_error, found.winner_error),
+        inner(found.winner_error, found.winner_error),
         inner(found.winner_error, found.loser_error),
+        mu,
     )
     result["parameter"] = Mode(parameter, _combined(found, parameter))
     weighted = _scale(
-        (1.0 - mu) * inner(found.winner_error, found.winner_part),
+        inner(found.winner_error, found.winner_part),
         -inner(found.winner_error, found.loser_part),
+        mu,
     )
     result[WEIGHTED] = Mode(weighted, _combined(found, weighted))
     return result
 
 
-def _scale(allowed: float, conflict: float) -> float:
-    return min(max(allowed / conflict, 0.0), 1.0) if conflict > 0 else 1.0
+def _scale(own: float, conflict: float, mu: float) -> float:
+    products = torch.tensor([own, conflict], dtype=torch.float64)
+    return scale_from_products(*products, mu).item()
 
 
 def _combined(found: Branches, scale: float) -> Gradients:

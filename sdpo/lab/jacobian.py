@@ -20,24 +20,11 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sdpo.families.base import Conditioning
 from sdpo.forward import NoisedPairs, predict
 from sdpo.lab.branches import Gradients, inner
 
 # Quantiles of the spectrum of J J^T that are kept.
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
-
-
-def one_sample(inputs: NoisedPairs, index: int) -> NoisedPairs:
-    """Sample `index` of the 2B alone; a batch of one."""
-    at = slice(index, index + 1)
-    conditioning = inputs.conditioning
-    return NoisedPairs(
-        inputs.noisy[at],
-        inputs.timesteps[at],
-        inputs.target[at],
-        Conditioning(conditioning.hidden[at], {k: v[at] for k, v in conditioning.added.items()}),
-    )
 
 
 @dataclass

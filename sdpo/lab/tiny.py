@@ -75,7 +75,9 @@ def main(argv: list[str]) -> int:
     for sweep in sweeps.values():
         if sweep.name == AUDITED:
             commands = dict(audits(sweep, args))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     jobs = min(len(commands), cores) or 1
     environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, cores // jobs))}
     with ThreadPoolExecutor(jobs) as pool:

@@ -13,7 +13,6 @@ from sdpo.lab.jacobian import (
     Sample,
     branch_alignment,
     lanczos,
-    one_sample,
     spectrum,
 )
 
@@ -42,10 +41,10 @@ def two():
         x, torch.tensor([7, 7]), noise.repeat(2, 1, 1, 1), Conditioning(torch.zeros(2, 1, 1))
     )
     names, parameters = zip(*unet.named_parameters(), strict=True)
-    samples = [Sample(unet, names, parameters, one_sample(inputs, i)) for i in range(2)]
+    samples = [Sample(unet, names, parameters, inputs.samples(slice(i, i + 1))) for i in range(2)]
     jacobians = []
     for i in range(2):
-        out = predict(unet, one_sample(inputs, i)).flatten()
+        out = predict(unet, inputs.samples(slice(i, i + 1))).flatten()
         rows = [torch.autograd.grad(o, parameters, retain_graph=True) for o in out]
         jacobians.append(torch.stack([torch.cat([g.flatten() for g in row]) for row in rows]))
     return samples, jacobians
