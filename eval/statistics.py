@@ -101,6 +101,30 @@ def bootstrap_means(values: np.ndarray, seed: int, resamples: int = RESAMPLES) -
     return np.quantile(np.concatenate(means), [tail, 1 - tail], axis=0)
 
 
+def t_interval(values: np.ndarray) -> tuple[float, float] | None:
+    """95% interval of the mean of a few independent values, (n,), by Student's t with n - 1 degrees
+    of freedom; None for fewer than two."""
+    n = len(values)
+    if n < 2:
+        return None
+    half = t_quantile(n - 1) * float(np.std(values, ddof=1)) / n**0.5
+    mean = float(np.mean(values))
+    return mean - half, mean + half
+
+
+def t_quantile(degrees: int) -> float:
+    """The t that |T| exceeds with probability 1 - `CONFIDENCE`.
+
+    With T = sqrt(degrees) tan(a) the density of the angle a is proportional to
+    cos(a)^(degrees - 1), which is summed by the trapezoidal rule.
+    """
+    angles = np.linspace(0.0, np.pi / 2, 200_001)
+    density = np.cos(angles) ** (degrees - 1)
+    below = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
+    angle = np.interp(CONFIDENCE, below / below[-1], angles)
+    return float(degrees**0.5 * np.tan(angle))
+
+
 def sign_test(wins: int, losses: int) -> float:
     """Two-sided p of as one-sided a split, or more, of wins + losses fair coin flips.
 

@@ -42,3 +42,17 @@ class Replace(argparse.Action):
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
         setattr(namespace, self.dest, values)
         setattr(namespace, self.EXCLUDES[self.dest], None)
+
+
+def as_argv(flags: dict[str, Any]) -> list[str]:
+    """A command line: True gives a switch, None and False leave a flag out, a list gives several
+    values."""
+    argv: list[str] = []
+    for name, value in flags.items():
+        if value is True:
+            argv.append(f"--{name}")
+        elif isinstance(value, list | tuple):
+            argv += [f"--{name}", *map(str, value)]
+        elif value is not None and value is not False:
+            argv += [f"--{name}", str(value)]
+    return argv

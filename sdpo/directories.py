@@ -22,6 +22,13 @@ def claim_directory(out: Path, flags: dict[str, Any], flag: str, what: str) -> N
     Raises:
         UserError: it was begun with others; going on would mix two runs.
     """
+    check_claim(out, flags, flag, what)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / FLAGS_FILE, flags)
+
+
+def check_claim(out: Path, flags: dict[str, Any], flag: str, what: str) -> None:
+    """As `claim_directory`, and leave everything as it is."""
     path = out / FLAGS_FILE
     flags = json.loads(json.dumps(flags, default=str))
     if path.is_file():
@@ -32,5 +39,3 @@ def claim_directory(out: Path, flags: dict[str, Any], flag: str, what: str) -> N
                 f"{flag}: {out} holds {what} with {', '.join(changed)}; give another {flag}, or "
                 "delete it"
             )
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(path, flags)

@@ -39,6 +39,32 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     Raises:
         UserError: on a run that is not there or holds no checkpoint.
     """
+    args = parse_flags(argv)
+    if not (args.run / "config.json").is_file():
+        raise UserError(f"{args.run} is not a run: it has no config.json")
+    if not list_checkpoints(args.run):
+        raise UserError(f"{args.run} holds no complete checkpoint")
+    if args.ema and not (list_checkpoints(args.run)[-1] / EMA_FILE).is_file():
+        raise UserError(f"--ema: {args.run} holds no {EMA_FILE}; it was not run with --use_ema")
+    return args
+
+
+def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
+    """The program's flags, checked as far as that goes before there is a run.
+
+    Raises:
+        UserError: on a value out of range.
+    """
+    args = build_parser().parse_args(argv)
+    for name in ("max_pairs", "timesteps", "batch_size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} must be at least 1, got {value}")
+    return args
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The program's flags."""
     parser = Parser("python -m sdpo.heldout", __doc__)
     add = parser.add_argument
     add("run", type=Path, help="--output_dir of a run")
@@ -49,18 +75,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--timesteps", type=int, default=4, help="timesteps per pair, stratified (default: 4)")
     add("--batch_size", type=int, help="pairs at a time (default: the run's --train_batch_size)")
     add("--ema", action="store_true", help="measure the averages of a run with --use_ema instead")
-    args = parser.parse_args(argv)
-    if not (args.run / "config.json").is_file():
-        raise UserError(f"{args.run} is not a run: it has no config.json")
-    if not list_checkpoints(args.run):
-        raise UserError(f"{args.run} holds no complete checkpoint")
-    if args.ema and not (list_checkpoints(args.run)[-1] / EMA_FILE).is_file():
-        raise UserError(f"--ema: {args.run} holds no {EMA_FILE}; it was not run with --use_ema")
-    for name in ("max_pairs", "timesteps", "batch_size"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name} must be at least 1, got {value}")
-    return args
+    return parser
 
 
 def main() -> int:

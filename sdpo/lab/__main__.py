@@ -9,6 +9,7 @@ from sdpo.errors import UserError, run_main
 
 COMMANDS = {
     "audit": "what an update would do to the winners at a checkpoint, and the method's assumptions",
+    "sweep": "training runs over settings and seeds from one YAML file, measured and drawn",
 }
 
 

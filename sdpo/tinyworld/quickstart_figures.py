@@ -7,20 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
 from eval.manifest import read_manifest
 from eval.scores import read_scores
-from sdpo.files import written_beside
+from sdpo.drawing import BLUE, RED, plain, save, show_image, smooth, wrapped
 from sdpo.heldout import read_heldout
 from sdpo.runlog import METRICS_FILE, read_metrics
 
 LABELS = {"plain": "without safeguard", "safeguard": "with safeguard"}
-COLOURS = {"plain": "#c8442b", "safeguard": "#2a6fbb"}
+COLOURS = {"plain": RED, "safeguard": BLUE}
 SMOOTHING = 10  # optimizer steps
 
 
@@ -83,7 +80,7 @@ def draw_curves(out: Path, path: Path, method: str) -> None:
             values = [entry[key] for entry in heldout]
             axis.plot(steps, values, "o-", ms=3, color=COLOURS[name], label=label)
         trained = read_metrics(out / name / METRICS_FILE)
-        scale = _smooth([entry["loser_scale"] for entry in trained])
+        scale = smooth([entry["loser_scale"] for entry in trained], SMOOTHING)
         axes[3].plot([entry["step"] for entry in trained], scale, color=COLOURS[name], label=label)
     titles = (
         "winner: held-out error vs reference, %",
@@ -92,15 +89,11 @@ def draw_curves(out: Path, path: Path, method: str) -> None:
         "scale of the loser's gradient",
     )
     for axis, title in zip(axes, titles, strict=True):
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel("optimizer step")
-        axis.axhline(0, color="black", lw=0.8, ls=":")
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
+        plain(axis, title)
     axes[3].set_ylim(-0.03, 1.06)
     axes[0].legend(frameon=False)
     figure.suptitle(f"{method} on the tiny world: same seed, same data, same step size")
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_samples(manifests: dict[str, Path], path: Path, columns: int = 8) -> None:
@@ -113,31 +106,9 @@ def draw_samples(manifests: dict[str, Path], path: Path, columns: int = 8) -> No
     for row, (name, entries) in enumerate(read.items()):
         for column in range(columns):
             axis = axes[row, column]
-            axis.imshow(plt.imread(entries[column].image), interpolation="nearest")
-            axis.set_xticks([])
-            axis.set_yticks([])
+            show_image(axis, entries[column].image)
             if row == 0:
-                axis.set_title(_wrapped(prompts[column]), fontsize=7)
+                axis.set_title(wrapped(prompts[column]), fontsize=7)
         axes[row, 0].set_ylabel(LABELS.get(name, name), fontsize=9)
     figure.tight_layout(pad=0.6)
-    _save(figure, path)
-
-
-def _smooth(values: Sequence[float]) -> np.ndarray:
-    """Mean over the last `SMOOTHING` values."""
-    total = np.cumsum(np.concatenate([[0.0], values]))
-    ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(ends - SMOOTHING, 0)
-    return (total[ends] - total[starts]) / (ends - starts)
-
-
-def _wrapped(text: str, width: int = 24) -> str:
-    import textwrap
-
-    return "\n".join(textwrap.wrap(text, width))
-
-
-def _save(figure: plt.Figure, path: Path) -> None:
-    with written_beside(path) as beside:
-        figure.savefig(beside, dpi=110, format="png")
-    plt.close(figure)
+    save(figure, path)

@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 
+from sdpo.cli import as_argv
+
 REPO = Path(__file__).resolve().parents[2]
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 TIMING = ("seconds", "pairs_per_s", "peak_memory_gib")
@@ -81,19 +83,6 @@ def files(directory: Path) -> dict[str, bytes]:
     """Every file below a directory, to check that nothing of it was touched."""
     paths = (p for p in sorted(directory.rglob("*")) if p.is_file())
     return {str(p.relative_to(directory)): p.read_bytes() for p in paths}
-
-
-def as_argv(flags: dict[str, Any]) -> list[str]:
-    """True gives a switch, None and False leave a flag out, a list gives several values."""
-    argv: list[str] = []
-    for name, value in flags.items():
-        if value is True:
-            argv.append(f"--{name}")
-        elif isinstance(value, list | tuple):
-            argv += [f"--{name}", *map(str, value)]
-        elif value is not None and value is not False:
-            argv += [f"--{name}", str(value)]
-    return argv
 
 
 def program(*arguments: Any, **kwargs: Any) -> subprocess.CompletedProcess[str]:
