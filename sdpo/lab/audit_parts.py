@@ -62,6 +62,11 @@ class Subject:
         """Of the winners of one batch."""
         return WinnerErrors(self.unet, self.names, self.parameters, inputs)
 
+    def sample(self, inputs: NoisedPairs, index: int) -> Sample:
+        """One of the 2B samples."""
+        alone = inputs.samples(slice(index, index + 1))
+        return Sample(self.unet, self.names, self.parameters, alone)
+
     def noised(self, batch: PairBatch, timesteps: torch.Tensor | None = None) -> NoisedPairs:
         """As in training, or at timesteps of one's own, (B,)."""
         args = self.args
@@ -214,13 +219,5 @@ def _stratified(subject: Subject, total: int, done: int) -> Iterator[tuple[Sampl
             if index == total:
                 return
             if index >= done:
-                yield tuple(
-                    Sample(
-                        subject.unet,
-                        subject.names,
-                        subject.parameters,
-                        inputs.samples(slice(k, k + 1)),
-                    )
-                    for k in (i, size + i)
-                )
+                yield subject.sample(inputs, i), subject.sample(inputs, size + i)
             index += 1
