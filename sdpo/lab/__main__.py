@@ -9,6 +9,7 @@ from sdpo.errors import UserError, run_main
 
 COMMANDS = {
     "audit": "what an update would do to the winners at a checkpoint, and the method's assumptions",
+    "tiny": "all of the lab's questions on the tiny world, and a page of what was found",
     "sweep": "training runs over settings and seeds from one YAML file, measured and drawn",
 }
 

@@ -89,7 +89,7 @@ def main(argv: list[str]) -> int:
         return 0
     for directory, flags, what in claims:
         claim_directory(directory, flags, "--out", what)
-    cores = _cores()
+    cores = available_cores()
     jobs = min(args.jobs or cores, len(chains))
     with _locked(out) as lock:
         failed = run_all(sweep, out, chains, Children(max(1, cores // jobs), lock), jobs)
@@ -181,7 +181,7 @@ def run_stage(stage: Stage, log: Path, children: Children) -> str | None:
     return None
 
 
-def _cores() -> int:
+def available_cores() -> int:
     """Those that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

@@ -3,9 +3,9 @@
     python -m sdpo.lab tiny [--out output/lab] [--sweeps scripts/lab]
 
 Writes preference pairs to OUT/pairs, runs every sweep of the directory --sweeps into OUT/NAME,
-audits the base model and, at the middle of their training, the runs of the sweep "treatments" without
-and with the safeguard, and writes OUT/report.html. What is done is not done again: killed at any
-point, the same command goes on.
+audits the base model and, at the middle of their training, the runs of the sweep "treatments"
+without and with the safeguard, and writes OUT/report.html. What is done is not done again: killed
+at any point, the same command goes on.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from sdpo.checkpoint_paths import list_checkpoints
 from sdpo.cli import Parser, as_argv
 from sdpo.errors import UserError
 from sdpo.lab.stages import run_dir
+from sdpo.lab.sweep import available_cores
 from sdpo.lab.sweep_file import PlannedRun, Sweep, read_sweep
 
 PROGRAM = "python -m sdpo.lab tiny"
@@ -67,17 +68,15 @@ def main(argv: list[str]) -> int:
     """Run what is missing, then write the page."""
     args = parse_args(argv)
     ensure_pairs(args)
-    sweeps = {path: read_sweep(path) for path in sorted(args.sweeps.glob("*.yaml"))}
-    for path, sweep in sweeps.items():
+    sweeps = [(path, read_sweep(path)) for path in sorted(args.sweeps.glob("*.yaml"))]
+    for path, sweep in sweeps:
         command = [*_lab("sweep"), str(path), "--out", str(args.out / sweep.name)]
         run(command, sweep.name)
-    commands = {}
-    for sweep in sweeps.values():
+    commands: dict[str, list[str]] = {}
+    for _, sweep in sweeps:
         if sweep.name == AUDITED:
             commands = dict(audits(sweep, args))
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
+    cores = available_cores()
     jobs = min(len(commands), cores) or 1
     environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, cores // jobs))}
     with ThreadPoolExecutor(jobs) as pool:
@@ -87,7 +86,7 @@ def main(argv: list[str]) -> int:
 
     from sdpo.lab.tiny_report import write
 
-    page = write(args.out, list(sweeps.values()), {n: args.out / n for n in commands}, commands)
+    page = write(args.out, sweeps, commands)
     print(f"\nLook at {page}")
     return 0
 
