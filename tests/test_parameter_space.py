@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -217,6 +218,27 @@ def test_leaves_no_gradients_behind(double_unet, pairs, dropout):
     step_scale(space, (pairs, KEYS))
     space.pair_scales(pairs, KEYS)
     assert all(p.grad is None for p in double_unet.parameters())
+
+
+def test_holds_few_gradients_at_a_time(double_unet, pairs, monkeypatch):
+    """Sums and one more of a branch; of single pairs, the winner's while the loser's is taken."""
+    given, alive = [], []
+    take = torch.autograd.grad
+
+    def watched(*args, **kwargs):
+        alive.append(sum(reference() is not None for reference in given))
+        gradients = take(*args, **kwargs)
+        given.append(weakref.ref(gradients[0]))
+        return gradients
+
+    monkeypatch.setattr(torch.autograd, "grad", watched)
+    space = BranchGradients(alone(), double_unet, MU)
+    step_scale(space, *[(pairs, KEYS)] * 3)
+    # The first two are the sums, until others take their place.
+    assert alive == [0, 1, 2, 1, 0, 0]
+    alive.clear()
+    space.pair_scales(pairs, KEYS)
+    assert alive == [0, 1] * 3
 
 
 @pytest.mark.parametrize("dropout", [False, True])
