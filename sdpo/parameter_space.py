@@ -48,9 +48,10 @@ class BranchGradients:
     """Takes the two branches' gradients over the trained parameters of one UNet.
 
     Costs a forward and a backward pass of the UNet over the pairs, the branches (in scope "pair"
-    the samples) one after another. With --lora_dropout both branches go through one forward pass,
-    as they do in the loss, so that they meet the same masks as there; each backward pass (two, in
-    scope "pair" two a pair) then runs through all of it.
+    the samples) one after another, and at most two more sets of gradients in memory than the one
+    that a step has. With --lora_dropout both branches go through one forward pass, as they do in
+    the loss, so that they meet the same masks as there; each backward pass (two, in scope "pair"
+    two a pair) then runs through all of it.
 
     Raises:
         ValueError: on mu outside [0, 1], when a scale is asked for.
@@ -64,19 +65,14 @@ class BranchGradients:
         self.unet = accelerator.unwrap_model(unet)
         self.parameters = [p for p in self.unet.parameters() if p.requires_grad]
         self.together = dropout
-        self._sums: tuple[list[Tensor], list[Tensor]] | None = None
+        self._sums: tuple[list[Tensor], list[Tensor]] = [], []
 
     def add(self, inputs: NoisedPairs, keys: Sequence[Key]) -> None:
         """Take in one of a step's equally large micro-batches; `keys` are its B pairs'."""
-        ((winner, loser),) = self._gradients(inputs, keys, parts=1)
-        if self._sums is None:
-            self._sums = list(winner), list(loser)
-            return
-        for total, more in zip(self._sums, (winner, loser), strict=True):
-            # Not in place: autograd may give one tensor for two parameters. One by one, so that
-            # there are never two whole sets of sums.
-            for i, gradient in enumerate(more):
-                total[i] = total[i] + gradient
+        each = self._gradients(inputs, keys, parts=1)
+        for total in self._sums:
+            # Handed on, not held: the loser's gradient is taken when the winner's is gone.
+            _take_in(total, next(each))
 
     def step_scale(self) -> Tensor:
         """One scale, (), for all that was added in all processes, which are then forgotten.
@@ -84,7 +80,7 @@ class BranchGradients:
         Called by every process. Sums stand for means: their quotient is the same.
         """
         winner, loser = self._sums
-        self._sums = None
+        self._sums = [], []
         if self.accelerator.num_processes > 1:
             for total in (winner, loser):
                 for i, gradient in enumerate(total):
@@ -93,15 +89,14 @@ class BranchGradients:
 
     def pair_scales(self, inputs: NoisedPairs, keys: Sequence[Key]) -> Tensor:
         """One scale per pair, (B,), from that pair's own gradients."""
-        found = self._gradients(inputs, keys, parts=len(keys))
-        return torch.stack([gradient_scale(winner, loser, self.mu) for winner, loser in found])
+        each = self._gradients(inputs, keys, parts=len(keys))
+        return torch.stack([gradient_scale(next(each), next(each), self.mu) for _ in keys])
 
     def _gradients(
         self, inputs: NoisedPairs, keys: Sequence[Key], parts: int
-    ) -> Iterator[tuple[Gradients, Gradients]]:
-        """G_w and G_l of each of `parts` equal parts of the pairs."""
-        each = map(self._gradient, self._errors(inputs, keys, parts))
-        return zip(each, each, strict=True)
+    ) -> Iterator[Gradients]:
+        """G_w and G_l of each of `parts` equal parts of the pairs, by turns."""
+        return map(self._gradient, self._errors(inputs, keys, parts))
 
     def _errors(self, inputs: NoisedPairs, keys: Sequence[Key], parts: int) -> Iterator[Tensor]:
         """Mean errors, (), of the parts' winners and losers by turns."""
@@ -132,3 +127,13 @@ class BranchGradients:
             allow_unused=True,
             materialize_grads=True,
         )
+
+
+def _take_in(total: list[Tensor], more: Gradients) -> None:
+    if not total:
+        total.extend(more)
+        return
+    # Not in place: autograd may give one tensor for two parameters. One by one, so that there are
+    # never two whole sets of sums.
+    for i, gradient in enumerate(more):
+        total[i] = total[i] + gradient

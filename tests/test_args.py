@@ -65,6 +65,8 @@ FLAGS = [
     "--use_winner_preserving",
     "--winner_preserving_mu",
     "--winner_preserving_scope",
+    "--winner_preserving_space",
+    "--loser_scale_fixed",
     "--streaming",
     "--validation_prompts",
     "--validation_steps",
@@ -143,6 +145,7 @@ def test_defaults(tiny_sd15, pairs_dir, tmp_path):
     assert args.max_train_steps == 2000
     assert args.train_method == "diffusion-dpo"
     assert (args.use_winner_preserving, args.winner_preserving_scope) == (False, "batch")
+    assert (args.winner_preserving_space, args.loser_scale_fixed) == ("output", None)
     assert args.resume_from_checkpoint == "latest"
     assert args.validation_prompts == []
 
@@ -180,7 +183,10 @@ BAD = [
             "resolution",
         )
     ],
-    *[(name, "nan") for name in ("beta_dpo", "learning_rate", "winner_preserving_mu")],
+    *[
+        (name, "nan")
+        for name in ("beta_dpo", "learning_rate", "winner_preserving_mu", "loser_scale_fixed")
+    ],
     *[(name, "inf") for name in ("beta_dpo", "noise_offset", "max_grad_norm")],
     *[(name, -1) for name in ("seed", "lr_warmup_steps", "dataloader_num_workers")],
     *[(name, -0.1) for name in ("noise_offset", "input_perturbation", "adam_weight_decay")],
@@ -188,6 +194,7 @@ BAD = [
         (name, value)
         for name in (
             "winner_preserving_mu",
+            "loser_scale_fixed",
             "dmpo_alpha",
             "proportion_empty_prompts",
             "max_bad_fraction",
@@ -199,6 +206,7 @@ BAD = [
     ("resolution", 100),
     ("train_method", "ppo"),
     ("winner_preserving_scope", "image"),
+    ("winner_preserving_space", "latent"),
     ("mixed_precision", "fp8"),
     ("lr_scheduler", "steps"),
     ("report_to", "paper"),
@@ -229,6 +237,12 @@ def test_bad_value_is_refused_naming_its_flag(make_args, name, value):
 def test_bad_combinations(make_args, tiny_sd15, tmp_path):
     with pytest.raises(UserError, match=r"--use_winner_preserving .* sft"):
         make_args(train_method="sft", use_winner_preserving=True)
+    with pytest.raises(UserError, match=r"--loser_scale_fixed .* sft"):
+        make_args(train_method="sft", loser_scale_fixed=0)
+    with pytest.raises(UserError, match=r"--loser_scale_fixed .* --use_winner_preserving"):
+        make_args(loser_scale_fixed=0.5, use_winner_preserving=True)
+    with pytest.raises(UserError, match=r"--winner_preserving_space .* --use_winner_preserving"):
+        make_args(winner_preserving_space="parameter")
     with pytest.raises(UserError, match=r"--streaming .* --max_train_steps"):
         make_args(streaming=True, num_train_epochs=1)
     with pytest.raises(UserError, match="--dataloader_num_workers must be 0 or 1"):

@@ -28,10 +28,13 @@ def test_lines_are_there_as_soon_as_written(tmp_path):
 
 def test_what_is_not_finite_becomes_null(tmp_path):
     log = RunLog(tmp_path, 0)
-    log.write({"step": 1, "a": float("nan"), "b": float("inf"), "c": -float("inf"), "d": 1.5})
+    nested = {"e": {"f": [float("nan"), 2, None]}}
+    log.write(
+        {"step": 1, "a": float("nan"), "b": float("inf"), "c": -float("inf"), "d": 1.5, **nested}
+    )
     log.close()
     text = (tmp_path / "metrics.jsonl").read_text()
-    want = {"step": 1, "a": None, "b": None, "c": None, "d": 1.5}
+    want = {"step": 1, "a": None, "b": None, "c": None, "d": 1.5, "e": {"f": [None, 2, None]}}
     assert json.loads(text, parse_constant=pytest.fail) == want
 
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdpo import loser_scale, scale_gradient
+from sdpo import loser_scale, scale_from_products, scale_gradient
 
 MUS = (0.0, 0.2, 0.6, 0.9, 1.0)
 
@@ -141,6 +141,18 @@ def test_mu_outside_its_range_is_refused(mu):
         loser_scale(win, lose, mu)
 
 
+def test_from_products_what_is_not_a_number_stays_so():
+    """Overflowed gradients must not pass for branches without a conflict."""
+    nan, inf = float("nan"), float("inf")
+    winner_sq = torch.tensor([2.0, 2.0, 2.0, nan, inf, 2.0])
+    inner = torch.tensor([4.0, -4.0, 0.0, 1.0, inf, nan])
+    scale = scale_from_products(winner_sq, inner, 0.5)
+    assert scale[:3].tolist() == [0.25, 1.0, 1.0]
+    assert scale[3:].isnan().all()
+    with pytest.raises(ValueError, match=r"mu must lie in \[0, 1\]"):
+        scale_from_products(winner_sq, inner, 1.5)
+
+
 def test_unknown_scope_and_unequal_shapes_are_refused():
     win, lose = residuals((2, 4))
     with pytest.raises(ValueError, match=r"scope .* 'global'"):
@@ -192,10 +204,13 @@ def test_winner_keeps_its_share_and_the_scale_is_the_largest_that_does(both, mu,
     change, _, _ = _first_order(win, lose, more, scope)
     # What is not yet at 1 cannot be raised: the excess is that of the raise, up to rounding.
     flat_w, flat_l = (win, lose) if scope == "pair" else (win.reshape(1, -1), lose.reshape(1, -1))
-    gain = (more - scale.reshape(-1)) * (flat_w * flat_l).sum(1)
+    raised, inner = more - scale.reshape(-1), (flat_w * flat_l).sum(1)
+    gain = raised * inner
     limited = scale.reshape(-1) < 1
     assert (change[limited] >= (-mu * winner_sq + gain - 2 * rounding)[limited]).all()
-    assert (gain[limited] > 0).all()
+    # Of the factors: the product of two small numbers can vanish.
+    assert (raised[limited] > 0).all()
+    assert (inner[limited] > 0).all()
 
 
 @pytest.mark.parametrize("scope", ["batch", "pair"])

@@ -20,6 +20,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from sdpo.cli import as_argv
@@ -41,8 +42,8 @@ class Run:
 
     @property
     def numbers(self) -> list[dict[str, Any]]:
-        """The metrics without those that depend on the machine's mood."""
-        return [{k: v for k, v in entry.items() if k not in TIMING} for entry in self.metrics]
+        """The metrics without those that depend on the machine's mood, and without nesting."""
+        return [{k: v for k, v in flat(entry).items() if k not in TIMING} for entry in self.metrics]
 
     def column(self, name: str) -> list[float]:
         return [entry[name] for entry in self.metrics]
@@ -61,6 +62,16 @@ class Run:
         return torch.load(self.out / f"checkpoint-{step}" / "unet.pth", weights_only=True)
 
 
+def flat(value: Any, name: str = "") -> dict[str, Any]:
+    """One level, without what is null: {"a": {"b": [1, 2]}} as {"a/b/0": 1, "a/b/1": 2}."""
+    if not isinstance(value, dict | list):
+        return {} if value is None else {name: value}
+    result = {}
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+        result |= flat(inner, f"{name}/{key}" if name else key)
+    return result
+
+
 def base_unet(model: Path) -> dict[str, torch.Tensor]:
     """The UNet's weights in a saved pipeline."""
     from safetensors.torch import load_file
@@ -77,6 +88,15 @@ def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     """The largest difference of any weight."""
     assert a.keys() == b.keys()
     return max((a[k].double() - b[k].double()).abs().max().item() for k in a)
+
+
+def check_close(run: Run, other: Run, base: dict[str, torch.Tensor]) -> None:
+    """Two runs from `base` trained the same up to rounding."""
+    moved = distance(base, other.unet())
+    assert moved > 5e-5
+    assert distance(run.unet(), other.unet()) < 0.01 * moved
+    for entry, expected in zip(run.numbers, other.numbers, strict=True):
+        assert entry == pytest.approx(expected, rel=2e-3, abs=2e-6)
 
 
 def files(directory: Path) -> dict[str, bytes]:

@@ -78,7 +78,8 @@ def check_metrics(run, pairs_per_step: int) -> None:
     assert [entry["step"] for entry in metrics] == [1, 2, 3]
     for entry in metrics:
         assert set(entry) >= METRICS
-        assert all(math.isfinite(value) for value in entry.values())
+        assert all(math.isfinite(v) for v in entry.values() if not isinstance(v, dict | list))
+        check_by_timestep(entry, pairs_per_step)
         assert entry["winner_drift"] == pytest.approx(
             entry["winner_mse"] - entry["ref_winner_mse"], abs=1e-6
         )
@@ -101,6 +102,16 @@ def check_metrics(run, pairs_per_step: int) -> None:
     assert first["margin"] == pytest.approx(0, abs=1e-6)
     assert first["winner_mse"] == pytest.approx(first["ref_winner_mse"], abs=1e-6)
     assert abs(metrics[1]["winner_drift"]) + abs(metrics[1]["loser_drift"]) > 1e-5
+
+
+def check_by_timestep(entry, pairs_per_step: int) -> None:
+    """The ten bins together are the step: their means, weighted, give its means."""
+    bins = entry["by_timestep"]
+    assert sum(bins["pairs"]) == pairs_per_step
+    for name in ("winner_drift", "loser_drift", "loser_scale"):
+        assert [v is None for v in bins[name]] == [n == 0 for n in bins["pairs"]]
+        total = sum(n * v for n, v in zip(bins["pairs"], bins[name], strict=True) if n)
+        assert total / pairs_per_step == pytest.approx(entry[name], abs=1e-6)
 
 
 @pytest.mark.parametrize("safeguard", SAFEGUARDS)
@@ -127,6 +138,11 @@ def test_preference_method(runs, train, family, method, safeguard):
         assert scales[0] == pytest.approx(0.1, abs=0.05)
     if safeguard == "pair":
         assert least[0] < scales[0]
+    # A scale a pair, or one for each of two micro-batches.
+    for entry in run.metrics:
+        assert sum(entry["loser_scale_histogram"]) == (8 if safeguard == "pair" else 2)
+    if safeguard == "off":
+        assert run.metrics[0]["loser_scale_histogram"][-1] == 2
 
     base = base_unet(train.models[family])
     trained = run.unet()

@@ -54,6 +54,10 @@ def test_tensorboard(sampled):
         expected = dict(zip(sampled.column("step"), sampled.column(name), strict=True))
         assert found[name] == pytest.approx(expected, rel=1e-6)
     assert images["samples"] == [0, 2, 4]
+    for entry in sampled.metrics:
+        for k, drift in enumerate(entry["by_timestep"]["winner_drift"]):
+            logged = found.get(f"winner_drift_by_timestep/{k}00-{k}99", {}).get(entry["step"])
+            assert logged == (drift if drift is None else pytest.approx(drift, rel=1e-6))
 
 
 def test_grids_from_a_file_and_for_equal_weights(train, sampled, tmp_path):

@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from .harness import base_unet, distance, identical, last_sentence
+from .harness import base_unet, check_close, identical, last_sentence
 
 # Both ways of writing a step: 4 pairs of one process or 2 of each of two.
 FLAGS = {
@@ -33,14 +33,6 @@ def one(train, tmp_path_factory):
 @pytest.fixture(scope="module")
 def two(train, tmp_path_factory):
     return train.processes(tmp_path_factory.mktemp("two"), 2, **FLAGS, train_batch_size=2)
-
-
-def check_close(run, other, base) -> None:
-    moved = distance(base, other.unet())
-    assert moved > 5e-5
-    assert distance(run.unet(), other.unet()) < 0.01 * moved
-    for entry, expected in zip(run.numbers, other.numbers, strict=True):
-        assert entry == pytest.approx(expected, rel=2e-3, abs=2e-6)
 
 
 def test_two_processes_train_the_same(train, one, two):

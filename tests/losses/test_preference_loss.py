@@ -194,6 +194,44 @@ def test_metrics(method, form, drift, beta, guard):
     assert output.loss.requires_grad
 
 
+@every_case
+@pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, torch.tensor(0.5), torch.tensor([0.0, 0.3, 1.0])])
+def test_fixed_scale_multiplies_the_losers_gradient_alone(method, form, drift, beta, scale):
+    pred, ref, target = reference.tensors(3, drift=drift)
+    leaf = pred.clone().requires_grad_()
+    output = preference_loss(
+        method, leaf, ref, target, beta=beta, alpha=0.05, form=form, fixed_scale=scale
+    )
+    output.loss.backward()
+    plain = run((method, form, beta), None, pred, ref, target)
+    assert torch.equal(output.loss.detach(), plain.loss)
+    free_w, free_l = gradient((method, form, beta), None, pred, ref, target)
+    each = torch.as_tensor(scale, dtype=torch.float64).expand(3)
+    torch.testing.assert_close(leaf.grad[:3], free_w)
+    torch.testing.assert_close(leaf.grad[3:], each.reshape(3, 1, 1, 1) * free_l)
+    assert free_l.abs().max() > 0
+    assert torch.equal(output.per_pair["loser_scale"], each)
+    assert output.metrics["loser_scale"].item() == pytest.approx(each.mean().item())
+    assert output.metrics["loser_scale_min"] == each.min()
+
+
+@pytest.mark.parametrize("guard", GUARDS)
+def test_what_is_told_of_each_pair(guard):
+    pred, ref, target = reference.tensors(4)
+    output = run(("dmpo", "sd15", 5.0), guard, pred.requires_grad_(), ref, target)
+    arrays = [x.detach().numpy() for x in (pred, ref, target)]
+    model, frozen = (reference.errors(a, arrays[2]) for a in arrays[:2])
+    drift = [m - f for m, f in zip(model, frozen, strict=True)]
+    assert output.per_pair["winner_drift"].tolist() == pytest.approx(drift[:4])
+    assert output.per_pair["loser_drift"].tolist() == pytest.approx(drift[4:])
+    scale = torch.ones(()).double()
+    if guard:
+        scale = loser_scale(*(pred - target).detach().chunk(2), guard[1], guard[0])
+    torch.testing.assert_close(output.scale, scale)
+    assert torch.equal(output.per_pair["loser_scale"], output.scale.expand(4))
+    assert not any(v.requires_grad for v in (*output.per_pair.values(), output.scale))
+
+
 def test_implicit_accuracy_counts_only_u_above_zero():
     pred, ref, target = reference.tensors(2)
     ref = pred.clone()
@@ -227,6 +265,13 @@ def test_bad_arguments_are_refused():
         preference_loss("dmpo", pred, ref, target, mu=0.5, scope="all", **good)
     with pytest.raises(ValueError, match="mu must lie"):
         preference_loss("dmpo", pred, ref, target, mu=1.5, **good)
+    for scale in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match=r"fixed_scale must lie in \[0, 1\]"):
+            preference_loss("dmpo", pred, ref, target, fixed_scale=scale, **good)
+    with pytest.raises(ValueError, match=r"fixed_scale must be \(\) or \(2,\), got \(3,\)"):
+        preference_loss("dmpo", pred, ref, target, fixed_scale=torch.ones(3), **good)
+    with pytest.raises(ValueError, match="not both"):
+        preference_loss("dmpo", pred, ref, target, fixed_scale=0.5, mu=0.5, **good)
     with pytest.raises(ValueError, match="equal shapes"):
         preference_loss("dmpo", pred, ref[:2], target, **good)
     with pytest.raises(ValueError, match="equal shapes"):
