@@ -119,9 +119,12 @@ def _claims(sweep: Sweep, out: Path) -> list[tuple[Path, dict[str, Any], str]]:
 def print_missing(chains: dict[str, list[Stage]]) -> None:
     """What would be run, a command a line."""
     for name, stages in chains.items():
+        pending = False
         for stage in stages:
             commands = stage.missing()
-            print(f"# {name}, {stage.name}{'' if commands else ': done'}")
+            state = "" if commands else ": depends on the above" if pending else ": done"
+            print(f"# {name}, {stage.name}{state}")
+            pending = pending or bool(commands)
             for command in commands:
                 print(shlex.join(command))
 
