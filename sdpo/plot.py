@@ -113,9 +113,7 @@ def check_metrics(names: list[str], runs: dict[str, list[dict[str, Any]]]) -> No
         raise UserError("--metrics: give at least one name")
 
 
-def draw(
-    runs: dict[str, list[dict[str, Any]]], metrics: list[str], window: int, path: Path
-) -> Any:
+def draw(runs: dict[str, list[dict[str, Any]]], metrics: list[str], window: int, path: Path) -> Any:
     """Write the figure, a panel a metric and a strip a run; returns it."""
     import matplotlib.pyplot as plt
     import numpy as np

@@ -3,9 +3,9 @@
     python -m sdpo.lab tiny [--out output/lab] [--sweeps scripts/lab]
 
 Writes preference pairs to OUT/pairs, runs every sweep of the directory --sweeps into OUT/NAME,
-audits the base model and, at the middle of their training, the runs of the sweep "treatments"
-without and with the safeguard, and writes OUT/report.html. What is done is not done again: killed
-at any point, the same command goes on.
+audits the base model and, at their first checkpoints, the runs of the sweep "treatments" without
+and with the safeguard, and writes OUT/report.html. What is done is not done again: killed at any
+point, the same command goes on.
 """
 
 from __future__ import annotations
@@ -108,9 +108,8 @@ def audits(sweep: Sweep, args: argparse.Namespace) -> Iterator[tuple[str, list[s
     for variant, name in AUDITED_VARIANTS.items():
         if variant in first:
             planned = first[variant]
-            checkpoints = list_checkpoints(run_dir(args.out / sweep.name, planned))
-            middle = checkpoints[(len(checkpoints) - 1) // 2]
-            yield name, _audit(planned, args, name, middle)
+            first_saved = list_checkpoints(run_dir(args.out / sweep.name, planned))[0]
+            yield name, _audit(planned, args, name, first_saved)
 
 
 def _audit(

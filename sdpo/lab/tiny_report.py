@@ -45,8 +45,8 @@ QUESTIONS = {
 }
 AUDITS = {
     "audit-start": "at the start, where model and reference are the same",
-    "audit-without": "half-way through training without the safeguard",
-    "audit-with": "half-way through training with the safeguard",
+    "audit-without": "a quarter through training without the safeguard",
+    "audit-with": "a quarter through training with the safeguard",
 }
 PICTURES = {
     "drift.png": "Held-out drift and margin over steps",
