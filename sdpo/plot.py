@@ -15,8 +15,8 @@ from typing import Any
 
 from sdpo.cli import Parser
 from sdpo.errors import UserError, run_main
+from sdpo.runlog import METRICS_FILE, read_metrics
 
-METRICS_FILE = "metrics.jsonl"
 DEFAULT_METRICS = (
     "loss",
     "winner_drift",
@@ -45,9 +45,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add(
         "--metrics",
-        default=",".join(DEFAULT_METRICS),
         metavar="NAME,NAME",
-        help=f"default: {','.join(DEFAULT_METRICS)}",
+        help=f"default: those of {','.join(DEFAULT_METRICS)} that were logged",
     )
     return parser
 
@@ -60,9 +59,7 @@ def main() -> int:
     if args.out.is_dir() or not args.out.absolute().parent.is_dir():
         raise UserError(f"--out: {args.out} must be a file in a directory that exists")
     runs = read_runs(args.runs)
-    metrics = [name.strip() for name in args.metrics.split(",") if name.strip()]
-    check_metrics(metrics, runs)
-    draw(runs, metrics, args.smooth, args.out)
+    draw(runs, metrics_of(args.metrics, runs), args.smooth, args.out)
     print(f"wrote {args.out}")
     return 0
 
@@ -78,9 +75,6 @@ def read_runs(paths: list[Path]) -> dict[str, list[dict[str, Any]]]:
             raise UserError(f"{path} is not a run: it has no {METRICS_FILE}")
     if len({path.resolve() for path in paths}) < len(paths):
         raise UserError(f"a run is given twice: {' '.join(map(str, paths))}")
-
-    from sdpo.runlog import read_metrics
-
     runs = dict(zip(labels_of(paths), (read_metrics(p / METRICS_FILE) for p in paths), strict=True))
     for path, entries in zip(paths, runs.values(), strict=True):
         if not entries:
@@ -98,19 +92,23 @@ def labels_of(paths: list[Path]) -> list[str]:
     return labels
 
 
-def check_metrics(names: list[str], runs: dict[str, list[dict[str, Any]]]) -> None:
-    """Each must be a number that some run logged.
+def metrics_of(given: str | None, runs: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """--metrics taken apart, or the default panels that some run has numbers for.
 
     Raises:
-        UserError: otherwise, or there is none.
+        UserError: no run logged one, or none is named.
     """
     lines = (entry for entries in runs.values() for entry in entries)
     known = {k: None for line in lines for k, v in line.items() if not isinstance(v, dict | list)}
+    if given is None:
+        return [name for name in DEFAULT_METRICS if name in known]
+    names = [name.strip() for name in given.split(",") if name.strip()]
     for name in names:
         if name not in known:
             raise UserError(f"--metrics: no run logged {name}; there are: {', '.join(known)}")
     if not names:
         raise UserError("--metrics: give at least one name")
+    return names
 
 
 def draw(runs: dict[str, list[dict[str, Any]]], metrics: list[str], window: int, path: Path) -> Any:

@@ -12,11 +12,12 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from sdpo.files import write_json, write_text
+
+if TYPE_CHECKING:
+    import torch
 
 PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "accelerate", "datasets", "peft")
 METRICS_FILE = "metrics.jsonl"
@@ -60,6 +61,8 @@ def _git_revision() -> str | None:
 
 def peak_memory_gib(device: torch.device) -> float:
     """Peak memory so far, GiB: the accelerator's, or on a CPU the process's resident set."""
+    import torch
+
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     if device.type == "mps":

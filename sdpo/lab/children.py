@@ -16,13 +16,14 @@ class Stopped(Exception):
 class Children:
     """Runs programs from several threads.
 
-    They get `threads` threads each, and sessions of their own: a Ctrl-C reaches them once, through
-    `stop`, so that training saves. They keep the file `lock` open, so that a lock on it lasts until
-    the last of them has ended, whatever became of this process.
+    They get `threads` threads each where OMP_NUM_THREADS does not say how many, and sessions of
+    their own: a Ctrl-C reaches them once, through `stop`, so that training saves. They keep the
+    file `lock` open, so that a lock on it lasts until the last of them has ended, whatever became
+    of this process.
     """
 
     def __init__(self, threads: int, lock: int) -> None:
-        self._environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        self._environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
         self._lock_file = lock
         self._running: set[subprocess.Popen[bytes]] = set()
         self._stopped = False

@@ -64,8 +64,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--jobs",
         type=int,
         metavar="N",
-        help="runs at a time; each gets its share of the cores (default: one a core; with one GPU "
-        "give 1)",
+        help="runs at a time; each gets its share of the cores, unless OMP_NUM_THREADS says how "
+        "many (default: one a core; with one GPU give 1)",
     )
     add("--dry_run", action="store_true", help="check, and print the commands still to be run")
     return parser
@@ -165,6 +165,7 @@ def run_all(
                 future.result()
         except BaseException:
             children.stop()
+            bar.write("stopping; the same command goes on from here", file=sys.stderr)
             raise
     return failed
 

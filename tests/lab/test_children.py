@@ -48,13 +48,18 @@ def run(chains, children, out, monkeypatch, jobs=2):
     return failed
 
 
-def test_programs_get_their_share_of_threads_and_a_log(children, tmp_path):
+def test_programs_get_their_share_of_threads_and_a_log(lock, tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    children = Children(3, lock.fileno())
     log = tmp_path / "logs" / "a.log"
     code = "import os, sys; print(os.environ['OMP_NUM_THREADS']); sys.exit('to stderr')"
     assert children.run(python(code), log) == 1
     assert log.read_text() == "3\nto stderr\n"
     assert children.run(python("print('more')"), log) == 0
     assert log.read_text() == "3\nto stderr\nmore\n"
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    Children(3, lock.fileno()).run(python(code), log)
+    assert log.read_text().endswith("more\n5\nto stderr\n")
 
 
 def test_last_line_is_the_last_that_says_something(tmp_path):
