@@ -63,6 +63,11 @@ VARIANTS: dict[str, list[str]] = {
     "ema": ["--use_ema"],
     "offload_reference": ["--offload_reference"],
     "no_safeguard": ["--no-use_winner_preserving"],
+    "parameter": ["--winner_preserving_space", "parameter"],
+    "parameter+pair": [
+        *("--winner_preserving_space", "parameter"),
+        *("--winner_preserving_scope", "pair"),
+    ],
 }
 # Compiling takes minutes on a CPU, and moving the reference to the host saves nothing there.
 NOT_BY_DEFAULT = ("compile", "offload_reference", "public+checkpointing")
