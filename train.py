@@ -12,6 +12,7 @@ from typing import Any
 
 from sdpo.args import parse_args
 from sdpo.errors import UserError, run_main
+from sdpo.sharding import check_sharding
 
 log = logging.getLogger("sdpo")
 
@@ -23,6 +24,7 @@ PREPARATION_LIMIT = timedelta(hours=12)
 def main() -> int:
     """Check the flags, build, train, export; returns the exit code."""
     args = parse_args(sys.argv[1:])
+    sharding = check_sharding(args)
 
     import torch
 
@@ -42,6 +44,7 @@ def main() -> int:
     from sdpo.reference import build_reference
     from sdpo.runlog import describe_run, write_config
     from sdpo.saving import export_run, load_ema, load_weights
+    from sdpo.sharding import shard, whole
     from sdpo.speed import compile_forward, to_channels_last
     from sdpo.trainer import Trainer
 
@@ -104,11 +107,15 @@ def main() -> int:
     if args.compile:
         compile_forward(unet, reference)
 
+    if sharding:
+        shard(unet, sharding, accelerator.device, accelerator.num_processes)
     learning_rate = scaled_learning_rate(args, accelerator.num_processes)
     trainable = [p for p in unet.parameters() if p.requires_grad]
     optimizer = build_optimizer(trainable, args, learning_rate)
     scheduler = build_scheduler(optimizer, args, max_train_steps)
-    unet, optimizer = accelerator.prepare(unet, optimizer)
+    optimizer = accelerator.prepare(optimizer)
+    if not sharding:
+        unet = accelerator.prepare(unet)
     ema = Ema(unet, args.ema_decay) if args.use_ema else None
     if resume_from:
         training = load_training(resume_from)
@@ -141,8 +148,11 @@ def main() -> int:
         args, accelerator, models, loader, optimizer, scheduler, start, max_train_steps
     )
     code = trainer.train()
-    if code == 0 and accelerator.is_main_process:
-        for exported in export_run(output_dir, models, accelerator.unwrap_model(unet)):
+    if code == 0:
+        main = accelerator.is_main_process
+        unet = accelerator.unwrap_model(unet)
+        gathered = whole(unet.state_dict(), keep=main) if sharding else None
+        for exported in export_run(output_dir, models, unet, gathered) if main else ():
             log.info("wrote %s", exported)
     accelerator.end_training()
     return code

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sdpo.sharding import divided
 from sdpo.speed import build_adamw, follow_layout
 
 
@@ -64,7 +65,9 @@ def restore(
     """Load what `Trainer.save` stored of both. Learning rate, weight decay and the like stay those
     of this run's flags: where they were changed on resuming, the new ones count."""
     groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": training["optimizer"]["state"], "param_groups": groups})
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state = divided(training["optimizer"]["state"], parameters)
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
     follow_layout(optimizer)
     scheduler.load_state_dict({**training["scheduler"], "base_lrs": scheduler.base_lrs})
     rates = [

@@ -35,12 +35,14 @@ def save_run(
     models: Models,
     unet: nn.Module,
     training: dict[str, Any],
+    gathered: dict[str, Tensor] | None = None,
 ) -> Path:
     """Write `checkpoint-N/`, by one process alone; see the head of this file.
 
     Args:
         unet: that of `models`, unwrapped.
-        training: state dicts of optimizer and the like.
+        training: state dicts of optimizer and the like, nothing in them sharded.
+        gathered: the state dict of a sharded UNet.
     """
 
     def write_more(directory: Path) -> None:
@@ -58,7 +60,7 @@ def save_run(
     return save_checkpoint(
         Path(args.output_dir),
         progress,
-        lambda: plain_state(models, unet),
+        lambda: gathered or plain_state(models, unet),
         training,
         args,
         args.checkpoints_total_limit,
@@ -109,11 +111,22 @@ def load_ema(checkpoint: Path, training: dict[str, Any], unet: nn.Module, ema: E
     ema.steps = training["ema"]["steps"]
 
 
-def export_run(output_dir: Path, models: Models, unet: nn.Module) -> list[Path]:
+def export_run(
+    output_dir: Path,
+    models: Models,
+    unet: nn.Module,
+    gathered: dict[str, Tensor] | None = None,
+) -> list[Path]:
     """Write what a finished run leaves at the top of `output_dir`; `unet` ends on the CPU.
+
+    Args:
+        gathered: the state dict of a sharded UNet.
 
     Returns: the paths, the pipeline first.
     """
+    if gathered is not None:
+        unet = models.family.load_unet(models.source)
+        unet.load_state_dict(gathered)
     written = []
     if models.ema is not None:
         with models.ema.applied():

@@ -38,6 +38,7 @@ from sdpo.parameter_space import BranchGradients
 from sdpo.randomness import Key
 from sdpo.runlog import RunLog, peak_memory_gib
 from sdpo.saving import save_run
+from sdpo.sharding import is_sharded, whole
 from sdpo.signals import StopRequest
 from sdpo.tracking import track
 
@@ -165,6 +166,7 @@ class Trainer:
             spread.add(output, timesteps, count_scales=once or not self.one_scale_a_step)
             place = batch.place_after
         grad_norm = self.accelerator.clip_grad_norm_(self.parameters, self.args.max_grad_norm)
+        grad_norm = whole(grad_norm)
         means, sums, spread_sums = metrics.reduce(
             self.accelerator,
             {
@@ -287,15 +289,16 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint. Called by every process; the main one writes, the others wait."""
-        if self.accelerator.is_main_process:
-            training = {
-                "optimizer": self.optimizer.state_dict(),
-                "scheduler": self.scheduler.state_dict(),
-            }
+        main = self.accelerator.is_main_process
+        unet = self.accelerator.unwrap_model(self.models.unet)
+        optimizer, gathered = self.optimizer.state_dict(), None
+        if is_sharded(unet):
+            optimizer, gathered = whole([optimizer, unet.state_dict()], keep=main)
+        if main:
+            training = {"optimizer": optimizer, "scheduler": self.scheduler.state_dict()}
             if self.accelerator.scaler is not None:
                 training["scaler"] = self.accelerator.scaler.state_dict()
-            unet = self.accelerator.unwrap_model(self.models.unet)
-            save_run(self.args, self.progress, self.models, unet, training)
+            save_run(self.args, self.progress, self.models, unet, training, gathered)
         self.accelerator.wait_for_everyone()
 
     def _draw_samples(self) -> None:

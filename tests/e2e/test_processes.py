@@ -41,6 +41,22 @@ def test_two_processes_train_the_same(train, one, two):
     check_close(two, one, base_unet(train.models["sd15"]))
 
 
+def test_four_processes_train_the_same_and_one_goes_on(train, one, tmp_path):
+    base = base_unet(train.models["sd15"])
+    out = tmp_path / "run"
+    check_close(train.processes(out, 4, **FLAGS, train_batch_size=1), one, base)
+    shutil.rmtree(out / "checkpoint-4")
+    check_close(train(out, **FLAGS, train_batch_size=4), one, base)
+
+
+def test_four_processes_go_on_where_one_stopped(train, one, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(one.out, out)
+    shutil.rmtree(out / "checkpoint-4")
+    run = train.processes(out, 4, **FLAGS, train_batch_size=1)
+    check_close(run, one, base_unet(train.models["sd15"]))
+
+
 def test_schedule_steps_once_per_optimizer_step(one, two):
     # Warm-up over 2 steps, then linear to zero at step 4.
     expected = [0.0, 0.5e-3, 1e-3, 0.5e-3]

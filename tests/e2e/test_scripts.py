@@ -180,7 +180,8 @@ def test_how_processes_are_launched(tmp_path, gpus, given, expected):
 
 
 @pytest.mark.parametrize(
-    ("name", "machines", "processes"), [("1gpu", 1, 1), ("8gpu", 1, 8), ("2x8gpu", 2, 16)]
+    ("name", "machines", "processes"),
+    [("1gpu", 1, 1), ("8gpu", 1, 8), ("2x8gpu", 2, 16), ("fsdp2", 1, 8), ("zero2", 1, 8)],
 )
 def test_configs(tmp_path, repo, name, machines, processes):
     """--config gives accelerate the file and nothing that would win over it."""

@@ -1,0 +1,174 @@
+"""FSDP2 on CPUs: the same training, and checkpoints that any other run can go on from."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from sdpo.errors import UserError
+from sdpo.sharding import Sharding, check_sharding
+
+from .harness import REPO, Run, as_argv, base_unet, distance, identical, rank_environments
+from .test_processes import FLAGS, check_close
+
+ASKED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+
+
+def sharded(train, out, count, reshard="true", **flags):
+    """Train in `count` processes under FSDP2, to the end."""
+    asked = {**ASKED, "FSDP_RESHARD_AFTER_FORWARD": reshard}
+    ranks = [train.fork(out, {**env, **asked}, **flags) for env in rank_environments(count)]
+    codes = [fork.wait() for fork in ranks]
+    assert codes == [0] * count, "\n".join(fork.stderr for fork in ranks)
+    return Run(out)
+
+
+@pytest.fixture(scope="module")
+def one(train, tmp_path_factory):
+    return train(tmp_path_factory.mktemp("one"), **FLAGS, train_batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def two(train, tmp_path_factory):
+    return sharded(train, tmp_path_factory.mktemp("two"), 2, **FLAGS, train_batch_size=2)
+
+
+def resumed_copy(run, path):
+    """A run's directory without what it did after its first checkpoint."""
+    shutil.copytree(run.out, path)
+    shutil.rmtree(path / "checkpoint-4")
+    return path
+
+
+def test_two_processes_train_the_same(train, one, two):
+    assert two.config["resolved"]["processes"] == 2
+    assert two.config["resolved"]["unet_parameters"] == one.config["resolved"]["unet_parameters"]
+    check_close(two, one, base_unet(train.models["sd15"]))
+
+
+def test_four_processes_train_the_same(train, one, tmp_path):
+    four = sharded(train, tmp_path / "four", 4, **FLAGS, train_batch_size=1)
+    check_close(four, one, base_unet(train.models["sd15"]))
+
+
+def test_weights_left_whole_between_the_passes_train_the_same(train, one, tmp_path):
+    run = sharded(train, tmp_path / "run", 2, reshard="false", **FLAGS, train_batch_size=2)
+    check_close(run, one, base_unet(train.models["sd15"]))
+
+
+def test_checkpoints_are_whole_and_plain(one, two):
+    for name in ("unet.pth", "optimizer.pt"):
+        mine = torch.load(two.out / "checkpoint-2" / name, weights_only=True)
+        theirs = torch.load(one.out / "checkpoint-2" / name, weights_only=True)
+        assert mine.keys() == theirs.keys()
+    state = {k: v["exp_avg"].shape for k, v in mine["optimizer"]["state"].items()}
+    assert state == {k: v["exp_avg"].shape for k, v in theirs["optimizer"]["state"].items()}
+    from sdpo.weights import read_state_dict
+
+    exported = read_state_dict(two.out / "pipeline/unet/diffusion_pytorch_model.safetensors")
+    assert identical(exported, two.unet())
+
+
+def test_one_process_goes_on_where_a_sharded_run_stopped(train, one, two, tmp_path):
+    run = train(resumed_copy(two, tmp_path / "run"), **FLAGS, train_batch_size=4)
+    assert run.config["resolved"]["resumed_from"].endswith("checkpoint-2")
+    check_close(run, one, base_unet(train.models["sd15"]))
+
+
+def test_a_sharded_run_goes_on_where_one_process_stopped(train, one, tmp_path):
+    out = resumed_copy(one, tmp_path / "run")
+    run = sharded(train, out, 2, **FLAGS, train_batch_size=2)
+    assert run.config["resolved"]["resumed_from"].endswith("checkpoint-2")
+    check_close(run, one, base_unet(train.models["sd15"]))
+
+
+def test_sdxl_with_bf16_and_gradient_checkpointing(train, tmp_path):
+    """The SDXL recipes' own options but for Adafactor."""
+    flags = {**FLAGS, "sdxl": True, "gradient_checkpointing": True}
+    flags |= {"mixed_precision": "bf16", "max_train_steps": 2, "offload_reference": True}
+    run = sharded(train, tmp_path / "two", 2, **flags, train_batch_size=2)
+    plain = train.processes(tmp_path / "plain", 2, **flags, train_batch_size=2)
+    base = base_unet(train.models["sdxl"])
+    moved = distance(base, plain.unet())
+    assert moved > 5e-5
+    assert distance(run.unet(), plain.unet()) < 0.05 * moved
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "zero2"])
+def test_the_configurations_ask_for_it(train, tmp_path, name):
+    """`accelerate launch` with a shipped file, on CPUs and with fewer processes."""
+    config = (REPO / f"scripts/configs/{name}.yaml").read_text()
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(config.replace("num_processes: 8", "num_processes: 2"))
+    out = tmp_path / "run"
+    flags = train.argv(out, max_train_steps=1)
+    environment = {**os.environ, "SDPO_PYTHON": sys.executable, "SDPO_SKIP_INSTALL": "1"}
+    environment["ACCELERATE_USE_CPU"] = "true"
+    recipe = REPO / "scripts/train/sd15_diffusion_dpo.sh"
+    small = as_argv({"gradient_accumulation_steps": 1, "dataloader_num_workers": 0})
+    done = subprocess.run(
+        ["bash", recipe, "--config", mine, *flags, *small],
+        cwd=REPO,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    run = Run(out)
+    assert run.config["resolved"]["processes"] == 2
+    assert run.checkpoints == [1]
+
+
+@pytest.mark.parametrize("reshard", ["true", "false"])
+def test_what_the_configurations_mean(make_args, monkeypatch, reshard):
+    environment = {**ASKED, "WORLD_SIZE": "2", "FSDP_RESHARD_AFTER_FORWARD": reshard}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert check_sharding(make_args()) == Sharding(reshard == "true")
+    # Accelerate is to take the processes for ordinary ones.
+    assert "ACCELERATE_USE_FSDP" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ({"lora_rank": 2}, "--lora_rank does not go with FSDP2"),
+        ({"use_adafactor": True}, "--use_adafactor does not go with FSDP2"),
+        ({"use_ema": True}, "--use_ema does not go with FSDP2"),
+        ({"compile": True}, "--compile does not go with FSDP2"),
+        ({"channels_last": True}, "--channels_last does not go with FSDP2"),
+        ({"validation_prompts": ["a"]}, "--validation_prompts does not go with FSDP2"),
+        (
+            {"use_winner_preserving": True, "winner_preserving_space": "parameter"},
+            "--winner_preserving_space parameter does not go with FSDP2",
+        ),
+    ],
+)
+def test_what_it_does_not_serve(make_args, monkeypatch, flags, sentence):
+    for name, value in ASKED.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=sentence):
+        check_sharding(make_args(**flags))
+
+
+def test_first_version_and_single_processes_are_refused(train, tmp_path, make_args, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "1")
+    with pytest.raises(UserError, match="fsdp_version: 2"):
+        check_sharding(make_args())
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
+    assert check_sharding(make_args()) is None
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(UserError, match="DeepSpeed is not served: use --config zero2"):
+        check_sharding(make_args())
+    monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED")
+    fork = train.fork(tmp_path / "run", ASKED)
+    assert fork.wait() == 2, fork.stderr
+    assert "more than one process" in fork.stderr
