@@ -16,7 +16,9 @@ def readme(repo):
 def test_paths_exist(repo, readme):
     folders = "scripts|sdpo|tests|assets|eval|prompts"
     named = set(re.findall(rf"(?<![\w/])((?:{folders})/[\w./-]*\w)", readme))
-    named |= {f"{m.replace('.', '/')}.py" for m in re.findall(r"python -m (sdpo[\w.]+)", readme)}
+    for module in re.findall(r"python -m (sdpo[\w.]+)", readme):
+        path = module.replace(".", "/")
+        named.add(f"{path}/__main__.py" if (repo / path).is_dir() else f"{path}.py")
     assert len(named) > 10
     # A recipe's script is named by its file alone in the table of recipes.
     named |= {f"scripts/train/{name}" for name in re.findall(r"`((?:sd15|sdxl)_\w+\.sh)`", readme)}
@@ -28,8 +30,11 @@ def test_flags_exist(readme):
     from eval.comparison_args import build_parser as build_comparison_parser
     from eval.evaluate import build_parser as build_evaluation_parser
     from sdpo.args import build_parser
+    from sdpo.lab.sweep import build_parser as build_sweep_parser
+    from sdpo.plot import build_parser as build_plot_parser
 
-    parsers = build_parser(), build_evaluation_parser(), build_comparison_parser(None)
+    parsers = [build_parser(), build_evaluation_parser(), build_comparison_parser(None)]
+    parsers += [build_sweep_parser(), build_plot_parser()]
     known = {flag for parser in parsers for flag in parser._option_string_actions}
     launcher = {"--num_machines", "--num_processes", "--machine_rank", "--main_process_ip"}
     launcher |= {"--main_process_port", "--config"}
@@ -38,6 +43,19 @@ def test_flags_exist(readme):
     named = set(re.findall(r"--[a-zA-Z][\w-]*", readme))
     assert len(named) > 30
     assert named <= known | launcher | other
+
+
+def test_example_sweep_is_one(repo, readme, pairs_dir, tmp_path, monkeypatch):
+    from sdpo.lab.sweep_file import read_sweep
+
+    monkeypatch.chdir(repo)
+    (text,) = re.findall(r"```yaml\n(.*?)```", readme, re.DOTALL)
+    assert "output/quickstart/pairs" in text
+    path = tmp_path / "scales.yaml"
+    path.write_text(text.replace("output/quickstart/pairs", str(pairs_dir)))
+    sweep = read_sweep(path)
+    assert len(sweep.runs) == 3 * 2 * 3
+    assert sweep.heldout and sweep.images
 
 
 def test_no_placeholder_is_left(readme):

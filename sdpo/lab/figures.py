@@ -1,7 +1,8 @@
 """Figures of a sweep, from its table (`sdpo.lab.results`); each function writes one PNG.
 
-Bands reach from the least to the largest value over a group's runs, lines are means. `by` names the
-columns of the table in which the runs of one group agree.
+Bands reach from the least to the largest value over a group's runs, lines are means; both are drawn
+at the steps that all of these runs have. `by` names the columns of the table in which the runs of
+one group agree.
 """
 
 from __future__ import annotations
@@ -186,13 +187,14 @@ def start_score(table: pa.Table, scorer: str) -> float:
 
 def _lines(axis: plt.Axes, groups: dict[str, Curves], marker: str = "o") -> None:
     for number, (label, group) in enumerate(groups.items()):
-        known = ~np.isnan(group.values).all(axis=0)
+        known = ~np.isnan(group.values).any(axis=0)
         steps, values = group.steps[known], group.values[:, known]
         if len(values) > 1:
-            low, high = np.nanmin(values, axis=0), np.nanmax(values, axis=0)
+            low, high = values.min(axis=0), values.max(axis=0)
             axis.fill_between(steps, low, high, color=colour_of(number), alpha=0.18, lw=0)
-        mean = np.nanmean(values, axis=0)
-        axis.plot(steps, mean, marker=marker, ms=3, color=colour_of(number), label=label)
+        axis.plot(
+            steps, values.mean(axis=0), marker=marker, ms=3, color=colour_of(number), label=label
+        )
 
 
 def _finish(figure: plt.Figure, axes: np.ndarray, path: Path) -> None:
@@ -204,7 +206,7 @@ def _finish(figure: plt.Figure, axes: np.ndarray, path: Path) -> None:
             lines.values(),
             lines.keys(),
             loc="outside lower center",
-            ncols=min(len(lines), 4),
+            ncols=min(len(lines), len(axes)),
             frameon=False,
             fontsize=9,
         )

@@ -60,16 +60,25 @@ def is_trained(directory: Path) -> bool:
     newest = latest_checkpoint(directory)
     if newest is None or not (directory / "pipeline").is_dir():
         return False
-    config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
-    return step_of(newest) >= config["resolved"]["max_train_steps"]
+    return step_of(newest) >= _config(directory)["resolved"]["max_train_steps"]
+
+
+def _config(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
 
 
 def image_dirs(sweep: Sweep, run: PlannedRun, out: Path) -> dict[int, Path]:
-    """Where a run's images are or will be, by step; step 0 is the base's."""
-    checkpoints = list_checkpoints(run_dir(out, run))
-    if sweep.checkpoints == "last":
-        checkpoints = checkpoints[-1:]
-    own = {step_of(c): out / "images" / run.name / c.name for c in checkpoints}
+    """Where a run's images are or will be, by step; step 0 is the base's.
+
+    Checkpoints that a stop left between those that were asked for are passed over.
+    """
+    chosen = list_checkpoints(run_dir(out, run))
+    if chosen:
+        *earlier, newest = chosen
+        every = _config(run_dir(out, run))["args"]["checkpointing_steps"]
+        wanted = [c for c in earlier if step_of(c) % every == 0]
+        chosen = [*(wanted if sweep.checkpoints == "all" else []), newest]
+    own = {step_of(c): out / "images" / run.name / c.name for c in chosen}
     return {0: out / "images" / BASE, **own}
 
 

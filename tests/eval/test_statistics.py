@@ -8,7 +8,15 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval.statistics import Result, bootstrap_means, compare, outcomes, sign_test
+from eval.statistics import (
+    Result,
+    bootstrap_means,
+    compare,
+    outcomes,
+    sign_test,
+    t_interval,
+    t_quantile,
+)
 
 SCORES = st.lists(
     st.tuples(st.sampled_from([0.0, 0.1, 0.25, 1.0]), st.sampled_from([0.0, 0.1, 0.25, 1.0])),
@@ -138,3 +146,16 @@ def test_a_seed_gives_the_same_interval_whatever_other_metrics_there_are():
 def test_outcomes():
     assert outcomes(np.array([2.0, 0.0, -1.0]), "half").tolist() == [1.0, 0.5, 0.0]
     assert outcomes(np.array([2.0, 0.0, -1.0]), "loss").tolist() == [1.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("degrees", [1, 2, 3, 7, 30, 400])
+def test_t_quantile_is_scipys(degrees):
+    assert t_quantile(degrees) == pytest.approx(scipy.stats.t.ppf(0.975, degrees), rel=1e-7)
+
+
+def test_t_interval_is_scipys():
+    values = np.array([1.0, 4.0, 2.5, -3.0])
+    error = scipy.stats.sem(values)
+    expected = scipy.stats.t.interval(0.95, 3, values.mean(), error)
+    assert t_interval(values) == pytest.approx(expected, rel=1e-7)
+    assert t_interval(values[:1]) is None

@@ -70,7 +70,8 @@ def write_run(directory: Path, run: PlannedRun, by_timestep: bool = True) -> Non
     for step in (2, 4):
         (directory / f"checkpoint-{step}").mkdir()
         (directory / f"checkpoint-{step}" / "state.json").write_text("{}")
-    (directory / "config.json").write_text(json.dumps({"resolved": {"max_train_steps": 4}}))
+    config = {"args": {"checkpointing_steps": 2}, "resolved": {"max_train_steps": 4}}
+    (directory / "config.json").write_text(json.dumps(config))
     entries = []
     for step in STEPS:
         entry = {"step": step, "loss": 0.5 * step, "loser_scale": 0.1 * step, "grad_norm": None}

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -130,6 +131,26 @@ def test_stop_ends_programs_and_starts_no_more(children, tmp_path):
     with pytest.raises(Stopped):
         children.run(python("print('late')"), log)
     assert "late" not in log.read_text()
+
+
+def test_sigterm_ends_a_sweep_and_its_programs(children, tmp_path, capsys):
+    """A chain of two stages, ended in the first."""
+    code = (
+        "import os, signal, sys, time; signal.signal(signal.SIGTERM, lambda *a: sys.exit(143));"
+        "os.kill(os.getppid(), signal.SIGTERM); time.sleep(100)"
+    )
+    late = tmp_path / "late"
+    stages = [
+        Stage("one", lambda: [python(code)]),
+        Stage("two", lambda: [["touch", str(late)]]),
+    ]
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as raised:
+        run_all(Nothing(), tmp_path, {"a": stages}, children, 1)
+    assert raised.value.code == 143
+    assert not late.exists()
+    assert "the same command goes on" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_lock_lasts_as_long_as_a_program_that_a_killed_sweep_left(tmp_path):

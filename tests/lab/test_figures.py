@@ -11,7 +11,17 @@ from sdpo.lab import figures
 from sdpo.lab.results import collect
 from sdpo.lab.sweep_figures import draw
 
-from .sweep_tables import BASE_SCORE, BETAS, MUS, SEEDS, planned, score, value, write_all
+from .sweep_tables import (
+    BASE_SCORE,
+    BETAS,
+    MUS,
+    SEEDS,
+    planned,
+    score,
+    value,
+    write_all,
+    write_lines,
+)
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +71,15 @@ def test_drift(sweep, tmp_path):
     assert band(winner) == pytest.approx((min(values)[-1], max(values)[-1]))
     assert len(lines(winner)) == 8
     assert "band: least to largest" in figure.get_suptitle()
+
+
+def test_lines_are_drawn_where_all_runs_of_a_group_were_measured(tmp_path):
+    runs = planned(("none",))[:2]
+    found = write_all(tmp_path, runs)
+    lines_of = [{"step": s, "winner_drift_percent": float(s)} for s in (0, 2, 3, 4)]
+    write_lines(tmp_path / "runs" / runs[0].name / "heldout.jsonl", lines_of)
+    figure = figures.draw_drift(collect(found, tmp_path), tmp_path / "drift.png")
+    assert list(lines(figure.axes[0])["none"][0]) == [0, 2, 4]
 
 
 def test_scale_and_bins(sweep, tmp_path):

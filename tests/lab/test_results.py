@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -20,6 +21,7 @@ from sdpo.lab.results import (
     timestep_bins,
     write_results,
 )
+from sdpo.lab.stages import image_dirs
 from sdpo.lab.tables import summarise
 
 from .sweep_tables import (
@@ -85,6 +87,16 @@ def test_runs_without_bins_and_runs_that_are_not_done(tmp_path):
     assert set(table["run"].to_pylist()) == {runs[0].name, runs[2].name}
     assert "timestep" not in table["kind"].to_pylist()
     assert timestep_bins(table, "winner_drift", BY) == {}
+
+
+def test_a_checkpoint_that_a_stop_left_gets_no_images(tmp_path):
+    (run,) = runs = planned(("none",))[:1]
+    sweep = write_all(tmp_path, runs)
+    stopped = tmp_path / "runs" / run.name / "checkpoint-3"
+    stopped.mkdir()
+    (stopped / "state.json").write_text("{}")
+    assert list(image_dirs(sweep, run, tmp_path)) == [0, 2, 4]
+    assert list(image_dirs(replace(sweep, checkpoints="last"), run, tmp_path)) == [0, 4]
 
 
 def test_no_run_is_done(tmp_path):
