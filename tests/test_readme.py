@@ -14,7 +14,7 @@ def readme(repo):
 
 
 def test_paths_exist(repo, readme):
-    folders = "scripts|sdpo|tests|assets|eval|prompts"
+    folders = "scripts|sdpo|tests|assets|eval|prompts|docs"
     named = set(re.findall(rf"(?<![\w/])((?:{folders})/[\w./-]*\w)", readme))
     for module in re.findall(r"python -m (sdpo[\w.]+)", readme):
         path = module.replace(".", "/")
@@ -30,11 +30,12 @@ def test_flags_exist(readme):
     from eval.comparison_args import build_parser as build_comparison_parser
     from eval.evaluate import build_parser as build_evaluation_parser
     from sdpo.args import build_parser
+    from sdpo.lab.audit import build_parser as build_audit_parser
     from sdpo.lab.sweep import build_parser as build_sweep_parser
     from sdpo.plot import build_parser as build_plot_parser
 
     parsers = [build_parser(), build_evaluation_parser(), build_comparison_parser(None)]
-    parsers += [build_sweep_parser(), build_plot_parser()]
+    parsers += [build_sweep_parser(), build_plot_parser(), build_audit_parser()]
     known = {flag for parser in parsers for flag in parser._option_string_actions}
     launcher = {"--num_machines", "--num_processes", "--machine_rank", "--main_process_ip"}
     launcher |= {"--main_process_port", "--config"}

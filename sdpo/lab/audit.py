@@ -38,12 +38,8 @@ NOT_SERVED = (
 )
 
 
-def parse_args(argv: list[str]) -> argparse.Namespace:
-    """Train.py's flags and the audit's own.
-
-    Raises:
-        UserError: naming the flag and what would be right.
-    """
+def build_parser() -> argparse.ArgumentParser:
+    """Train.py's flags and the audit's own."""
     parser = train_args.build_parser(PROGRAM, __doc__)
     parser.set_defaults(output_dir="output/audit", report_to="none")
     add = parser.add_argument_group("audit").add_argument
@@ -87,7 +83,16 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     )
     add("--probes", type=int, default=4, metavar="N", help="random vectors each (default: 4)")
     add("--lanczos", type=int, default=24, metavar="N", help="Lanczos iterations (default: 24)")
-    args = train_args.parse_args(argv, parser)
+    return parser
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    """The program's flags, checked.
+
+    Raises:
+        UserError: naming the flag and what would be right.
+    """
+    args = train_args.parse_args(argv, build_parser())
     _check(args)
     return args
 
