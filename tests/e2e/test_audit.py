@@ -40,8 +40,8 @@ def run(train, tmp_path_factory):
     return train(tmp_path_factory.mktemp("run"), **FLAGS, max_train_steps=3)
 
 
-def argv(train, out, **flags):
-    known = train.argv(out, **FLAGS)
+def argv(train, out, sdxl=False, **flags):
+    known = train.argv(out, **FLAGS, sdxl=sdxl)
     return [*known, *as_argv({**SMALL, **flags})]
 
 
@@ -146,6 +146,16 @@ def test_weights_without_moments(train, run, tmp_path):
     assert record(found, "none", "adam")["own"] != record(found, "none", "preconditioned")["own"]
 
 
+def test_sdxl_from_its_base(train, tmp_path):
+    flags = {"sdxl": True, "steps": 1, "moment_batches": 1, "jacobian_pairs": 2}
+    assert audit.main(argv(train, tmp_path, **flags, winner_preserving_space="parameter")) == 0
+    (found,) = lines(tmp_path, "updates")
+    assert record(found, "batch", "gradient")["scale"] < 1
+    # Model and reference are the same, and all pairs have one weight: the two demands are one.
+    scales = [record(found, mode, "gradient")["scale"] for mode in ("parameter", "weighted")]
+    assert scales[0] == pytest.approx(scales[1], rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
@@ -154,6 +164,10 @@ def test_weights_without_moments(train, run, tmp_path):
         ({"spectrum_pairs": -1}, r"--spectrum_pairs must be at least 0"),
         ({"checkpoint": "nowhere"}, r"--checkpoint: nowhere is neither"),
         ({"checkpoint": "tests"}, r"--checkpoint: tests is not a complete checkpoint-N"),
+        (
+            {"winner_preserving_space": "parameter", "winner_preserving_scope": "pair"},
+            r"--winner_preserving_scope pair",
+        ),
         ({"lora_rank": 2}, r"--lora_rank: the audit does not serve it"),
         ({"use_adafactor": True}, r"--use_adafactor: the audit does not serve it"),
     ],
