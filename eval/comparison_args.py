@@ -13,7 +13,8 @@ from eval.comparison import TIE
 from eval.manifest import Manifest, read_manifest
 from eval.scoring_args import add_scoring_flags, check_scoring_flags
 from eval.statistics import TIES
-from sdpo.cli import Parser
+from sdpo.cli import Parser, at_least
+from sdpo.directories import check_directory
 from sdpo.errors import UserError
 
 _SCORE_SUFFIXES = ("_scores.parquet", "_scores.json")
@@ -55,8 +56,7 @@ def parse_args(argv: list[str], description: str | None = None) -> argparse.Name
     """
     args = build_parser(description).parse_args(argv)
     args.scorer_weights = check_scoring_flags(args)
-    if args.seed < 0:
-        raise UserError(f"--seed must be at least 0, got {args.seed}")
+    at_least(args, 0, "seed")
     args.manifests = _read_manifests(args)
     for a, b in combinations(args.manifests.values(), 2):
         align(a, b, args.align)
@@ -112,8 +112,7 @@ def _manifest_path(given: str, flag: str) -> Path:
 
 
 def _check_outdir(outdir: Path) -> None:
-    if outdir.exists() and not outdir.is_dir():
-        raise UserError(f"--outdir: {outdir} exists and is not a directory")
+    check_directory(outdir, "--outdir")
     try:
         outdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:

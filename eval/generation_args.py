@@ -8,6 +8,8 @@ from pathlib import Path
 
 from eval.suites import KNOWN_SUITES
 from eval.unets import BASE, check_unet, label_of
+from sdpo.cli import at_least
+from sdpo.directories import check_directory
 from sdpo.errors import UserError
 from sdpo.families.names import FAMILY_FLAGS
 from sdpo.preflight import check_component_dir, check_family, read_config
@@ -78,14 +80,10 @@ def check_generation_flags(args: argparse.Namespace) -> None:
     Raises:
         UserError: naming the flag and what would be right.
     """
-    for name in ("steps", "batch_size", "resolution", "limit"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name} must be at least 1, got {value}")
+    at_least(args, 1, "steps", "batch_size", "resolution", "limit")
     if args.resolution is not None and args.resolution % 8:
         raise UserError(f"--resolution must be a multiple of 8, got {args.resolution}")
-    if args.seed < 0:
-        raise UserError(f"--seed must be at least 0, got {args.seed}")
+    at_least(args, 0, "seed")
     if args.cfg is None:
         args.cfg = 5.0 if args.protocol == "diffusers" and args.sdxl else 7.5
     if not math.isfinite(args.cfg):
@@ -103,8 +101,7 @@ def check_generation_flags(args: argparse.Namespace) -> None:
         # The base of either family is called `base`.
         label = f"{args.unet}_{'sdxl' if args.sdxl else 'sd15'}" if args.unet == BASE else None
         args.outdir = Path("output/eval") / (label or label_of(args.unet))
-    if args.outdir.exists() and not args.outdir.is_dir():
-        raise UserError(f"--outdir: {args.outdir} exists and is not a directory")
+    check_directory(args.outdir, "--outdir")
 
 
 def _check_models(args: argparse.Namespace) -> None:

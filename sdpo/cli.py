@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import subprocess
 from typing import Any
 
 from sdpo.errors import UserError
@@ -44,6 +45,19 @@ class Replace(argparse.Action):
         setattr(namespace, self.EXCLUDES[self.dest], None)
 
 
+def at_least(args: argparse.Namespace, least: int, *names: str) -> None:
+    """Refuse numbers that are too small; a flag that was not given (None) is none.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    for name in names:
+        values = getattr(args, name)
+        for value in values if isinstance(values, list) else [values]:
+            if value is not None and value < least:
+                raise UserError(f"--{name} must be at least {least}, got {value}")
+
+
 def as_argv(flags: dict[str, Any]) -> list[str]:
     """A command line: True gives a switch, None and False leave a flag out, a list gives several
     values."""
@@ -56,3 +70,14 @@ def as_argv(flags: dict[str, Any]) -> list[str]:
         elif value is not None and value is not False:
             argv += [f"--{name}", str(value)]
     return argv
+
+
+def run_step(command: list[str], what: str, **kwargs: Any) -> None:
+    """Run one of the project's programs as a part of another; `kwargs` are `subprocess.run`'s.
+
+    Raises:
+        UserError: it ended with an error, which it has printed.
+    """
+    code = subprocess.run(command, **kwargs).returncode
+    if code:
+        raise UserError(f"{what} ended with exit code {code}; see above, then run this again")

@@ -12,6 +12,16 @@ from sdpo.files import write_json
 FLAGS_FILE = "flags.json"
 
 
+def check_directory(path: Path, flag: str) -> None:
+    """`path` may be missing, but nothing else than a directory.
+
+    Raises:
+        UserError: it is a file; `flag` named it.
+    """
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{flag}: {path} exists and is not a directory")
+
+
 def claim_directory(out: Path, flags: dict[str, Any], flag: str, what: str) -> None:
     """Make `out`, or make sure that what is there was begun with the same flags.
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdpo.checkpoint_paths import EMA_FILE, UNET_FILE, list_checkpoints, step_of
-from sdpo.cli import Parser
+from sdpo.cli import Parser, at_least
 from sdpo.errors import UserError, run_main
 from sdpo.files import write_text
 
@@ -56,10 +56,7 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
         UserError: on a value out of range.
     """
     args = build_parser().parse_args(argv)
-    for name in ("max_pairs", "timesteps", "batch_size"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name} must be at least 1, got {value}")
+    at_least(args, 1, "max_pairs", "timesteps", "batch_size")
     return args
 
 

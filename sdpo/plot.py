@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sdpo.cli import Parser
+from sdpo.cli import Parser, at_least
 from sdpo.errors import UserError, run_main
 from sdpo.runlog import METRICS_FILE, read_metrics
 
@@ -54,8 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> int:
     """Read, draw, say where."""
     args = build_parser().parse_args(sys.argv[1:])
-    if args.smooth < 1:
-        raise UserError(f"--smooth must be at least 1, got {args.smooth}")
+    at_least(args, 1, "smooth")
     if args.out.is_dir() or not args.out.absolute().parent.is_dir():
         raise UserError(f"--out: {args.out} must be a file in a directory that exists")
     runs = read_runs(args.runs)

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from sdpo.directories import check_directory
 from sdpo.errors import UserError
 from sdpo.families.names import FAMILY_FLAGS, family_of_config
 
@@ -116,8 +117,7 @@ def check_output_dir(args: argparse.Namespace) -> None:
     from sdpo.checkpoint_paths import is_complete, latest_checkpoint, list_checkpoints, step_of
 
     output = Path(args.output_dir)
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output_dir: {output} exists and is not a directory")
+    check_directory(output, "--output_dir")
     wanted = args.resume_from_checkpoint
     if wanted == "none":
         if list_checkpoints(output):

@@ -40,19 +40,6 @@ def parser(name: str, doc: str | None) -> argparse.ArgumentParser:
     return found
 
 
-def at_least(args: argparse.Namespace, least: int, *names: str) -> None:
-    """Refuse numbers that are too small.
-
-    Raises:
-        UserError: naming the flag.
-    """
-    for name in names:
-        values = getattr(args, name)
-        for value in values if isinstance(values, list) else [values]:
-            if value < least:
-                raise UserError(f"--{name} must be at least {least}, got {value}")
-
-
 def spread(values: Sequence[float]) -> dict[str, Any]:
     """Median, quartiles, least and largest of a sample, and its size."""
     ordered = sorted(values)

@@ -31,7 +31,8 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from scripts.bench.common import TINY_MODEL, at_least, parser, print_table, write_result
+from scripts.bench.common import TINY_MODEL, parser, print_table, write_result
+from sdpo.cli import at_least
 from sdpo.errors import run_main
 
 if TYPE_CHECKING:

@@ -25,12 +25,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from scripts.bench.common import (
     TINY_MODEL,
-    at_least,
     parser,
     print_table,
     spread,
     write_result,
 )
+from sdpo.cli import at_least
 from sdpo.errors import UserError, run_main
 
 SCOPES = ("batch", "pair")

@@ -25,13 +25,13 @@ from scripts.bench.common import (
     ROOT,
     TINY_MODEL,
     Worker,
-    at_least,
     parser,
     print_table,
     ratios,
     spread,
     write_result,
 )
+from sdpo.cli import at_least
 from sdpo.errors import run_main
 
 

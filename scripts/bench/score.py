@@ -24,7 +24,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from eval.scorers import PUBLISHED
-from scripts.bench.common import ROOT, at_least, parser, print_table, ratios, spread, write_result
+from scripts.bench.common import ROOT, parser, print_table, ratios, spread, write_result
+from sdpo.cli import at_least
 from sdpo.errors import UserError, run_main
 
 ONE_PASS, APART = "one pass", "one process each"

@@ -30,7 +30,6 @@ from scripts.bench.common import (
     ROOT,
     TINY_MODEL,
     Worker,
-    at_least,
     parser,
     print_table,
     ratios,
@@ -38,6 +37,7 @@ from scripts.bench.common import (
     write_result,
 )
 from scripts.bench.train_worker import PUBLIC_STYLE
+from sdpo.cli import at_least
 from sdpo.errors import UserError, run_main
 
 PUBLIC = "public"

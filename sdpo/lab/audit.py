@@ -20,6 +20,7 @@ import math
 from pathlib import Path
 
 from sdpo import args as train_args
+from sdpo.cli import at_least
 from sdpo.directories import claim_directory
 from sdpo.errors import UserError
 from sdpo.files import write_json
@@ -106,11 +107,8 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("--winner_preserving_scope pair: the audit serves it at the output alone")
     if args.train_method == "sft":
         raise UserError("--train_method sft has no losers to audit")
-    for name in ("steps", "moment_batches", "jacobian_pairs", "probes", "lanczos"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} must be at least 1, got {getattr(args, name)}")
-    if args.spectrum_pairs < 0:
-        raise UserError(f"--spectrum_pairs must be at least 0, got {args.spectrum_pairs}")
+    at_least(args, 1, "steps", "moment_batches", "jacobian_pairs", "probes", "lanczos")
+    at_least(args, 0, "spectrum_pairs")
     for c in args.fixed_scales:
         if not (math.isfinite(c) and 0.0 <= c <= 1.0):
             raise UserError(f"--fixed_scales must lie between 0 and 1, got {c}")

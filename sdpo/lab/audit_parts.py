@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,8 +90,13 @@ def measure(args: argparse.Namespace, out: Path) -> dict[str, list[dict[str, Any
     if any(len(files[name]) < wanted[name] for name in PARTS):
         subject = load(args)
         _measure_updates(subject, files["updates"])
-        _measure_jacobian(subject, files["jacobian"])
-        _measure_spectrum(subject, files["spectrum"])
+
+        def estimated(winner: Sample, loser: Sample) -> dict[str, Any]:
+            generator = randomness.generator(args.seed, len(files["spectrum"]), "probes")
+            return spectrum(winner, loser, args.probes, args.lanczos, generator)
+
+        for name, measured in (("jacobian", branch_alignment), ("spectrum", estimated)):
+            _measure_pairs(subject, files[name], wanted[name], name, measured)
     return {name: lines.entries for name, lines in files.items()}
 
 
@@ -127,9 +132,9 @@ def load(args: argparse.Namespace) -> Subject:
 
 def _measure_updates(subject: Subject, lines: Lines) -> None:
     args = subject.args
-    bar = tqdm(total=args.steps, initial=len(lines), desc="updates", unit="batch")
     if len(lines) >= args.steps:
         return
+    bar = tqdm(total=args.steps, initial=len(lines), desc="updates", unit="batch")
     learning_rate = scaled_learning_rate(args, 1)
     batches = iter(subject.loader)
     moments = subject.moments or _estimated_moments(subject, batches)
@@ -181,24 +186,18 @@ def _estimated_moments(subject: Subject, batches: Iterator[PairBatch]) -> Moment
     return moments
 
 
-def _measure_jacobian(subject: Subject, lines: Lines) -> None:
-    total = subject.args.jacobian_pairs
-    with tqdm(total=total, initial=len(lines), desc="jacobian", unit="pair") as bar:
+def _measure_pairs(
+    subject: Subject,
+    lines: Lines,
+    total: int,
+    what: str,
+    measured: Callable[[Sample, Sample], dict[str, Any]],
+) -> None:
+    """Add what is `measured` on winner and loser of each pair that is not measured yet."""
+    with tqdm(total=total, initial=len(lines), desc=what, unit="pair") as bar:
         for winner, loser in _stratified(subject, total, len(lines)):
             timestep = int(winner.inputs.timesteps[0])
-            lines.append({"timestep": timestep, **branch_alignment(winner, loser)})
-            bar.update()
-
-
-def _measure_spectrum(subject: Subject, lines: Lines) -> None:
-    args = subject.args
-    total = args.spectrum_pairs
-    with tqdm(total=total, initial=len(lines), desc="spectrum", unit="pair") as bar:
-        for winner, loser in _stratified(subject, total, len(lines)):
-            timestep = int(winner.inputs.timesteps[0])
-            generator = randomness.generator(args.seed, len(lines), "probes")
-            found = spectrum(winner, loser, args.probes, args.lanczos, generator)
-            lines.append({"timestep": timestep, **found})
+            lines.append({"timestep": timestep, **measured(winner, loser)})
             bar.update()
 
 

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sdpo.forward import NoisedPairs, predict
 from sdpo.lab.branches import Gradients, inner
+from sdpo.lab.functional import derivative, named, predict_at
 
 # Quantiles of the spectrum of J J^T that are kept.
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
@@ -48,19 +48,11 @@ class Sample:
     def applied(self, displacement: Gradients) -> Tensor:
         """J d, shaped like the output."""
 
-        def output(parameters: dict[str, Tensor]) -> Tensor:
-            batch = self.inputs
-            return functional_call(
-                self.unet,
-                parameters,
-                (batch.noisy, batch.timesteps),
-                {"return_dict": False, **batch.conditioning.unet_kwargs()},
-            )[0]
-
-        at = {n: p.detach() for n, p in zip(self.names, self.parameters, strict=True)}
-        along = dict(zip(self.names, displacement, strict=True))
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-            return jvp(output, (at,), (along,))[1]
+        return derivative(
+            lambda parameters: predict_at(self.unet, parameters, self.inputs),
+            named(self.names, [p.detach() for p in self.parameters]),
+            named(self.names, displacement),
+        )
 
     def gram(self, v: Tensor) -> Tensor:
         """J J^T v."""
@@ -141,7 +133,8 @@ def lanczos(
     Returns:
         Ritz values and weights that sum to 1, (k,) float64 on the CPU, k <= `iterations`.
     """
-    basis = [_unit(start.double().flatten())]
+    first = start.double().flatten()
+    basis = [first / first.norm()]
     diagonal, beside = [], []
     for _ in range(min(iterations, start.numel())):
         v = basis[-1]
@@ -162,7 +155,3 @@ def lanczos(
     tridiagonal += torch.diag(off, 1) + torch.diag(off, -1)
     values, vectors = torch.linalg.eigh(tridiagonal)
     return values, vectors[0].square()
-
-
-def _unit(v: Tensor) -> Tensor:
-    return v / v.norm()

@@ -40,12 +40,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from sdpo.cli import Parser
-from sdpo.directories import check_claim, claim_directory
-from sdpo.errors import UserError
+from sdpo.cli import Parser, at_least
+from sdpo.directories import check_claim, check_directory, claim_directory
 from sdpo.lab.children import Children, last_line
 from sdpo.lab.stages import Stage, run_dir, stages_of
-from sdpo.lab.sweep_file import Sweep, read_sweep, train_namespace
+from sdpo.lab.sweep_file import Sweep, read_sweep
 
 PROGRAM = "python -m sdpo.lab sweep"
 LOCK_FILE = ".lock"
@@ -74,12 +73,10 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     """Run what is missing, write the table, draw; 1 where a run failed."""
     args = build_parser().parse_args(argv)
-    if args.jobs is not None and args.jobs < 1:
-        raise UserError(f"--jobs must be at least 1, got {args.jobs}")
+    at_least(args, 1, "jobs")
     sweep = read_sweep(args.file)
     out = args.out or Path("output/lab") / sweep.name
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out: {out} exists and is not a directory")
+    check_directory(out, "--out")
     claims = _claims(sweep, out)
     for directory, flags, what in claims:
         check_claim(directory, flags, "--out", what)
@@ -107,7 +104,7 @@ def _claims(sweep: Sweep, out: Path) -> list[tuple[Path, dict[str, Any], str]]:
     """Directories, the flags that their content depends on, and what it is."""
     claims = []
     for run in sweep.runs:
-        flags = vars(train_namespace(run))
+        flags = vars(run.args)
         flags = {k: v for k, v in flags.items() if k not in ("output_dir", "cache_dir")}
         claims.append((run_dir(out, run), flags, "a run"))
     if sweep.image_args is not None:

@@ -33,14 +33,15 @@ _MODEL += ("unet_init", "cache_dir", "resolution")
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One run. `flags` are train.py's, but for --output_dir; `varied` holds the values of those
-    that differ from run to run, defaults filled in."""
+    """One run. `flags` are train.py's, but for --output_dir, and `args` all of train.py's flags
+    parsed; `varied` holds the values of those that differ from run to run."""
 
     name: str
     variant: str
     seed: int
     flags: dict[str, Any]
     varied: dict[str, Any]
+    args: argparse.Namespace
 
 
 @dataclass(frozen=True)
@@ -189,10 +190,10 @@ def _runs(
             name = "_".join(map(_readable, parts))
             if name in runs:
                 raise UserError(f"{path}: two runs would have the name {name}: name variants apart")
-            merged = {**flags, **own, **chosen}
-            args = _checked(path, f"run {name}", merged | {"seed": seed}, train_args.parse_args)
+            merged = {**flags, **own, **chosen, "seed": seed}
+            args = _checked(path, f"run {name}", merged, train_args.parse_args)
             varied = {key: getattr(args, key) for key in varying}
-            runs[name] = PlannedRun(name, variant, seed, merged | {"seed": seed}, varied)
+            runs[name] = PlannedRun(name, variant, seed, merged, varied, args)
     return list(runs.values())
 
 
@@ -214,16 +215,11 @@ def _checked(
         raise UserError(f"{path}: {where}: {error}") from None
 
 
-def train_namespace(run: PlannedRun) -> argparse.Namespace:
-    """All of train.py's flags for a run."""
-    return train_args.parse_args(as_argv(run.flags))
-
-
 def _heldout(path: Path, value: Any, runs: list[PlannedRun]) -> dict[str, Any]:
     flags = _flags(path, "heldout", value, heldout.build_parser(), _OWN_HELDOUT)
     args = _checked(path, "heldout", flags, heldout.parse_flags, (".",))
     for run in runs:
-        data = train_namespace(run)
+        data = argparse.Namespace(**vars(run.args))
         if args.dataset_name or args.train_data_dir:
             data.dataset_name, data.train_data_dir = args.dataset_name, args.train_data_dir
         data.split = args.split
@@ -242,11 +238,10 @@ def _images(
     if checkpoints not in CHECKPOINTS:
         raise UserError(f"{path}: images, checkpoints: must be last or all, got {checkpoints!r}")
     flags = _flags(path, "images", value, evaluate.build_parser(), _OWN_IMAGES)
-    first = train_namespace(runs[0])
+    first = runs[0].args
     for run in runs[1:]:
-        other = train_namespace(run)
         for name in _MODEL:
-            if getattr(first, name) != getattr(other, name):
+            if getattr(first, name) != getattr(run.args, name):
                 raise UserError(
                     f"{path}: images: all runs must start from one model, but {runs[0].name} and "
                     f"{run.name} differ in {name}"

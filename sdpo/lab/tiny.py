@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from sdpo.checkpoint_paths import list_checkpoints
-from sdpo.cli import Parser, as_argv
+from sdpo.cli import Parser, as_argv, at_least, run_step
+from sdpo.directories import check_directory
 from sdpo.errors import UserError
 from sdpo.lab.stages import run_dir
 from sdpo.lab.sweep import available_cores
@@ -54,24 +54,24 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--audit_steps", type=int, default=16, help="batches of each audit (default: 16)")
     add("--audit_pairs", type=int, default=64, help="pairs of each audit (default: 64)")
     args = parser.parse_args(argv)
-    for name in ("pairs", "heldout", "audit_steps", "audit_pairs"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    at_least(args, 1, "pairs", "heldout", "audit_steps", "audit_pairs")
     if not sorted(args.sweeps.glob("*.yaml")):
         raise UserError(f"--sweeps: {args.sweeps} holds no *.yaml")
-    if args.out.exists() and not args.out.is_dir():
-        raise UserError(f"--out: {args.out} exists and is not a directory")
+    check_directory(args.out, "--out")
     return args
 
 
 def main(argv: list[str]) -> int:
     """Run what is missing, then write the page."""
     args = parse_args(argv)
-    ensure_pairs(args)
+
+    from sdpo.tinyworld.pairs import ensure_pairs
+
+    ensure_pairs(args.out / "pairs", args.pairs, args.heldout, seed=0, progress=True)
     sweeps = [(path, read_sweep(path)) for path in sorted(args.sweeps.glob("*.yaml"))]
     for path, sweep in sweeps:
         command = [*_lab("sweep"), str(path), "--out", str(args.out / sweep.name)]
-        run(command, sweep.name)
+        run_step(command, sweep.name)
     commands: dict[str, list[str]] = {}
     for _, sweep in sweeps:
         if sweep.name == AUDITED:
@@ -80,7 +80,7 @@ def main(argv: list[str]) -> int:
     jobs = min(len(commands), cores) or 1
     environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, cores // jobs))}
     with ThreadPoolExecutor(jobs) as pool:
-        done = [pool.submit(run, c, name, environment) for name, c in commands.items()]
+        done = [pool.submit(run_step, c, name, env=environment) for name, c in commands.items()]
         for future in done:
             future.result()
 
@@ -89,15 +89,6 @@ def main(argv: list[str]) -> int:
     page = write(args.out, sweeps, commands)
     print(f"\nLook at {page}")
     return 0
-
-
-def ensure_pairs(args: argparse.Namespace) -> None:
-    """Write training and held-out pairs unless they are there."""
-    from sdpo.tinyworld.pairs import write_pairs
-
-    directory = args.out / "pairs"
-    if not all(list(directory.glob(f"{split}-*.parquet")) for split in ("train", "heldout")):
-        write_pairs(directory, args.pairs, args.heldout, 0, progress=True)
 
 
 def audits(sweep: Sweep, args: argparse.Namespace) -> Iterator[tuple[str, list[str]]]:
@@ -123,14 +114,3 @@ def _audit(
 
 def _lab(command: str) -> list[str]:
     return [sys.executable, "-m", "sdpo.lab", command]
-
-
-def run(command: list[str], name: str, environment: dict[str, str] | None = None) -> None:
-    """Run one of the lab's commands.
-
-    Raises:
-        UserError: it ended with an error, which it has printed.
-    """
-    code = subprocess.run(command, env=environment).returncode
-    if code:
-        raise UserError(f"{name} ended with exit code {code}; see above, then run this again")

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sdpo.errors import UserError
 from sdpo.forward import NoisedPairs
 from sdpo.lab.branches import Gradients, inner
+from sdpo.lab.functional import Parameters, derivative, named, predict_at
 from sdpo.losses.terms import as_accumulated, per_sample_mse
 
 UPDATES = ("gradient", "preconditioned", "adam")
@@ -107,32 +107,23 @@ class WinnerErrors:
         batch: NoisedPairs,
     ) -> None:
         self.unet, self.batch = unet, batch.half(0)
-        self.names = list(names)
-        self.parameters = [p.detach() for p in parameters]
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-            self.before = self._errors(dict(zip(self.names, self.parameters, strict=True)))
+        self.parameters = named(names, [p.detach() for p in parameters])
+        self.before = self._measured(self.parameters)
 
-    def _errors(self, parameters: dict[str, Tensor]) -> Tensor:
-        batch = self.batch
-        prediction = functional_call(
-            self.unet,
-            parameters,
-            (batch.noisy, batch.timesteps),
-            {"return_dict": False, **batch.conditioning.unet_kwargs()},
-        )[0]
-        return per_sample_mse(as_accumulated(prediction) - batch.target)
+    def _errors(self, parameters: Parameters) -> Tensor:
+        prediction = predict_at(self.unet, parameters, self.batch)
+        return per_sample_mse(as_accumulated(prediction) - self.batch.target)
+
+    def _measured(self, parameters: Parameters) -> Tensor:
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            return self._errors(parameters)
 
     def first_order(self, displacement: Gradients) -> Tensor:
         """The directional derivative of each winner's error along `displacement`, (B,), by
         forward-mode differentiation."""
-        at = dict(zip(self.names, self.parameters, strict=True))
-        along = dict(zip(self.names, displacement, strict=True))
-        # Of the attention kernels only the plain one has a forward derivative.
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-            return jvp(self._errors, (at,), (along,))[1]
+        return derivative(self._errors, self.parameters, named(list(self.parameters), displacement))
 
     def realised(self, displacement: Gradients) -> Tensor:
         """By how much each winner's error really changes when the step is made, (B,)."""
-        moved = [p + d for p, d in zip(self.parameters, displacement, strict=True)]
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-            return self._errors(dict(zip(self.names, moved, strict=True))) - self.before
+        steps = zip(self.parameters.items(), displacement, strict=True)
+        return self._measured({name: p + d for (name, p), d in steps}) - self.before

@@ -177,6 +177,12 @@ def write_pairs(
     return written
 
 
+def ensure_pairs(target: Path, train: int, heldout: int, seed: int, progress: bool = False) -> None:
+    """`write_pairs`, unless there are pairs of both splits."""
+    if not all(list(target.glob(f"{split}-*.parquet")) for split in ("train", "heldout")):
+        write_pairs(target, train, heldout, seed, progress=progress)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m sdpo.tinyworld.pairs",

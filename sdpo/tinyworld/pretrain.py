@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sdpo.cli import at_least
 from sdpo.errors import UserError, run_main
 from sdpo.files import replace_directory, write_json
 from sdpo.tinyworld.architecture import FAMILIES, SIZES, build_pipeline, build_vae, save_pipeline
@@ -326,9 +327,7 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
     counts = ("images", "vae_steps", "vae_batch", "unet_steps", "unet_batch", "threads")
-    for flag in (*counts, "eval_images"):
-        if getattr(args, flag) < 1:
-            raise UserError(f"--{flag} must be at least 1, got {getattr(args, flag)}")
+    at_least(args, 1, *counts, "eval_images")
     if args.seed < 0:
         raise UserError(f"--seed must not be negative, got {args.seed}")
     if args.vae is not None and not (args.vae / "config.json").is_file():

@@ -11,13 +11,12 @@ at any point, the same command goes on.
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdpo.cli import Parser
-from sdpo.directories import claim_directory
+from sdpo.cli import Parser, at_least, run_step
+from sdpo.directories import check_directory, claim_directory
 from sdpo.errors import UserError, run_main
 from sdpo.files import write_json
 from sdpo.heldout import read_heldout
@@ -76,19 +75,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--learning_rate", type=float, default=LEARNING_RATE, help=f"default: {LEARNING_RATE:g}")
     add("--seed", type=int, default=0, help="default: 0")
     args = parser.parse_args(argv)
-    for name in ("steps", "batch", "pairs", "heldout", "prompts"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    at_least(args, 1, "steps", "batch", "pairs", "heldout", "prompts")
     if args.prompts > SUITE_SIZE:
         raise UserError(f"--prompts: the tiny suite holds {SUITE_SIZE}, got {args.prompts}")
     if args.pairs < 2 * args.batch:
         raise UserError(f"--pairs must be at least twice --batch ({2 * args.batch})")
     if not 0 < args.learning_rate < float("inf"):
         raise UserError(f"--learning_rate must be a number above 0, got {args.learning_rate}")
-    if args.seed < 0:
-        raise UserError(f"--seed must be at least 0, got {args.seed}")
-    if args.out.exists() and not args.out.is_dir():
-        raise UserError(f"--out: {args.out} exists and is not a directory")
+    at_least(args, 0, "seed")
+    check_directory(args.out, "--out")
     if not (BASE / "model_index.json").is_file():
         raise UserError(
             f"{BASE} is missing: get it with the repository, or make it with "
@@ -102,7 +97,11 @@ def main() -> int:
     args = parse_args(sys.argv[1:])
     flags = {name: value for name, value in vars(args).items() if name != "out"}
     claim_directory(args.out, flags, "--out", "a quickstart")
-    pairs = ensure_pairs(args)
+    pairs = args.out / "pairs"
+
+    from sdpo.tinyworld.pairs import ensure_pairs
+
+    ensure_pairs(pairs, args.pairs, args.heldout, args.seed)
     for variant in VARIANTS:
         train(args, variant, pairs)
         evaluate_heldout(args.out / variant, pairs, args.steps)
@@ -123,16 +122,6 @@ def main() -> int:
         f"{args.out / 'compare' / 'report.html'}"
     )
     return 0
-
-
-def ensure_pairs(args: argparse.Namespace) -> Path:
-    """Write training and held-out pairs unless they are there."""
-    from sdpo.tinyworld.pairs import write_pairs
-
-    directory = args.out / "pairs"
-    if not list(directory.glob("train-*.parquet")) or not list(directory.glob("heldout-*.parquet")):
-        write_pairs(directory, args.pairs, args.heldout, args.seed)
-    return directory
 
 
 def train(args: argparse.Namespace, variant: str, pairs: Path) -> None:
@@ -178,14 +167,8 @@ def evaluate_heldout(directory: Path, pairs: Path, steps: int) -> None:
 
 
 def run(command: list[str], what: str) -> None:
-    """Run one of the project's programs.
-
-    Raises:
-        UserError: it ended with an error, which it has printed.
-    """
-    code = subprocess.run(command, cwd=ROOT).returncode
-    if code:
-        raise UserError(f"{what} ended with exit code {code}; see above, then run this again")
+    """`run_step` from the project's root."""
+    run_step(command, what, cwd=ROOT)
 
 
 def generate(args: argparse.Namespace, model: str) -> Path:

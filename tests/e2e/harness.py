@@ -7,6 +7,7 @@ import io
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -88,6 +89,13 @@ def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     """The largest difference of any weight."""
     assert a.keys() == b.keys()
     return max((a[k].double() - b[k].double()).abs().max().item() for k in a)
+
+
+def resumed_copy(run: Run, path: Path) -> Path:
+    """A run's directory as it was at its last checkpoint but one."""
+    shutil.copytree(run.out, path)
+    shutil.rmtree(path / f"checkpoint-{run.checkpoints[-1]}")
+    return path
 
 
 def check_close(run: Run, other: Run, base: dict[str, torch.Tensor]) -> None:

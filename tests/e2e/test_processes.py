@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from .harness import base_unet, check_close, identical, last_sentence
+from .harness import base_unet, check_close, identical, last_sentence, resumed_copy
 
 # Both ways of writing a step: 4 pairs of one process or 2 of each of two.
 FLAGS = {
@@ -49,14 +49,6 @@ def test_four_processes_train_the_same_and_one_goes_on(train, one, tmp_path):
     check_close(train(out, **FLAGS, train_batch_size=4), one, base)
 
 
-def test_four_processes_go_on_where_one_stopped(train, one, tmp_path):
-    out = tmp_path / "run"
-    shutil.copytree(one.out, out)
-    shutil.rmtree(out / "checkpoint-4")
-    run = train.processes(out, 4, **FLAGS, train_batch_size=1)
-    check_close(run, one, base_unet(train.models["sd15"]))
-
-
 def test_schedule_steps_once_per_optimizer_step(one, two):
     # Warm-up over 2 steps, then linear to zero at step 4.
     expected = [0.0, 0.5e-3, 1e-3, 0.5e-3]
@@ -65,19 +57,15 @@ def test_schedule_steps_once_per_optimizer_step(one, two):
 
 
 def test_one_process_goes_on_where_two_stopped(train, one, two, tmp_path):
-    out = tmp_path / "run"
-    shutil.copytree(two.out, out)
-    shutil.rmtree(out / "checkpoint-4")
-    run = train(out, **FLAGS, train_batch_size=4)
+    run = train(resumed_copy(two, tmp_path / "run"), **FLAGS, train_batch_size=4)
     assert run.config["resolved"]["resumed_from"].endswith("checkpoint-2")
     check_close(run, one, base_unet(train.models["sd15"]))
 
 
-def test_two_processes_go_on_where_one_stopped(train, one, tmp_path):
-    out = tmp_path / "run"
-    shutil.copytree(one.out, out)
-    shutil.rmtree(out / "checkpoint-4")
-    run = train.processes(out, 2, **FLAGS, train_batch_size=2)
+@pytest.mark.parametrize("count", [2, 4])
+def test_several_processes_go_on_where_one_stopped(train, one, tmp_path, count):
+    out = resumed_copy(one, tmp_path / "run")
+    run = train.processes(out, count, **FLAGS, train_batch_size=4 // count)
     check_close(run, one, base_unet(train.models["sd15"]))
 
 

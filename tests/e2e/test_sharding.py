@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 
@@ -13,8 +12,18 @@ import torch
 from sdpo.errors import UserError
 from sdpo.sharding import Sharding, check_sharding
 
-from .harness import REPO, Run, as_argv, base_unet, distance, identical, rank_environments
-from .test_processes import FLAGS, check_close
+from .harness import (
+    REPO,
+    Run,
+    as_argv,
+    base_unet,
+    check_close,
+    distance,
+    identical,
+    rank_environments,
+    resumed_copy,
+)
+from .test_processes import FLAGS
 
 ASKED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
@@ -36,13 +45,6 @@ def one(train, tmp_path_factory):
 @pytest.fixture(scope="module")
 def two(train, tmp_path_factory):
     return sharded(train, tmp_path_factory.mktemp("two"), 2, **FLAGS, train_batch_size=2)
-
-
-def resumed_copy(run, path):
-    """A run's directory without what it did after its first checkpoint."""
-    shutil.copytree(run.out, path)
-    shutil.rmtree(path / "checkpoint-4")
-    return path
 
 
 def test_two_processes_train_the_same(train, one, two):

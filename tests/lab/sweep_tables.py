@@ -28,6 +28,7 @@ def planned(variants: tuple[str, ...] = ("none", "pair")) -> list[PlannedRun]:
             seed,
             {},
             {"beta_dpo": beta, "winner_preserving_mu": mu},
+            Namespace(),
         )
         for variant in variants
         for beta in BETAS

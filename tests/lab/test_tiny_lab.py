@@ -53,12 +53,12 @@ def argv(sweeps, tmp_path, *more):
 def test_sweeps_then_audits_then_the_page(sweeps, tmp_path, monkeypatch):
     out, started = tmp_path / "out", []
 
-    def run(command, name, environment=None):
+    def run(command, name, env=None):
         started.append((name, command))
         if name == "another":
             checkpoints(out)
 
-    monkeypatch.setattr(tiny, "run", run)
+    monkeypatch.setattr(tiny, "run_step", run)
     monkeypatch.setattr("sdpo.lab.tiny_report.write", lambda *args: started.append(args))
     assert tiny.main(argv(sweeps, tmp_path, "--heldout", "4", "--audit_steps", "5")) == 0
     *programs, page = started
@@ -86,7 +86,7 @@ def test_sweeps_then_audits_then_the_page(sweeps, tmp_path, monkeypatch):
 
 def test_a_command_that_fails_is_named():
     with pytest.raises(UserError, match=r"the sweep ended with exit code 3"):
-        tiny.run([sys.executable, "-c", "raise SystemExit(3)"], "the sweep")
+        tiny.run_step([sys.executable, "-c", "raise SystemExit(3)"], "the sweep")
 
 
 @pytest.mark.parametrize(
