@@ -37,7 +37,8 @@ class Page:
         self.driver = driver
         self.driver.get_log("browser"), self.driver.get_log("performance")
         self.device()
-        self.driver.get(path.as_uri())
+        self.url = path.as_uri()
+        self.driver.get(self.url)
 
     def device(self, width: int = 1280, dark: bool = False) -> None:
         size = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 700}
@@ -82,7 +83,7 @@ class Page:
         return [entry["message"] for entry in self.driver.get_log("browser")]
 
     def requests(self) -> set[str]:
-        """The URLs asked for since the page was opened."""
+        """The URLs that this page asked for, without what the browser's own new tab loads."""
         events = [json.loads(e["message"])["message"] for e in self.driver.get_log("performance")]
         sent = (e["params"] for e in events if e["method"] == "Network.requestWillBeSent")
-        return {params["request"]["url"] for params in sent}
+        return {params["request"]["url"] for params in sent if params["documentURL"] == self.url}
