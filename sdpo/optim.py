@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sdpo.sharding import divided
+from sdpo.sharding import divided_state
 from sdpo.speed import build_adamw, follow_layout
 
 
@@ -20,9 +20,9 @@ def build_optimizer(
     parameters, clip threshold 1.0)."""
     parameters = list(parameters)
     if args.use_adafactor:
-        from transformers.optimization import Adafactor
+        from sdpo.adafactor import ShardedAdafactor
 
-        return Adafactor(
+        return ShardedAdafactor(
             parameters,
             lr=learning_rate,
             weight_decay=args.adam_weight_decay,
@@ -66,7 +66,7 @@ def restore(
     of this run's flags: where they were changed on resuming, the new ones count."""
     groups = optimizer.state_dict()["param_groups"]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    state = divided(training["optimizer"]["state"], parameters)
+    state = divided_state(training["optimizer"]["state"], parameters)
     optimizer.load_state_dict({"state": state, "param_groups": groups})
     follow_layout(optimizer)
     scheduler.load_state_dict({**training["scheduler"], "base_lrs": scheduler.base_lrs})

@@ -33,16 +33,13 @@ def save_run(
     args: argparse.Namespace,
     progress: Progress,
     models: Models,
-    unet: nn.Module,
     training: dict[str, Any],
-    gathered: dict[str, Tensor] | None = None,
 ) -> Path:
     """Write `checkpoint-N/`, by one process alone; see the head of this file.
 
     Args:
-        unet: that of `models`, unwrapped.
-        training: state dicts of optimizer and the like, nothing in them sharded.
-        gathered: the state dict of a sharded UNet.
+        models: unwrapped and whole.
+        training: state dicts of optimizer and the like.
     """
 
     def write_more(directory: Path) -> None:
@@ -60,7 +57,7 @@ def save_run(
     return save_checkpoint(
         Path(args.output_dir),
         progress,
-        lambda: gathered or plain_state(models, unet),
+        lambda: plain_state(models, unet),
         training,
         args,
         args.checkpoints_total_limit,
@@ -111,22 +108,11 @@ def load_ema(checkpoint: Path, training: dict[str, Any], unet: nn.Module, ema: E
     ema.steps = training["ema"]["steps"]
 
 
-def export_run(
-    output_dir: Path,
-    models: Models,
-    unet: nn.Module,
-    gathered: dict[str, Tensor] | None = None,
-) -> list[Path]:
+def export_run(output_dir: Path, models: Models, unet: nn.Module) -> list[Path]:
     """Write what a finished run leaves at the top of `output_dir`; `unet` ends on the CPU.
-
-    Args:
-        gathered: the state dict of a sharded UNet.
 
     Returns: the paths, the pipeline first.
     """
-    if gathered is not None:
-        unet = models.family.load_unet(models.source)
-        unet.load_state_dict(gathered)
     written = []
     if models.ema is not None:
         with models.ema.applied():
