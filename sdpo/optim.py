@@ -20,9 +20,7 @@ def build_optimizer(
     parameters, clip threshold 1.0)."""
     parameters = list(parameters)
     if args.use_adafactor:
-        from sdpo.adafactor import ShardedAdafactor
-
-        return ShardedAdafactor(
+        return _adafactor_class(parameters)(
             parameters,
             lr=learning_rate,
             weight_decay=args.adam_weight_decay,
@@ -32,6 +30,18 @@ def build_optimizer(
             warmup_init=False,
         )
     return build_adamw(parameters, args, learning_rate)
+
+
+def _adafactor_class(parameters: list[nn.Parameter]) -> type[torch.optim.Optimizer]:
+    from torch.distributed.tensor import DTensor
+
+    if any(isinstance(p, DTensor) for p in parameters):
+        from sdpo.sharded_adafactor import ShardedAdafactor
+
+        return ShardedAdafactor
+    from transformers.optimization import Adafactor
+
+    return Adafactor
 
 
 def scaled_learning_rate(args: argparse.Namespace, num_processes: int) -> float:
