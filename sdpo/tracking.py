@@ -16,11 +16,12 @@ def track(accelerator: Accelerator, entry: dict[str, Any], timesteps: int) -> No
     """Give one metrics.jsonl line to all trackers.
 
     Args:
+        entry: a step of one's own may leave the distributions out.
         timesteps: of the noise schedule; names the bins.
     """
     accelerator.log(scalars(entry, timesteps), step=entry["step"])
     for tracker in accelerator.trackers:
-        if tracker.name in _HISTOGRAMS:
+        if tracker.name in _HISTOGRAMS and HISTOGRAM_KEY in entry:
             _HISTOGRAMS[tracker.name](tracker.tracker, entry[HISTOGRAM_KEY], entry["step"])
 
 
@@ -28,8 +29,9 @@ def scalars(entry: dict[str, Any], timesteps: int) -> dict[str, float]:
     """The line's numbers, those by timestep as NAME_by_timestep/FIRST-LAST; empty bins are left
     out."""
     numbers = {k: v for k, v in entry.items() if k not in _NOT_SCALARS}
-    for name in BY_TIMESTEP:
-        values = zip(bin_names(timesteps), entry[TIMESTEPS_KEY][name], strict=True)
+    by_timestep = entry.get(TIMESTEPS_KEY, {})
+    for name in by_timestep.keys() & set(BY_TIMESTEP):
+        values = zip(bin_names(timesteps), by_timestep[name], strict=True)
         numbers |= {f"{name}_by_timestep/{bin}": v for bin, v in values if v is not None}
     return numbers
 

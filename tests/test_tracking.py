@@ -34,6 +34,16 @@ def test_scalars_leave_empty_bins_out():
     }
 
 
+def test_a_step_without_distributions_is_scalars_alone():
+    logged = []
+    tracker = SimpleNamespace(name="tensorboard", tracker=None)
+    accelerator = SimpleNamespace(
+        trackers=[tracker], log=lambda values, step: logged.append((values, step))
+    )
+    track(accelerator, {"step": 2, "loss": 0.25}, 1000)
+    assert logged == [({"loss": 0.25}, 2)]
+
+
 def test_each_tracker_gets_scalars_and_those_that_can_a_histogram(tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from torch.utils.tensorboard import SummaryWriter

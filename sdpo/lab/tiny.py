@@ -117,7 +117,7 @@ def _audit(
 ) -> list[str]:
     flags: dict[str, Any] = {**planned.flags, "output_dir": args.out / name}
     flags |= {"checkpoint": checkpoint, "steps": args.audit_steps}
-    flags |= {"jacobian_pairs": args.audit_pairs}
+    flags |= {"jacobian_pairs": args.audit_pairs, "fixed_scales": [0.5, 0.75]}
     return [*_lab("audit"), *as_argv(flags)]
 
 

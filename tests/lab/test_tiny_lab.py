@@ -78,6 +78,7 @@ def test_sweeps_then_audits_then_the_page(sweeps, tmp_path, monkeypatch):
     assert [found[n].use_winner_preserving for n in sorted(found)] == [False, True, False]
     assert {f.steps for f in found.values()} == {5}
     assert {f.seed for f in found.values()} == {3}
+    assert found["audit-with"].fixed_scales == [0.5, 0.75]
     assert page[0] == out
     assert [sweep.name for _, sweep in page[1]] == ["treatments", "another"]
     assert set(page[2]) == set(found)
