@@ -31,6 +31,10 @@ _NOT_SERVED = {
     "channels_last": "sharded weights have the usual layout",
     "compile": "leave it out",
 }
+_KEYS_NOT_SERVED = {
+    "offload_params": "--offload_reference takes the reference off the GPU",
+    "activation_checkpointing": "--gradient_checkpointing does it",
+}
 # What one process holds whole at a time during a pass.
 _UNITS = ("BasicTransformerBlock", "ResnetBlock2D")
 
@@ -60,6 +64,9 @@ def check_sharding(args: argparse.Namespace) -> Sharding | None:
         return None
     if os.environ.get(_VERSION, "1") != "2":
         raise UserError("FSDP: only version 2 is served; set fsdp_version: 2 in the configuration")
+    for name, instead in _KEYS_NOT_SERVED.items():
+        if os.environ.get(f"FSDP_{name.upper()}", "").lower() == "true":
+            raise UserError(f"fsdp_{name} in the launch configuration is not served: {instead}")
     for name, instead in _NOT_SERVED.items():
         if getattr(args, name):
             raise UserError(f"--{name} does not go with FSDP2: {instead}")
@@ -122,8 +129,8 @@ def whole(value: Any, keep: bool = True) -> Any:
     from torch.distributed.tensor import DTensor
 
     if isinstance(value, DTensor):
-        gathered = value.full_tensor()
-        return gathered.cpu() if keep else None
+        full = value.full_tensor()
+        return full.cpu() if keep else None
     if isinstance(value, dict):
         return {k: whole(v, keep) for k, v in value.items()}
     if isinstance(value, list):

@@ -253,6 +253,11 @@ def test_first_version_and_single_processes_are_refused(train, tmp_path, make_ar
     monkeypatch.setenv("FSDP_VERSION", "1")
     with pytest.raises(UserError, match="fsdp_version: 2"):
         check_sharding(make_args())
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
+    with pytest.raises(UserError, match=r"fsdp_offload_params in .* not served"):
+        check_sharding(make_args())
+    monkeypatch.delenv("FSDP_OFFLOAD_PARAMS")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
     assert check_sharding(make_args()) is None
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
