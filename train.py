@@ -44,7 +44,7 @@ def main() -> int:
     from sdpo.reference import build_reference
     from sdpo.runlog import describe_run, write_config
     from sdpo.saving import export_run, load_ema, load_weights
-    from sdpo.sharding import shard, whole
+    from sdpo.sharding import divided, gathered, shard
     from sdpo.speed import compile_forward, to_channels_last
     from sdpo.trainer import Trainer
 
@@ -107,23 +107,27 @@ def main() -> int:
     if args.compile:
         compile_forward(unet, reference)
 
+    ema = Ema(unet, args.ema_decay) if args.use_ema else None
+    if resume_from:
+        training = load_training(resume_from)
+        if ema is not None:
+            load_ema(resume_from, training, unet, ema)
+    skeleton = None
     if sharding:
-        shard(unet, sharding, accelerator.device, accelerator.num_processes)
+        skeleton = shard(unet, sharding, accelerator.device, accelerator.num_processes)
     learning_rate = scaled_learning_rate(args, accelerator.num_processes)
     trainable = [p for p in unet.parameters() if p.requires_grad]
+    if sharding and ema is not None:
+        ema = ema.of(unet, [divided(*pair) for pair in zip(ema.averages, trainable, strict=True)])
     optimizer = build_optimizer(trainable, args, learning_rate)
     scheduler = build_scheduler(optimizer, args, max_train_steps)
     optimizer = accelerator.prepare(optimizer)
     if not sharding:
         unet = accelerator.prepare(unet)
-    ema = Ema(unet, args.ema_decay) if args.use_ema else None
     if resume_from:
-        training = load_training(resume_from)
         restore(optimizer, scheduler, training)
         if accelerator.scaler is not None and "scaler" in training:
             accelerator.scaler.load_state_dict(training["scaler"])
-        if ema is not None:
-            load_ema(resume_from, training, accelerator.unwrap_model(unet), ema)
         log.info("resuming from %s", resume_from)
 
     if accelerator.is_main_process:
@@ -143,16 +147,14 @@ def main() -> int:
         log.info("%s", resolved)
     start_trackers(accelerator, args)
 
-    models = Models(family, source, unet, reference, encoder, ema)
+    models = Models(family, source, unet, reference, encoder, ema, skeleton)
     trainer = Trainer(
         args, accelerator, models, loader, optimizer, scheduler, start, max_train_steps
     )
     code = trainer.train()
     if code == 0:
-        main = accelerator.is_main_process
-        unet = accelerator.unwrap_model(unet)
-        gathered = whole(unet.state_dict(), keep=main) if sharding else None
-        for exported in export_run(output_dir, models, unet, gathered) if main else ():
+        finished = gathered(models, accelerator)
+        for exported in export_run(output_dir, finished) if finished else ():
             log.info("wrote %s", exported)
     accelerator.end_training()
     return code

@@ -3,10 +3,11 @@ d = min(--ema_decay, n / (9 + n)), and d = 0 at the first (diffusers' EMAModel).
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torch import nn
+from torch import Tensor, nn
 
 
 class Ema:
@@ -20,6 +21,19 @@ class Ema:
 
         self.parameters = [p for p in unet.parameters() if p.requires_grad]
         self.model = EMAModel(self.parameters, decay=decay)
+
+    @property
+    def averages(self) -> list[Tensor]:
+        """In the order of the UNet's trained parameters."""
+        return self.model.shadow_params
+
+    def of(self, unet: nn.Module, averages: list[Tensor]) -> Ema:
+        """The same average of another form of the UNet, such as a sharded or a gathered one."""
+        other = copy.copy(self)
+        other.parameters = [p for p in unet.parameters() if p.requires_grad]
+        other.model = copy.copy(self.model)
+        other.model.shadow_params = averages
+        return other
 
     def update(self) -> None:
         """Once after each optimizer step that was applied."""

@@ -22,3 +22,4 @@ class Models:
     reference: Reference
     encoder: Encoder
     ema: Ema | None = None
+    skeleton: nn.Module | None = None  # what `sharding.shard` gave, where the UNet is sharded

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sdpo.sharding import divided
+from sdpo.sharding import divided_state
 from sdpo.speed import build_adamw, follow_layout
 
 
@@ -20,9 +20,7 @@ def build_optimizer(
     parameters, clip threshold 1.0)."""
     parameters = list(parameters)
     if args.use_adafactor:
-        from transformers.optimization import Adafactor
-
-        return Adafactor(
+        return _adafactor_class(parameters)(
             parameters,
             lr=learning_rate,
             weight_decay=args.adam_weight_decay,
@@ -32,6 +30,18 @@ def build_optimizer(
             warmup_init=False,
         )
     return build_adamw(parameters, args, learning_rate)
+
+
+def _adafactor_class(parameters: list[nn.Parameter]) -> type[torch.optim.Optimizer]:
+    from torch.distributed.tensor import DTensor
+
+    if any(isinstance(p, DTensor) for p in parameters):
+        from sdpo.sharded_adafactor import ShardedAdafactor
+
+        return ShardedAdafactor
+    from transformers.optimization import Adafactor
+
+    return Adafactor
 
 
 def scaled_learning_rate(args: argparse.Namespace, num_processes: int) -> float:
@@ -66,7 +76,7 @@ def restore(
     of this run's flags: where they were changed on resuming, the new ones count."""
     groups = optimizer.state_dict()["param_groups"]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    state = divided(training["optimizer"]["state"], parameters)
+    state = divided_state(training["optimizer"]["state"], parameters)
     optimizer.load_state_dict({"state": state, "param_groups": groups})
     follow_layout(optimizer)
     scheduler.load_state_dict({**training["scheduler"], "base_lrs": scheduler.base_lrs})

@@ -30,20 +30,15 @@ EMA_LORA_FILE = f"{Path(LORA_FILE).stem}{_EMA}.safetensors"
 
 
 def save_run(
-    args: argparse.Namespace,
-    progress: Progress,
-    models: Models,
-    unet: nn.Module,
-    training: dict[str, Any],
-    gathered: dict[str, Tensor] | None = None,
+    args: argparse.Namespace, progress: Progress, models: Models, training: dict[str, Any]
 ) -> Path:
     """Write `checkpoint-N/`, by one process alone; see the head of this file.
 
     Args:
-        unet: that of `models`, unwrapped.
-        training: state dicts of optimizer and the like, nothing in them sharded.
-        gathered: the state dict of a sharded UNet.
+        models: with the UNet unwrapped and whole, as `sdpo.sharding.gathered` gives them.
+        training: state dicts of optimizer and the like.
     """
+    unet = models.unet
 
     def write_more(directory: Path) -> None:
         if has_adapters(unet):
@@ -51,7 +46,7 @@ def save_run(
         if models.ema is None:
             return
         with models.ema.applied():
-            torch.save(_on_cpu(plain_state(models, unet)), directory / EMA_FILE)
+            torch.save(_on_cpu(plain_state(models)), directory / EMA_FILE)
             if has_adapters(unet):
                 save_adapters(unet, directory / EMA_LORA_FILE)
 
@@ -60,7 +55,7 @@ def save_run(
     return save_checkpoint(
         Path(args.output_dir),
         progress,
-        lambda: gathered or plain_state(models, unet),
+        lambda: plain_state(models),
         training,
         args,
         args.checkpoints_total_limit,
@@ -68,12 +63,13 @@ def save_run(
     )
 
 
-def plain_state(models: Models, unet: nn.Module) -> dict[str, Tensor]:
-    """The state dict of a plain UNet that computes what `unet` does.
+def plain_state(models: Models) -> dict[str, Tensor]:
+    """The state dict of a plain UNet that computes what that of `models` does.
 
     Adapters are computed into the weights that the run started from, read again in float32 where
     the run holds them in half precision.
     """
+    unet = models.unet
     if not has_adapters(unet):
         return unet.state_dict()
     if all(p.dtype == torch.float32 for p in unet.parameters()):
@@ -111,35 +107,27 @@ def load_ema(checkpoint: Path, training: dict[str, Any], unet: nn.Module, ema: E
     ema.steps = training["ema"]["steps"]
 
 
-def export_run(
-    output_dir: Path,
-    models: Models,
-    unet: nn.Module,
-    gathered: dict[str, Tensor] | None = None,
-) -> list[Path]:
-    """Write what a finished run leaves at the top of `output_dir`; `unet` ends on the CPU.
+def export_run(output_dir: Path, models: Models) -> list[Path]:
+    """Write what a finished run leaves at the top of `output_dir`; the UNet ends on the CPU.
 
     Args:
-        gathered: the state dict of a sharded UNet.
+        models: as for `save_run`.
 
     Returns: the paths, the pipeline first.
     """
-    if gathered is not None:
-        unet = models.family.load_unet(models.source)
-        unet.load_state_dict(gathered)
     written = []
     if models.ema is not None:
         with models.ema.applied():
-            written += _export(output_dir, models, unet, _EMA)
-    return _export(output_dir, models, unet, "") + written
+            written += _export(output_dir, models, _EMA)
+    return _export(output_dir, models, "") + written
 
 
-def _export(output_dir: Path, models: Models, unet: nn.Module, suffix: str) -> list[Path]:
+def _export(output_dir: Path, models: Models, suffix: str) -> list[Path]:
     written = []
-    plain = unet
+    unet = plain = models.unet
     if has_adapters(unet) or suffix:
         plain = models.family.load_unet(models.source)
-        plain.load_state_dict(plain_state(models, unet))
+        plain.load_state_dict(plain_state(models))
     if has_adapters(unet):
         path = output_dir / (EMA_LORA_FILE if suffix else LORA_FILE)
         with written_beside(path) as beside:

@@ -8,30 +8,35 @@ for all devices. What is saved and loaded is whole, in the files and formats of 
 from __future__ import annotations
 
 import argparse
+import copy
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from sdpo.errors import UserError
 
 if TYPE_CHECKING:
     import torch
+    from accelerate import Accelerator
     from torch import Tensor, nn
+
+    from sdpo.models import Models
 
 # How a launch configuration reaches a process.
 _USE, _VERSION = "ACCELERATE_USE_FSDP", "FSDP_VERSION"
 _RESHARD = "FSDP_RESHARD_AFTER_FORWARD"
 _USE_DEEPSPEED = "ACCELERATE_USE_DEEPSPEED"
-# Flags that would need gathering, or a layout, of their own.
 _NOT_SERVED = {
-    "lora_rank": "adapters are small: use another configuration",
-    "use_ema": "leave it out",
-    "use_adafactor": "AdamW's state is divided over the processes; give --no-use_adafactor",
     "use_8bit_adam": "its state is already small, and cannot be divided",
     "channels_last": "sharded weights have the usual layout",
     "compile": "leave it out",
-    "validation_prompts": "a sharded UNet draws only with all processes; draw from the checkpoints",
 }
+_KEYS_NOT_SERVED = {
+    "offload_params": "--offload_reference takes the reference off the GPU",
+    "activation_checkpointing": "--gradient_checkpointing does it",
+}
+# What one process holds whole at a time during a pass.
+_UNITS = ("BasicTransformerBlock", "ResnetBlock2D")
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,9 @@ def check_sharding(args: argparse.Namespace) -> Sharding | None:
         return None
     if os.environ.get(_VERSION, "1") != "2":
         raise UserError("FSDP: only version 2 is served; set fsdp_version: 2 in the configuration")
+    for name, instead in _KEYS_NOT_SERVED.items():
+        if os.environ.get(f"FSDP_{name.upper()}", "").lower() == "true":
+            raise UserError(f"fsdp_{name} in the launch configuration is not served: {instead}")
     for name, instead in _NOT_SERVED.items():
         if getattr(args, name):
             raise UserError(f"--{name} does not go with FSDP2: {instead}")
@@ -73,24 +81,42 @@ def check_sharding(args: argparse.Namespace) -> Sharding | None:
     return Sharding(reshard=os.environ.get(_RESHARD, "true").lower() != "false")
 
 
-def shard(unet: nn.Module, how: Sharding, device: torch.device, processes: int) -> None:
-    """Divide a UNet on `device` over all processes, in place: each of its blocks on its own, so
-    that one block at a time is whole during a pass, and what is left as another."""
+def shard(unet: nn.Module, how: Sharding, device: torch.device, processes: int) -> nn.Module:
+    """Divide a UNet on `device` over all processes, in place: each of its `_UNITS` on its own, so
+    that one at a time is whole during a pass, and what is left as another.
+
+    Returns: a copy of the UNet as it was, without memory for weights, for `gathered`.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    skeleton = copy.deepcopy(unet, {id(p): _on_meta(p) for p in unet.parameters()})
     mesh = init_device_mesh(device.type, (processes,))
-    for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
-        if block is not None:
-            fully_shard(block, mesh=mesh, reshard_after_forward=how.reshard)
+    for part in list(unet.modules()):
+        if type(part).__name__ in _UNITS:
+            fully_shard(part, mesh=mesh, reshard_after_forward=how.reshard)
     fully_shard(unet, mesh=mesh, reshard_after_forward=False)
+    return skeleton
 
 
-def is_sharded(unet: nn.Module) -> bool:
-    """Whether `shard` was applied."""
-    from torch.distributed.fsdp import FSDPModule
+def _on_meta(parameter: nn.Parameter) -> nn.Parameter:
+    return type(parameter)(parameter.detach().to("meta"), parameter.requires_grad)
 
-    return isinstance(unet, FSDPModule)
+
+def gathered(models: Models, accelerator: Accelerator) -> Models | None:
+    """The models of a run with their UNet unwrapped and, where it is sharded, copies of UNet and
+    average that are whole and on the CPU. Called by every process; None on all but the main one.
+    """
+    main = accelerator.is_main_process
+    unet, ema = accelerator.unwrap_model(models.unet), models.ema
+    if models.skeleton is not None:
+        state = whole(unet.state_dict(), keep=main)
+        averages = whole(ema.averages, keep=main) if ema else None
+        if main:
+            unet = copy.deepcopy(models.skeleton)
+            unet.load_state_dict(state, assign=True)
+            ema = ema.of(unet, averages) if ema else None
+    return replace(models, unet=unet, ema=ema) if main else None
 
 
 def whole(value: Any, keep: bool = True) -> Any:
@@ -103,8 +129,8 @@ def whole(value: Any, keep: bool = True) -> Any:
     from torch.distributed.tensor import DTensor
 
     if isinstance(value, DTensor):
-        gathered = value.full_tensor()
-        return gathered.cpu() if keep else None
+        full = value.full_tensor()
+        return full.cpu() if keep else None
     if isinstance(value, dict):
         return {k: whole(v, keep) for k, v in value.items()}
     if isinstance(value, list):
@@ -112,26 +138,26 @@ def whole(value: Any, keep: bool = True) -> Any:
     return value
 
 
-def divided(state: dict[Any, dict[str, Any]], parameters: list[Tensor]) -> dict[Any, Any]:
-    """An optimizer's whole state, by the parameters' numbers, divided as these are; as it is where
-    they are not sharded."""
+def divided(value: Tensor, parameter: Tensor) -> Tensor:
+    """A whole tensor that every process has, divided as `parameter`, of the same shape, is; as it
+    is where that is not sharded."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
-    result = {}
-    for number, entries in state.items():
-        parameter = parameters[number]
-        if not isinstance(parameter, DTensor):
-            return state
-        result[number] = {
-            name: distribute_tensor(
-                value.to(parameter.device),
-                parameter.device_mesh,
-                parameter.placements,
-                # Every process has read it: none need be sent anything.
-                src_data_rank=None,
-            )
-            if getattr(value, "shape", None) == parameter.shape
-            else value
-            for name, value in entries.items()
-        }
-    return result
+    if not isinstance(parameter, DTensor):
+        return value
+    mesh, placements = parameter.device_mesh, parameter.placements
+    # Without a source nothing is sent: each process takes its part of its own.
+    return distribute_tensor(value.to(parameter.device), mesh, placements, src_data_rank=None)
+
+
+def divided_state(state: dict[Any, dict[str, Any]], parameters: list[Tensor]) -> dict[Any, Any]:
+    """An optimizer's whole state, by the parameters' numbers, divided as these are."""
+
+    def part(value: Any, parameter: Tensor) -> Any:
+        same = getattr(value, "shape", None) == parameter.shape
+        return divided(value, parameter) if same else value
+
+    return {
+        number: {name: part(value, parameters[number]) for name, value in entries.items()}
+        for number, entries in state.items()
+    }

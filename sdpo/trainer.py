@@ -38,7 +38,7 @@ from sdpo.parameter_space import BranchGradients
 from sdpo.randomness import Key
 from sdpo.runlog import RunLog, peak_memory_gib
 from sdpo.saving import save_run
-from sdpo.sharding import is_sharded, whole
+from sdpo.sharding import gathered, whole
 from sdpo.signals import StopRequest
 from sdpo.tracking import track
 
@@ -290,24 +290,24 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint. Called by every process; the main one writes, the others wait."""
         main = self.accelerator.is_main_process
-        unet = self.accelerator.unwrap_model(self.models.unet)
-        optimizer, gathered = self.optimizer.state_dict(), None
-        if is_sharded(unet):
-            optimizer, gathered = whole([optimizer, unet.state_dict()], keep=main)
-        if main:
+        optimizer = whole(self.optimizer.state_dict(), keep=main)
+        models = gathered(self.models, self.accelerator)
+        if models is not None:
             training = {"optimizer": optimizer, "scheduler": self.scheduler.state_dict()}
             if self.accelerator.scaler is not None:
                 training["scaler"] = self.accelerator.scaler.state_dict()
-            save_run(self.args, self.progress, self.models, unet, training, gathered)
+            save_run(self.args, self.progress, models, training)
         self.accelerator.wait_for_everyone()
 
     def _draw_samples(self) -> None:
-        if self.args.validation_prompts and self.accelerator.is_main_process:
+        if not self.args.validation_prompts:
+            return
+        models = gathered(self.models, self.accelerator)
+        if models is not None:
             from sdpo.validation import draw_grid
 
-            unet = self.accelerator.unwrap_model(self.models.unet)
-            unet.eval()
+            unet = models.unet.to(self.device).eval()
             with self.accelerator.autocast():
-                draw_grid(self.args, self.models, unet, self.accelerator, self.progress.step)
+                draw_grid(self.args, models, unet, self.accelerator, self.progress.step)
             unet.train()
         self.accelerator.wait_for_everyone()

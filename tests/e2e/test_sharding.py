@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from sdpo.errors import UserError
+from sdpo.lora import LORA_FILE
+from sdpo.saving import EMA_LORA_FILE
 from sdpo.sharding import Sharding, check_sharding
 
 from .harness import (
@@ -89,16 +93,104 @@ def test_a_sharded_run_goes_on_where_one_process_stopped(train, one, tmp_path):
     check_close(run, one, base_unet(train.models["sd15"]))
 
 
-def test_sdxl_with_bf16_and_gradient_checkpointing(train, tmp_path):
-    """The SDXL recipes' own options but for Adafactor."""
-    flags = {**FLAGS, "sdxl": True, "gradient_checkpointing": True}
-    flags |= {"mixed_precision": "bf16", "max_train_steps": 2, "offload_reference": True}
-    run = sharded(train, tmp_path / "two", 2, **flags, train_batch_size=2)
-    plain = train.processes(tmp_path / "plain", 2, **flags, train_batch_size=2)
+SDXL = {**FLAGS, "sdxl": True, "gradient_checkpointing": True, "use_adafactor": True}
+
+
+@pytest.mark.parametrize(
+    "own",
+    [{"offload_reference": True}, {"use_adafactor": False, "lora_rank": 4, "use_dora": True}],
+    ids=str,
+)
+def test_sdxl_in_bf16(train, tmp_path, own):
+    """The SDXL recipes' own options; the first step that moves, before rounding has grown. Beside
+    adapters, what is frozen is partly in half precision."""
+    flags = {**SDXL, **own, "mixed_precision": "bf16", "max_train_steps": 2, "train_batch_size": 2}
+    run = sharded(train, tmp_path / "two", 2, **flags)
+    assert run.metrics[0]["margin"] == run.metrics[0]["winner_drift"] == 0.0
+    plain = train.processes(tmp_path / "plain", 2, **flags)
+    moved = distance(base_unet(train.models["sdxl"]), plain.unet())
+    assert moved > 5e-5
+    assert distance(run.unet(), plain.unet()) < 0.05 * moved
+
+
+def test_adafactors_steps_and_state_are_those_of_whole_weights(train, tmp_path):
+    flags = {**SDXL, "train_batch_size": 2}
+    run = sharded(train, tmp_path / "two", 2, **flags)
+    plain = train.processes(tmp_path / "plain", 2, **flags)
+    mine, theirs = (
+        torch.load(r.out / "checkpoint-2" / "optimizer.pt", weights_only=True)["optimizer"]
+        for r in (run, plain)
+    )
+    shapes = [
+        {(i, k): getattr(v, "shape", None) for i, s in o["state"].items() for k, v in s.items()}
+        for o in (mine, theirs)
+    ]
+    assert shapes[0] == shapes[1]
+    assert any(name == "exp_avg_sq_row" for _, name in shapes[0])
+    again = sharded(train, resumed_copy(plain, tmp_path / "again"), 2, **flags)
     base = base_unet(train.models["sdxl"])
     moved = distance(base, plain.unet())
     assert moved > 5e-5
-    assert distance(run.unet(), plain.unet()) < 0.05 * moved
+    for other in (run, again):
+        assert distance(other.unet(), plain.unet()) < 0.001 * moved
+
+
+ADAPTERS = {
+    **FLAGS,
+    "lora_rank": 4,
+    "use_ema": True,
+    "ema_decay": 0.4,
+    "validation_prompts": "a square",
+    "validation_steps": 4,
+}
+
+
+@pytest.fixture(scope="module")
+def adapters(train, tmp_path_factory):
+    """Low-rank adapters, their average and samples: by one process and sharded over two."""
+    out = tmp_path_factory.mktemp("adapters")
+    return (
+        train(out / "one", **ADAPTERS, train_batch_size=4),
+        sharded(train, out / "two", 2, **ADAPTERS, train_batch_size=2),
+    )
+
+
+def check_adapters(run, expected, base) -> None:
+    """Weights with the adapters computed in, the same averaged, and the adapters alone."""
+    for name in ("unet.pth", "unet_ema.pth"):
+        a, b = (
+            torch.load(r.out / "checkpoint-4" / name, weights_only=True) for r in (run, expected)
+        )
+        moved = distance(a, base)
+        assert moved > 1e-4
+        assert distance(a, b) < 0.01 * moved
+    for name in (LORA_FILE, EMA_LORA_FILE):
+        a, b = (load_file(r.out / "checkpoint-4" / name) for r in (run, expected))
+        assert distance(a, b) < 1e-4
+        assert identical(a, load_file(run.out / name))
+
+
+def test_adapters_average_and_samples(train, adapters):
+    one, two = adapters
+    check_adapters(two, one, base_unet(train.models["sd15"]))
+    assert two.metrics[0]["margin"] == two.metrics[0]["winner_drift"] == 0.0
+    names = [p.name for p in (one.out / "samples").iterdir()]
+    assert sorted(names) == sorted(p.name for p in (two.out / "samples").iterdir())
+    # Nothing is trained yet at the start: the very same image.
+    first, mine = ((r.out / "samples" / "step-000000.png").read_bytes() for r in (one, two))
+    assert first == mine
+    weights = (base_unet(two.out / name) for name in ("pipeline", "pipeline_ema"))
+    saved = (torch.load(two.out / "checkpoint-4" / f"unet{e}.pth") for e in ("", "_ema"))
+    assert all(identical(a, b) for a, b in zip(weights, saved, strict=True))
+
+
+def test_adapters_and_average_are_resumed_either_way(train, adapters, tmp_path):
+    one, two = adapters
+    base = base_unet(train.models["sd15"])
+    mine = train(resumed_copy(two, tmp_path / "one"), **ADAPTERS, train_batch_size=4)
+    check_adapters(mine, one, base)
+    out = resumed_copy(one, tmp_path / "two")
+    check_adapters(sharded(train, out, 2, **ADAPTERS, train_batch_size=2), one, base)
 
 
 @pytest.mark.parametrize("name", ["fsdp2", "zero2"])
@@ -140,12 +232,10 @@ def test_what_the_configurations_mean(make_args, monkeypatch, reshard):
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        ({"lora_rank": 2}, "--lora_rank does not go with FSDP2"),
-        ({"use_adafactor": True}, "--use_adafactor does not go with FSDP2"),
-        ({"use_ema": True}, "--use_ema does not go with FSDP2"),
+        ({"use_8bit_adam": True}, "--use_8bit_adam does not go with FSDP2"),
+        ({"mixed_precision": "fp16"}, "--mixed_precision fp16 does not go with FSDP2"),
         ({"compile": True}, "--compile does not go with FSDP2"),
         ({"channels_last": True}, "--channels_last does not go with FSDP2"),
-        ({"validation_prompts": ["a"]}, "--validation_prompts does not go with FSDP2"),
         (
             {"use_winner_preserving": True, "winner_preserving_space": "parameter"},
             "--winner_preserving_space parameter does not go with FSDP2",
@@ -157,7 +247,7 @@ def test_what_it_does_not_serve(make_args, monkeypatch, flags, sentence):
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match=sentence):
-        check_sharding(make_args(**flags))
+        check_sharding(argparse.Namespace(**{**vars(make_args()), **flags}))
 
 
 def test_first_version_and_single_processes_are_refused(train, tmp_path, make_args, monkeypatch):
@@ -165,6 +255,11 @@ def test_first_version_and_single_processes_are_refused(train, tmp_path, make_ar
     monkeypatch.setenv("FSDP_VERSION", "1")
     with pytest.raises(UserError, match="fsdp_version: 2"):
         check_sharding(make_args())
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
+    with pytest.raises(UserError, match=r"fsdp_offload_params in .* not served"):
+        check_sharding(make_args())
+    monkeypatch.delenv("FSDP_OFFLOAD_PARAMS")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
     assert check_sharding(make_args()) is None
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
