@@ -17,7 +17,7 @@ from sdpo.cli import Parser, Replace
 from sdpo.data.flags import add_source_flags, check_source_flags
 from sdpo.errors import UserError, run_main
 from sdpo.families.names import FAMILY_FLAGS
-from sdpo.losses.names import method_names
+from sdpo.losses import FORMS, method_names
 from sdpo.preflight import check_data_location, check_model_location, check_output_dir
 from sdpo.safeguard_flags import add_safeguard_flags, check_safeguard_flags
 from sdpo.speed_flags import add_speed_flags, check_speed_flags
@@ -112,6 +112,11 @@ def _add_method(group: argparse._ArgumentGroup) -> None:
     )
     add("--beta_dpo", type=float, default=5000.0, metavar="BETA", help="default: 5000")
     add("--dmpo_alpha", type=float, default=0.01, metavar="ALPHA", help="DMPO only, default: 0.01")
+    add(
+        "--dspo_form",
+        choices=FORMS,
+        help="DSPO only: which of its two losses (default: the base model's family's)",
+    )
     add_safeguard_flags(group)
     add(
         "--noise_offset", type=float, default=0.0, help="scale of a per-channel offset of the noise"
@@ -233,6 +238,8 @@ def parse_args(
         args.max_train_steps = 2000
     if args.resolution is None:
         args.resolution = FAMILY_FLAGS["sdxl" if args.sdxl else "sd15"].resolution
+    if args.dspo_form and args.train_method != "dspo":
+        raise UserError(f"--dspo_form has no meaning with --train_method {args.train_method}")
     check_safeguard_flags(args)
     check_source_flags(args)
     check_cache_flags(args)

@@ -25,6 +25,7 @@ OPTIMIZER_FILE = "optimizer.pt"
 # A checkpoint made under other values of these is of another run.
 SAME_RUN = (
     "train_method",
+    "dspo_form",
     "sdxl",
     "seed",
     "use_adafactor",

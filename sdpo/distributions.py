@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-from sdpo.losses import LossOutput
+    from sdpo.losses import LossOutput
 
 BINS = 10
 BY_TIMESTEP = ("winner_drift", "loser_drift", "loser_scale")
@@ -33,6 +33,8 @@ class Distributions:
 
         Without `count_scales` it leaves the histogram alone: its scale was counted before.
         """
+        import torch
+
         values = torch.stack([output.per_pair[name].float() for name in BY_TIMESTEP])
         values = torch.cat([torch.ones_like(values[:1]), values])
         here = (timesteps * BINS // self.timesteps)[:, None] == torch.arange(
@@ -52,6 +54,8 @@ class Distributions:
 
     def sums(self) -> Tensor:
         """All of it as one vector, whose sum over processes `read` takes."""
+        import torch
+
         return torch.cat([self._binned.flatten(), self._histogram.to(self._binned)])
 
     @staticmethod

@@ -248,7 +248,7 @@ class Trainer:
             scope=args.winner_preserving_scope,
             fixed_scale=scale,
             alpha=args.dmpo_alpha,
-            form=models.family.name,
+            form=args.dspo_form or models.family.name,
         )
 
     def _apply(self, loss: float, grad_norm: float) -> None:

@@ -55,7 +55,7 @@ class Subject:
         """Of one batch, at the checkpoint's weights."""
         with torch.no_grad():
             reference = predict(self.reference, inputs)
-        form = self.encoder.family.name
+        form = self.args.dspo_form or self.encoder.family.name
         return branches(self.unet, self.parameters, inputs, reference, self.args, form)
 
     def errors(self, inputs: NoisedPairs) -> WinnerErrors:

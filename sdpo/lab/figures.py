@@ -17,8 +17,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from eval.manifest import read_manifest
+from sdpo.distributions import BINS
 from sdpo.drawing import colour_of, plain, save, show_image, smooth, wrapped
-from sdpo.lab.results import TIMESTEP_BINS, Curves, curves, final_means, timestep_bins
+from sdpo.lab.results import Curves, curves, final_means, timestep_bins
 
 WINNER_DRIFT = "winner_drift_percent"
 DRIFTS = {
@@ -57,7 +58,7 @@ def draw_scale(table: pa.Table, path: Path, by: Sequence[str] = ("variant",)) ->
     _lines(axes[0, 0], scale, marker="")
     plain(axes[0, 0], f"scale of the loser's gradient (mean of {SMOOTHING} steps)")
     axes[0, 0].set_ylim(-0.03, 1.06)
-    centres = (np.arange(TIMESTEP_BINS) + 0.5) / TIMESTEP_BINS
+    centres = (np.arange(BINS) + 0.5) / BINS
     for axis, (title, groups) in zip(axes[0, 1:], binned.items(), strict=False):
         _lines(axis, {label: Curves(centres, v, v[:, -1]) for label, v in groups.items()})
         plain(axis, f"{title}, last half", "timestep, share of the schedule")

@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from eval.summary import ALL
+from sdpo.distributions import BINS
 from sdpo.errors import UserError
 from sdpo.files import written_beside
 from sdpo.heldout import read_heldout
@@ -30,7 +31,6 @@ from sdpo.lab.sweep_file import PlannedRun, Sweep
 from sdpo.runlog import METRICS_FILE, read_metrics
 
 RESULTS_FILE = "results.parquet"
-TIMESTEP_BINS = 10
 _BEFORE = {"run": pa.string(), "variant": pa.string(), "seed": pa.int64()}
 _AFTER = {
     "kind": pa.string(),
@@ -189,7 +189,7 @@ def timestep_bins(table: pa.Table, metric: str, by: Sequence[str]) -> dict[str, 
     for row in rows:
         if row["metric"] == metric and row["step"] > half[row["run"]]:
             group = sums.setdefault(label_of({c: row[c] for c in by}), {})
-            total = group.setdefault(row["run"], np.zeros((2, TIMESTEP_BINS)))
+            total = group.setdefault(row["run"], np.zeros((2, BINS)))
             weight = pairs[row["run"], row["step"], row["bin"]]
             total[:, row["bin"]] += weight * row["value"], weight
     with np.errstate(invalid="ignore"):

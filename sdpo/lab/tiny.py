@@ -3,8 +3,8 @@
     python -m sdpo.lab tiny [--out output/lab] [--sweeps scripts/lab]
 
 Writes preference pairs to OUT/pairs, runs every sweep of the directory --sweeps into OUT/NAME,
-audits the base model and, at their first checkpoints, the runs of the sweep "treatments" without
-and with the safeguard, and writes OUT/report.html. What is done is not done again: killed at any
+audits the base model and, at its first checkpoint, a run of the sweep "treatments" without the
+safeguard, and writes OUT/report.html. What is done is not done again: killed at any
 point, the same command goes on.
 """
 
@@ -27,10 +27,9 @@ from sdpo.lab.sweep import available_cores
 from sdpo.lab.sweep_file import PlannedRun, Sweep, read_sweep
 
 PROGRAM = "python -m sdpo.lab tiny"
-# The sweep that audits look into, and the variants that they look at.
+# The sweep that audits look into, and the variant that they look at.
 AUDITED = "treatments"
-AUDITED_VARIANTS = {"none": "audit-without", "batch": "audit-with"}
-START = "audit-start"
+AUDITED_VARIANT = "none"
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -93,14 +92,11 @@ def main(argv: list[str]) -> int:
 
 def audits(sweep: Sweep, args: argparse.Namespace) -> Iterator[tuple[str, list[str]]]:
     """The audits' commands by name."""
-    first = {run.variant: run for run in reversed(sweep.runs)}
-    if "none" in first:
-        yield START, _audit(first["none"], args, START, None)
-    for variant, name in AUDITED_VARIANTS.items():
-        if variant in first:
-            planned = first[variant]
-            first_saved = list_checkpoints(run_dir(args.out / sweep.name, planned))[0]
-            yield name, _audit(planned, args, name, first_saved)
+    planned = next((run for run in sweep.runs if run.variant == AUDITED_VARIANT), None)
+    if planned is not None:
+        first_saved = list_checkpoints(run_dir(args.out / sweep.name, planned))[0]
+        for name, checkpoint in (("audit-start", None), ("audit-without", first_saved)):
+            yield name, _audit(planned, args, name, checkpoint)
 
 
 def _audit(

@@ -29,9 +29,11 @@ QUESTIONS = {
         "The same training with the losers' gradient as it is, at two fixed scales, and with the "
         "safeguard per micro-batch, per pair and over the parameters.",
     ),
-    "methods": (
-        "Does it do the same for DSPO and DMPO?",
-        "Each at the strengths of its SD1.5 recipe.",
+    "dmpo": ("Does it do the same for DMPO?", "At the strengths of its SD1.5 recipe."),
+    "dspo": (
+        "Does it do the same for DSPO? Why one form per base model?",
+        "Both forms on one base: each at the strengths of the recipe with it, without and with "
+        "the safeguard, and the form of SD1.5 at the beta of SDXL.",
     ),
     "map": (
         "How do mu and beta interact?",
@@ -46,7 +48,6 @@ QUESTIONS = {
 AUDITS = {
     "audit-start": "at the start, where model and reference are the same",
     "audit-without": "a quarter through training without the safeguard",
-    "audit-with": "a quarter through training with the safeguard",
 }
 PICTURES = {
     "drift.png": "Held-out drift and margin over steps",

@@ -57,6 +57,8 @@ def written(directory, rows, name="train.parquet"):
         ({"beta_dpo": 0}, "--beta_dpo"),
         ({"beta_dpo": "inf"}, "--beta_dpo"),
         ({"dmpo_alpha": 2}, "--dmpo_alpha"),
+        ({"dspo_form": "sd21", "train_method": "dspo"}, "--dspo_form"),
+        ({"dspo_form": "sdxl"}, "--dspo_form has no meaning with --train_method diffusion-dpo"),
         ({"train_method": "ppo"}, "--train_method"),
         ({"learning_rate": -1e-4}, "--learning_rate"),
         ({"train_batch_size": 0}, "--train_batch_size"),

@@ -87,6 +87,24 @@ def test_mu_and_alpha(train, tmp_path):
     assert not identical(a.unet(), b.unet())
 
 
+def test_dspos_form(train, tmp_path):
+    """Of the base model's family where none is named. At the start u = 0 and d = 0: the SD1.5 form
+    is then the winner's own error, the SDXL form (1 / 2)^2."""
+    default, sd15, sdxl = (
+        train(tmp_path / name, train_method="dspo", **flags)
+        for name, flags in (
+            ("default", {}),
+            ("sd15", {"dspo_form": "sd15"}),
+            ("sdxl", {"dspo_form": "sdxl"}),
+        )
+    )
+    assert identical(default.unet(), sd15.unet())
+    assert sd15.metrics[0]["loss"] == pytest.approx(sd15.metrics[0]["winner_mse"], rel=1e-5)
+    assert sdxl.metrics[0]["loss"] == pytest.approx(0.25, rel=1e-6)
+    other = train(tmp_path / "other", sdxl=True, train_method="dspo", dspo_form="sd15")
+    assert other.metrics[0]["loss"] == pytest.approx(other.metrics[0]["winner_mse"], rel=1e-5)
+
+
 def test_random_crop(train, tmp_path, wide_pairs):
     centre = train(tmp_path / "centre", train_data_dir=wide_pairs)
     random = train(tmp_path / "random", train_data_dir=wide_pairs, random_crop=True)

@@ -72,6 +72,39 @@ def test_both_branches_of_a_pair_carry_one_weight(method):
     assert weights[:, 0].abs().max() / weights[:, 0].abs().min() > 2
 
 
+def test_below_its_switch_dspos_sdxl_form_is_a_loss_of_the_margin_alone():
+    """mean of (1 - sigmoid(u))^2: both branches carry the weight beta sigmoid(-u)^2 sigmoid(u) / B,
+    as under Diffusion-DPO at the start but for a factor 2, and less the worse a pair is ranked."""
+    g = torch.Generator().manual_seed(0)
+    pred, noise, target = torch.randn(3, 6, 4, 2, 2, generator=g, dtype=torch.float64)
+    ref = pred + 0.1 * noise
+    pred.requires_grad_()
+    found = preference_loss("dspo", pred, ref, target, beta=20.0, form="sdxl")
+    (gradient,) = torch.autograd.grad(found.loss, pred)
+    residual = (pred - target).detach()
+    error, ref_error = (x.square().flatten(1).mean(1) for x in (residual, ref - target))
+    drift = error - ref_error
+    u = -20.0 / 2 * (drift[:3] - drift[3:])
+    weights = 20.0 * torch.sigmoid(-u) ** 2 * torch.sigmoid(u) / 3
+    expected = torch.cat([weights, -weights]).reshape(-1, 1, 1, 1) * 2 * residual / 16
+    assert torch.allclose(gradient, expected, rtol=1e-9, atol=0)
+    assert weights.max() / weights.min() > 1.2
+
+
+@pytest.mark.parametrize("beta", [0.001, 1.0, 3.0, 5000.0])
+def test_dspos_sd15_form_starts_with_a_multiple_of_the_winners_own_gradient(beta):
+    """At d = 0 no gradient reaches the losers, and the winners' is (1 - beta / 2) times that of
+    their own error: beyond beta = 2 a step raises it."""
+    g = torch.Generator().manual_seed(4)
+    pred, target = torch.randn(2, 6, 4, 2, 2, generator=g, dtype=torch.float64)
+    pred.requires_grad_()
+    loss = preference_loss("dspo", pred, pred.detach(), target, beta=beta, form="sd15").loss
+    (gradient,) = torch.autograd.grad(loss, pred)
+    (own,) = torch.autograd.grad((pred - target)[:3].square().mean(), pred)
+    assert torch.allclose(gradient, (1 - beta / 2) * own, rtol=1e-9, atol=0)
+    assert own[:3].abs().max() > 0
+
+
 def test_equal_isometric_jacobians_leave_the_scale_as_it_is():
     g = torch.Generator().manual_seed(1)
     r_w, noise = torch.randn(2, 6, generator=g, dtype=torch.float64)
