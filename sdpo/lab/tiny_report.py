@@ -32,8 +32,8 @@ QUESTIONS = {
     "dmpo": ("Does it do the same for DMPO?", "At the strengths of its SD1.5 recipe."),
     "dspo": (
         "Does it do the same for DSPO? Why one form per base model?",
-        "Both forms on one base: each at the strengths of the recipe with it, without and with "
-        "the safeguard, and the form of SD1.5 at the beta of SDXL.",
+        "Both forms on one base: that of SD1.5 at the beta of its recipe and at that of SDXL's, "
+        "and that of SDXL without and with the safeguard.",
     ),
     "map": (
         "How do mu and beta interact?",
