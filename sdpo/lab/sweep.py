@@ -30,14 +30,12 @@ import argparse
 import fcntl
 import os
 import shlex
-import signal
 import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from sdpo.cli import Parser, at_least
@@ -45,6 +43,7 @@ from sdpo.directories import check_claim, check_directory, claim_directory
 from sdpo.lab.children import Children, last_line
 from sdpo.lab.stages import Stage, run_dir, stages_of
 from sdpo.lab.sweep_file import Sweep, read_sweep
+from sdpo.signals import terminable
 
 PROGRAM = "python -m sdpo.lab sweep"
 LOCK_FILE = ".lock"
@@ -155,7 +154,7 @@ def run_all(
         with writing:
             write_results(sweep, out)
 
-    with bar, _terminable(), ThreadPoolExecutor(jobs) as pool:
+    with bar, terminable(), ThreadPoolExecutor(jobs) as pool:
         futures = [pool.submit(run_chain, name) for name in chains]
         try:
             for future in futures:
@@ -187,21 +186,6 @@ def available_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM and SIGHUP end this process as an exception, so that its programs are told."""
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    before = {n: signal.signal(n, leave) for n in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager

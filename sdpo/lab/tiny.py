@@ -14,12 +14,11 @@ import argparse
 import os
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from sdpo.checkpoint_paths import list_checkpoints
-from sdpo.cli import Parser, as_argv, at_least, run_step
+from sdpo.cli import Parser, as_argv, at_least, run_step, run_together
 from sdpo.directories import check_directory
 from sdpo.errors import UserError
 from sdpo.lab.stages import run_dir
@@ -75,13 +74,8 @@ def main(argv: list[str]) -> int:
     for _, sweep in sweeps:
         if sweep.name == AUDITED:
             commands = dict(audits(sweep, args))
-    cores = available_cores()
-    jobs = min(len(commands), cores) or 1
-    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, cores // jobs))}
-    with ThreadPoolExecutor(jobs) as pool:
-        done = [pool.submit(run_step, c, name, env=environment) for name, c in commands.items()]
-        for future in done:
-            future.result()
+    threads = max(1, available_cores() // max(1, len(commands)))
+    run_together(commands, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
 
     from sdpo.lab.tiny_report import write
 

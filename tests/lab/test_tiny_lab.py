@@ -52,12 +52,13 @@ def argv(sweeps, tmp_path, *more):
 def test_sweeps_then_audits_then_the_page(sweeps, tmp_path, monkeypatch):
     out, started = tmp_path / "out", []
 
-    def run(command, name, env=None):
-        started.append((name, command))
-        if name == "another":
+    def run(commands, env=None):
+        started.extend(commands.items())
+        if "another" in commands:
             checkpoints(out)
 
-    monkeypatch.setattr(tiny, "run_step", run)
+    monkeypatch.setattr(tiny, "run_together", run)
+    monkeypatch.setattr(tiny, "run_step", lambda command, name: run({name: command}))
     monkeypatch.setattr("sdpo.lab.tiny_report.write", lambda *args: started.append(args))
     assert tiny.main(argv(sweeps, tmp_path, "--heldout", "4", "--audit_steps", "5")) == 0
     *programs, page = started
@@ -80,11 +81,6 @@ def test_sweeps_then_audits_then_the_page(sweeps, tmp_path, monkeypatch):
     assert page[0] == out
     assert [sweep.name for _, sweep in page[1]] == ["treatments", "another"]
     assert set(page[2]) == set(found)
-
-
-def test_a_command_that_fails_is_named():
-    with pytest.raises(UserError, match=r"the sweep ended with exit code 3"):
-        tiny.run_step([sys.executable, "-c", "raise SystemExit(3)"], "the sweep")
 
 
 @pytest.mark.parametrize(
