@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,6 @@ from sdpo.errors import UserError, run_main
 from sdpo.sharding import check_sharding
 
 log = logging.getLogger("sdpo")
-
-# The others wait while one process of a machine downloads and converts a large dataset; the usual
-# ten minutes would end the run there.
-PREPARATION_LIMIT = timedelta(hours=12)
 
 
 def main() -> int:
@@ -36,11 +31,12 @@ def main() -> int:
     from sdpo.data.order import FIRST
     from sdpo.data.source import open_pairs
     from sdpo.ema import Ema
-    from sdpo.encoding import RUN_DTYPES, build_encoder
+    from sdpo.encoding import build_encoder
     from sdpo.families import get_family
     from sdpo.families.base import ModelSource
     from sdpo.models import Models
     from sdpo.optim import build_optimizer, build_scheduler, restore, scaled_learning_rate
+    from sdpo.precision import DTYPES
     from sdpo.reference import build_reference
     from sdpo.runlog import describe_run, write_config
     from sdpo.saving import export_run, load_ema, load_weights
@@ -90,7 +86,7 @@ def main() -> int:
         args.num_train_epochs, loader.steps_per_epoch, args.gradient_accumulation_steps
     )
 
-    weight_dtype = RUN_DTYPES[args.mixed_precision]
+    weight_dtype = DTYPES[args.mixed_precision]
     with accelerator.local_main_process_first():
         unet = family.load_unet(source)
         encoder = build_encoder(
@@ -169,6 +165,8 @@ def build_accelerator(args: argparse.Namespace) -> Any:
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 
+    from eval.processes import WAIT_LIMIT
+    from sdpo.precision import check_precision
     from sdpo.runlog import quieten_libraries
 
     output_dir = Path(args.output_dir)
@@ -179,13 +177,12 @@ def build_accelerator(args: argparse.Namespace) -> Any:
             project_config=ProjectConfiguration(
                 project_dir=str(output_dir), logging_dir=str(output_dir / args.logging_dir)
             ),
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=PREPARATION_LIMIT)],
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT_LIMIT)],
         )
     except ValueError as error:
         flag = "--mixed_precision" if "precision" in str(error) else "--report_to"
         raise UserError(f"{flag} {getattr(args, flag[2:])}: {error}") from None
-    if args.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise UserError("--mixed_precision fp16 needs a GPU: on a CPU use bf16 or no")
+    check_precision("--mixed_precision", args.mixed_precision, accelerator.device)
     logging.basicConfig(
         level=logging.INFO if accelerator.is_main_process else logging.WARNING,
         format="%(asctime)s %(levelname)s %(message)s",

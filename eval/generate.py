@@ -123,13 +123,13 @@ def build_protocol(
     args: argparse.Namespace, accelerator: Accelerator
 ) -> tuple[Protocol, dict[str, Any]]:
     """The models on this process's device, and what says which model it is."""
-    from eval.protocols import DTYPES, PROTOCOLS, Sampling
+    from eval.protocols import PROTOCOLS, Sampling
     from eval.unets import FLAG, digest_of, locate_unet
     from sdpo.families import get_family
     from sdpo.families.base import ModelSource
+    from sdpo.precision import DTYPES, check_precision
 
-    if args.dtype == "fp16" and accelerator.device.type == "cpu":
-        raise UserError("--dtype fp16 needs a GPU: on a CPU use bf16 or fp32")
+    check_precision("--dtype", args.dtype, accelerator.device)
     family = get_family(args.sdxl)
     with accelerator.local_main_process_first():
         source = ModelSource(

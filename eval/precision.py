@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from eval.scorer import BaseScorer
+from sdpo.precision import DTYPES
 
 # Share of the scores' own spread that mixed precision may change them by.
 TOLERANCE = 0.02
-PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class CheckedPrecision:
@@ -32,7 +32,7 @@ class CheckedPrecision:
         views = views.to(self.device)
         if self.precision == "no":
             return self._exact(views, prompts)
-        with torch.autocast(self.device.type, dtype=PRECISIONS[self.precision]):
+        with torch.autocast(self.device.type, dtype=DTYPES[self.precision]):
             mixed = self.scorer.score(views, prompts).cpu().double()
         if self.difference is not None:
             return mixed

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
 
-# Processes may have to wait while one downloads, or while another finishes its share.
+# Processes may have to wait while one downloads and converts a large dataset, or finishes its
+# share; the usual ten minutes would end them there.
 WAIT_LIMIT = timedelta(hours=12)
 
 

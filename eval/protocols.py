@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from sdpo.families.base import Conditioning, Family, Frozen, ModelSource
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DECODED_PIXELS = 2**21  # at a time: 8 images of 512 px
 
 

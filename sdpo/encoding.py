@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     from sdpo.cache.store import LatentCache
     from sdpo.data.pairs import PairBatch
 
-# What --mixed_precision makes of the parts that are not trained.
-RUN_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
 
 class Encoder(Protocol):
     """What the training step needs to know about images and captions, and the noise schedule."""

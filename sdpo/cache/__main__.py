@@ -43,10 +43,10 @@ def main() -> int:
     from sdpo.data.source import open_pairs
     from sdpo.families import get_family
     from sdpo.families.base import ModelSource
+    from sdpo.precision import check_precision
 
     accelerator = start()
-    if args.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise UserError("--mixed_precision fp16 needs a GPU: on a CPU use bf16 or no")
+    check_precision("--mixed_precision", args.mixed_precision, accelerator.device)
     family, source = get_family(args.sdxl), ModelSource.from_args(args)
     family.load_unet_config(source)
     with accelerator.local_main_process_first():

@@ -19,13 +19,14 @@ from tqdm.auto import tqdm
 
 from sdpo.cache.flags import CACHE_FLAG
 from sdpo.cache.manifest import LATENTS, TEXT
-from sdpo.cache.store import MOMENTS, TORCH_DTYPES, caption_digest, write_shard
+from sdpo.cache.store import MOMENTS, caption_digest, write_shard
 from sdpo.data.loader import BadRowCounter
 from sdpo.data.pairs import BadRow, PairDecoder, as_caption
 from sdpo.data.source import PairSource
 from sdpo.data.transforms import PairTransform, UndecodableImage
 from sdpo.errors import UserError
 from sdpo.families.base import Family, Frozen
+from sdpo.precision import DTYPES
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ class Builder:
     @property
     def dtype(self) -> torch.dtype:
         """In which numbers are kept."""
-        return TORCH_DTYPES[self.args.cache_dtype]
+        return DTYPES[self.args.cache_dtype]
 
     def build(self, work: Work, pairs: PairSource) -> None:
         """Write the missing shards of this process.

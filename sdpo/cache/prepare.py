@@ -21,9 +21,9 @@ from sdpo.cache.manifest import (
     start_manifest,
 )
 from sdpo.cache.store import LatentCache, caption_digest
-from sdpo.encoding import RUN_DTYPES
 from sdpo.errors import UserError
 from sdpo.families.base import Family, Frozen, ModelSource, load_frozen_as
+from sdpo.precision import DTYPES
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -64,7 +64,7 @@ def prepare_cache(
     key, incomplete = _on_main(accelerator, find)
     if incomplete:
         with accelerator.local_main_process_first():
-            dtype = RUN_DTYPES[args.mixed_precision]
+            dtype = DTYPES[args.mixed_precision]
             frozen = load_frozen_as(family, source, accelerator.device, dtype)
         _build(key, directory, pairs, args, family, frozen, accelerator)
         del frozen

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import safetensors.torch
-import torch
 from safetensors import safe_open
 from torch import Tensor
 
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
 
 MOMENTS = "moments"
 OPEN_FILES = 32  # memory-mapped at a time, in each process
-TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def caption_digest(caption: str) -> str:

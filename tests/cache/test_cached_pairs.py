@@ -13,8 +13,9 @@ import torch
 from sdpo.cache.pairs import ROW
 from sdpo.data.loader import PairLoader
 from sdpo.data.order import Place
-from sdpo.encoding import RUN_DTYPES, CachedEncoder, ModelEncoder, build_encoder
+from sdpo.encoding import CachedEncoder, ModelEncoder, build_encoder
 from sdpo.forward import noise_pairs
+from sdpo.precision import DTYPES
 
 CPU = torch.device("cpu")
 
@@ -152,7 +153,7 @@ def test_no_image_is_read(ready):
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_bf16_moves_latents_by_its_rounding(ready, precision):
     """|error| of a latent is at most scaling factor x 2^-8 x (|mean| + std |noise|)."""
-    dtype = RUN_DTYPES[precision]
+    dtype = DTYPES[precision]
     cached = build_encoder(ready.family, ready.source, 32, CPU, dtype, ready.cache)
     (batch,) = batches(ready, 1, ready.cache)
     noise = torch.randn(6, *cached.latent_shape, generator=torch.Generator().manual_seed(0))
