@@ -101,8 +101,16 @@ def clear_unfinished(output_dir: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def read_progress(path: Path, args: argparse.Namespace) -> Progress:
+def read_progress(
+    path: Path,
+    args: argparse.Namespace,
+    flag: str = "--resume_from_checkpoint",
+    instead: str = "give another --output_dir, or the same flag",
+) -> Progress:
     """Where a checkpoint stands, checked to be of the same run.
+
+    Args:
+        flag: the one that named the checkpoint, and `instead` what to do if it does not fit.
 
     Raises:
         UserError: it was made with other flags than a resumed run can have.
@@ -113,13 +121,13 @@ def read_progress(path: Path, args: argparse.Namespace) -> Progress:
         # A flag that the program did not have yet was off.
         if (then.get(name) or None) != (now[name] or None):
             raise UserError(
-                f"--resume_from_checkpoint: {path} was made with --{name} {then.get(name)}, this "
-                f"run has {now[name]}; give another --output_dir, or the same flag"
+                f"{flag}: {path} was made with --{name} {then.get(name)}, this run has "
+                f"{now[name]}; {instead}"
             )
     changed = [k for k in now if k in then and then[k] != now[k] and k not in _MAY_DIFFER]
     if changed:
         changes = ", ".join(f"--{k} {then[k]} -> {now[k]}" for k in changed)
-        log.warning("resuming %s with changed flags: %s", path.name, changes)
+        log.warning("%s %s: flags that were others then: %s", flag, path.name, changes)
     return Progress(state["step"], Place(*state["place"]))
 
 

@@ -113,7 +113,8 @@ def load(args: argparse.Namespace) -> Subject:
     given = Path(args.checkpoint) if args.checkpoint else None
     start = FIRST
     if given is not None and given.is_dir():
-        start = read_progress(given, args).place
+        instead = f"give the same flag, or the file {UNET_FILE} in it"
+        start = read_progress(given, args, "--checkpoint", instead).place
     loader = PairLoader(open_pairs(args), args, rank=0, world_size=1, start=start)
     unet = family.load_unet(source).to(device).eval()
     reference = make_reference(unet, torch.float32)

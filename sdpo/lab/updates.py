@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from sdpo.checkpoint_paths import UNET_FILE
 from sdpo.errors import UserError
 from sdpo.forward import NoisedPairs
 from sdpo.lab.branches import Gradients, inner
@@ -48,7 +49,10 @@ class Moments:
         moments = [state.get(i, {}) for i in range(len(shapes))]
         for name in ("exp_avg", "exp_avg_sq"):
             if [getattr(m.get(name), "shape", None) for m in moments] != shapes:
-                raise UserError(f"--checkpoint: {where} holds no AdamW state of this UNet")
+                raise UserError(
+                    f"--checkpoint: {where} holds no AdamW state of this UNet; give the file "
+                    f"{UNET_FILE} in it, and the moments are estimated"
+                )
         device = parameters[0].device
         first = [m["exp_avg"].to(device, torch.float32) for m in moments]
         second = [m["exp_avg_sq"].to(device, torch.float32) for m in moments]
