@@ -11,7 +11,7 @@ from typing import Any
 
 from sdpo.args import parse_args
 from sdpo.errors import UserError, run_main
-from sdpo.sharding import check_sharding
+from sdpo.sharding import check_deepspeed, check_sharding
 
 log = logging.getLogger("sdpo")
 
@@ -19,12 +19,13 @@ log = logging.getLogger("sdpo")
 def main() -> int:
     """Check the flags, build, train, export; returns the exit code."""
     args = parse_args(sys.argv[1:])
-    sharding = check_sharding(args)
+    sharding, deepspeed = check_sharding(args), check_deepspeed(args)
 
     import torch
 
     from eval.relabel import relabel
     from eval.scoring import ScoreOptions
+    from sdpo.accumulation import Accumulation, OwnAccumulation
     from sdpo.checkpoint import Progress, clear_unfinished, load_training, read_progress
     from sdpo.data.flags import choice_weights
     from sdpo.data.loader import PairLoader, steps_for_epochs
@@ -116,10 +117,17 @@ def main() -> int:
     if sharding and ema is not None:
         ema = ema.of(unet, [divided(*pair) for pair in zip(ema.averages, trainable, strict=True)])
     optimizer = build_optimizer(trainable, args, learning_rate)
+    accumulation: Accumulation
+    if deepspeed:
+        from sdpo.zero import ZeroAccumulation, ZeroOptimizer
+
+        optimizer = ZeroOptimizer(unet, optimizer, args)
+        accumulation = ZeroAccumulation(optimizer)
+    else:
+        unet = unet if sharding else accelerator.prepare(unet)
+        accumulation = OwnAccumulation(accelerator, unet, args.max_grad_norm)
     scheduler = build_scheduler(optimizer, args, max_train_steps)
     optimizer = accelerator.prepare(optimizer)
-    if not sharding:
-        unet = accelerator.prepare(unet)
     if resume_from:
         restore(optimizer, scheduler, training)
         if accelerator.scaler is not None and "scaler" in training:
@@ -130,6 +138,7 @@ def main() -> int:
         resolved = {
             "family": family.name,
             "processes": accelerator.num_processes,
+            "sharding": "DeepSpeed" if deepspeed else "FSDP2" if sharding else None,
             "device": str(accelerator.device),
             "pairs": None if args.streaming else len(pairs),
             "pairs_per_step": loader.stride * args.gradient_accumulation_steps,
@@ -145,7 +154,15 @@ def main() -> int:
 
     models = Models(family, source, unet, reference, encoder, ema, skeleton)
     trainer = Trainer(
-        args, accelerator, models, loader, optimizer, scheduler, start, max_train_steps
+        args,
+        accelerator,
+        models,
+        loader,
+        accumulation,
+        optimizer,
+        scheduler,
+        start,
+        max_train_steps,
     )
     code = trainer.train()
     if code == 0:

@@ -11,6 +11,7 @@ import argparse
 import copy
 import os
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from sdpo.errors import UserError
@@ -35,6 +36,17 @@ _KEYS_NOT_SERVED = {
     "offload_params": "--offload_reference takes the reference off the GPU",
     "activation_checkpointing": "--gradient_checkpointing does it",
 }
+_NOT_BY_DEEPSPEED = {
+    "lora_rank": "adapters are small: use another configuration",
+    "use_adafactor": "it needs whole weights; give --no-use_adafactor, or use --config fsdp2",
+}
+# Keys of deepspeed_config: what of them is served, and what to do instead.
+_DEEPSPEED_KEYS = {
+    "ZERO_STAGE": ("2", "use 2, or --config fsdp2, which divides the weights too"),
+    "OFFLOAD_OPTIMIZER_DEVICE": ("none", "use none"),
+    "OFFLOAD_PARAM_DEVICE": ("none", "use none"),
+    "CONFIG_FILE": ("none", "train.py's flags say what it would"),
+}
 # What one process holds whole at a time during a pass.
 _UNITS = ("BasicTransformerBlock", "ResnetBlock2D")
 
@@ -52,14 +64,9 @@ def check_sharding(args: argparse.Namespace) -> Sharding | None:
     """What the launcher asks for; None: no sharding. Needs no torch.
 
     Raises:
-        UserError: for DeepSpeed and the first version of FSDP, for a single process, or with flags
-            that do not go with sharding.
+        UserError: for the first version of FSDP, for a single process, or with flags that do not go
+            with sharding.
     """
-    if os.environ.get(_USE_DEEPSPEED, "").lower() == "true":
-        raise UserError(
-            "DeepSpeed is not served: use --config zero2, the same division of gradients and "
-            "optimizer state by torch itself, or --config fsdp2"
-        )
     if os.environ.get(_USE, "").lower() != "true":
         return None
     if os.environ.get(_VERSION, "1") != "2":
@@ -67,18 +74,50 @@ def check_sharding(args: argparse.Namespace) -> Sharding | None:
     for name, instead in _KEYS_NOT_SERVED.items():
         if os.environ.get(f"FSDP_{name.upper()}", "").lower() == "true":
             raise UserError(f"fsdp_{name} in the launch configuration is not served: {instead}")
-    for name, instead in _NOT_SERVED.items():
-        if getattr(args, name):
-            raise UserError(f"--{name} does not go with FSDP2: {instead}")
-    if args.mixed_precision == "fp16":
-        raise UserError("--mixed_precision fp16 does not go with FSDP2: use bf16 or no")
+    _check_flags(args, "FSDP2", _NOT_SERVED)
     if args.use_winner_preserving and args.winner_preserving_space == "parameter":
         raise UserError("--winner_preserving_space parameter does not go with FSDP2: use output")
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        raise UserError("FSDP2 needs more than one process: with one, use another configuration")
     # Accelerate is to see ordinary processes.
     del os.environ[_USE]
     return Sharding(reshard=os.environ.get(_RESHARD, "true").lower() != "false")
+
+
+def check_deepspeed(args: argparse.Namespace) -> bool:
+    """Whether the launcher asks for DeepSpeed. Needs no torch.
+
+    Raises:
+        UserError: it is not installed, for what of it is not served, for a single process, or with
+            flags that do not go with it.
+    """
+    if os.environ.get(_USE_DEEPSPEED, "").lower() != "true":
+        return False
+    if find_spec("deepspeed") is None:
+        raise UserError(
+            "DeepSpeed is not installed: pip install deepspeed, or use --config zero2, the same "
+            "division of gradients and optimizer state by torch itself"
+        )
+    for name, (served, instead) in _DEEPSPEED_KEYS.items():
+        value = os.environ.get(f"ACCELERATE_DEEPSPEED_{name.upper()}", served)
+        if value.lower() != served:
+            raise UserError(
+                f"{name.lower()} {value} in the launch configuration is not served: {instead}"
+            )
+    _check_flags(args, "DeepSpeed", {**_NOT_SERVED, **_NOT_BY_DEEPSPEED})
+    # Accelerate is to see ordinary processes.
+    del os.environ[_USE_DEEPSPEED]
+    return True
+
+
+def _check_flags(args: argparse.Namespace, engine: str, not_served: dict[str, str]) -> None:
+    for name, instead in not_served.items():
+        if getattr(args, name):
+            raise UserError(f"--{name} does not go with {engine}: {instead}")
+    if args.mixed_precision == "fp16":
+        raise UserError(f"--mixed_precision fp16 does not go with {engine}: use bf16 or no")
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        raise UserError(
+            f"{engine} needs more than one process: with one, use another configuration"
+        )
 
 
 def shard(unet: nn.Module, how: Sharding, device: torch.device, processes: int) -> nn.Module:

@@ -7,7 +7,6 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from sdpo.accumulation import Accumulation
 from sdpo.checkpoint import Progress
 from sdpo.checkpoint_paths import latest_checkpoint
 from sdpo.data.loader import PairLoader
@@ -62,16 +62,17 @@ class Trainer:
         accelerator: Accelerator,
         models: Models,
         loader: PairLoader,
+        accumulation: Accumulation,
         optimizer: Any,
         scheduler: Any,
         start: Progress,
         max_train_steps: int,
     ) -> None:
         self.args, self.accelerator, self.models = args, accelerator, models
-        self.loader, self.optimizer, self.scheduler = loader, optimizer, scheduler
+        self.loader, self.accumulation = loader, accumulation
+        self.optimizer, self.scheduler = optimizer, scheduler
         self.progress, self.max_train_steps = start, max_train_steps
         self.output_dir = Path(args.output_dir)
-        self.parameters = [p for p in models.unet.parameters() if p.requires_grad]
         self.nonfinite_in_a_row = self.nonfinite_steps = 0
         self.stop = StopRequest()
         self.stop_agreed = False
@@ -157,16 +158,15 @@ class Trainer:
                 return None
             batch = next(micro_batches)
             last = micro == self.args.gradient_accumulation_steps - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.models.unet):
+            with self.accumulation.micro_batch(last):
                 output = self._losses(batch, scale)
-                self.accelerator.backward(output.loss / self.args.gradient_accumulation_steps)
+                self.accumulation.backward(output.loss / self.args.gradient_accumulation_steps)
             metrics.add(output.metrics)
             once = micro == 0 and self.accelerator.is_main_process
             timesteps = batch.inputs.timesteps[: len(batch.keys)]
             spread.add(output, timesteps, count_scales=once or not self.one_scale_a_step)
             place = batch.place_after
-        grad_norm = self.accelerator.clip_grad_norm_(self.parameters, self.args.max_grad_norm)
-        grad_norm = whole(grad_norm)
+        grad_norm = self.accumulation.clip()
         means, sums, spread_sums = metrics.reduce(
             self.accelerator,
             {

@@ -63,6 +63,7 @@ def build_trainer(bench: argparse.Namespace, work: Path) -> Any:
     from accelerate import Accelerator
     from true_size import build_sd15_frozen, build_unet
 
+    from sdpo.accumulation import OwnAccumulation
     from sdpo.args import build_parser
     from sdpo.checkpoint import Progress
     from sdpo.data.loader import PairLoader
@@ -99,7 +100,8 @@ def build_trainer(bench: argparse.Namespace, work: Path) -> Any:
     models = Models(family, ModelSource("none"), unet, reference, encoder)
     loader = PairLoader(open_pairs(args), args, rank=0, world_size=1)
     start = Progress(0, FIRST)
-    return Trainer(args, accelerator, models, loader, optimizer, scheduler, start, 2)
+    accumulation = OwnAccumulation(accelerator, unet, args.max_grad_norm)
+    return Trainer(args, accelerator, models, loader, accumulation, optimizer, scheduler, start, 2)
 
 
 def alternate(trainer: Any, repeats: int) -> dict[str, list[float]]:

@@ -43,7 +43,9 @@ def public_step(trainer: Any, batches: Any) -> dict[str, Any]:
         trainer.accelerator.backward(loss / accumulation)
         if micro == accumulation - 1:
             if not trainer.args.use_adafactor:
-                trainer.accelerator.clip_grad_norm_(trainer.parameters, trainer.args.max_grad_norm)
+                trainer.accelerator.clip_grad_norm_(
+                    trainer.models.unet.parameters(), trainer.args.max_grad_norm
+                )
             trainer.optimizer.step()
             trainer.scheduler.step()
             trainer.optimizer.zero_grad()
