@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,9 @@ from sdpo.cli import as_argv
 REPO = Path(__file__).resolve().parents[2]
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 TIMING = ("seconds", "pairs_per_s", "peak_memory_gib")
+needs_deepspeed = pytest.mark.skipif(
+    find_spec("deepspeed") is None, reason="needs deepspeed, an optional package"
+)
 
 
 @dataclass(frozen=True)
@@ -305,17 +309,26 @@ class Trainer:
         stderr = self.scratch / f"stderr-{self._stderr}"
         return Forked(self.argv(out, **flags), stderr, environment)
 
-    def start_processes(self, out: Path | list[Path], count: int, **flags: Any) -> list[Forked]:
-        """Start training in `count` processes, as a launcher does; a list gives each its `out`."""
+    def start_processes(
+        self,
+        out: Path | list[Path],
+        count: int,
+        environment: dict[str, str] | None = None,
+        **flags: Any,
+    ) -> list[Forked]:
+        """Start training in `count` processes, as a launcher does that adds `environment`; a list
+        gives each its `out`."""
         ranks = []
-        for rank, environment in enumerate(rank_environments(count)):
+        for rank, own_environment in enumerate(rank_environments(count)):
             own = out[rank] if isinstance(out, list) else out
-            ranks.append(self.fork(own, environment, **flags))
+            ranks.append(self.fork(own, {**own_environment, **(environment or {})}, **flags))
         return ranks
 
-    def processes(self, out: Path, count: int, **flags: Any) -> Run:
+    def processes(
+        self, out: Path, count: int, environment: dict[str, str] | None = None, **flags: Any
+    ) -> Run:
         """Train in `count` processes, to the end."""
-        ranks = self.start_processes(out, count, **flags)
+        ranks = self.start_processes(out, count, environment, **flags)
         codes = [fork.wait() for fork in ranks]
         assert codes == [0] * count, "\n".join(fork.stderr for fork in ranks)
         return Run(out)

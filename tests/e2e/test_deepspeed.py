@@ -4,10 +4,7 @@ checkpoints that any other run can go on from."""
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,20 +13,16 @@ from sdpo.errors import UserError
 from sdpo.sharding import check_deepspeed
 
 from .harness import (
-    REPO,
     Run,
-    as_argv,
     base_unet,
     check_close,
     distance,
     identical,
-    rank_environments,
+    needs_deepspeed,
     resumed_copy,
 )
 from .test_processes import FLAGS
 
-INSTALLED = importlib.util.find_spec("deepspeed") is not None
-needs_deepspeed = pytest.mark.skipif(not INSTALLED, reason="needs deepspeed, an optional package")
 ASKED = {
     "ACCELERATE_USE_DEEPSPEED": "true",
     "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2",
@@ -39,10 +32,7 @@ ASKED = {
 
 def divided(train, out, count, **flags):
     """Train in `count` processes under DeepSpeed, to the end."""
-    ranks = [train.fork(out, {**env, **ASKED}, **flags) for env in rank_environments(count)]
-    codes = [fork.wait() for fork in ranks]
-    assert codes == [0] * count, "\n".join(fork.stderr for fork in ranks)
-    return Run(out)
+    return train.processes(out, count, ASKED, **flags)
 
 
 @pytest.fixture(scope="module")
@@ -137,40 +127,11 @@ def test_the_scale_over_the_parameters(train, tmp_path):
 def test_a_step_that_is_not_finite_is_skipped(train, tmp_path):
     """A rate that blows up: the run ends at the same steps, with the same message."""
     flags = {**FLAGS, "learning_rate": 1e30, "lr_warmup_steps": 0, "max_nonfinite_steps": 1}
-    ranks = [
-        train.fork(tmp_path / "two", {**env, **ASKED}, **flags, train_batch_size=2)
-        for env in rank_environments(2)
-    ]
+    ranks = train.start_processes(tmp_path / "two", 2, ASKED, **flags, train_batch_size=2)
     assert [fork.wait() for fork in ranks] == [2, 2]
     assert "--max_nonfinite_steps 1" in ranks[0].stderr
     run = Run(tmp_path / "two")
     assert run.column("nonfinite_steps")[0] == 0
-
-
-@needs_deepspeed
-def test_the_configuration_asks_for_it(train, tmp_path):
-    """`accelerate launch` with the shipped file, with fewer processes."""
-    config = (REPO / "scripts/configs/deepspeed.yaml").read_text()
-    mine = tmp_path / "mine.yaml"
-    mine.write_text(config.replace("num_processes: 8", "num_processes: 2"))
-    out = tmp_path / "run"
-    flags = train.argv(out, max_train_steps=1)
-    environment = {**os.environ, "SDPO_PYTHON": sys.executable, "SDPO_SKIP_INSTALL": "1"}
-    environment |= {"ACCELERATE_USE_CPU": "true", "DS_ACCELERATOR": "cpu"}
-    recipe = REPO / "scripts/train/sd15_diffusion_dpo.sh"
-    small = as_argv({"gradient_accumulation_steps": 1, "dataloader_num_workers": 0})
-    done = subprocess.run(
-        ["bash", recipe, "--config", mine, *flags, *small],
-        cwd=REPO,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr
-    resolved = Run(out).config["resolved"]
-    assert (resolved["processes"], resolved["sharding"]) == (2, "DeepSpeed")
-    assert Run(out).checkpoints == [1]
 
 
 @pytest.fixture

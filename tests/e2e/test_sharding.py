@@ -24,7 +24,7 @@ from .harness import (
     check_close,
     distance,
     identical,
-    rank_environments,
+    needs_deepspeed,
     resumed_copy,
 )
 from .test_processes import FLAGS
@@ -35,10 +35,7 @@ ASKED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 def sharded(train, out, count, reshard="true", **flags):
     """Train in `count` processes under FSDP2, to the end."""
     asked = {**ASKED, "FSDP_RESHARD_AFTER_FORWARD": reshard}
-    ranks = [train.fork(out, {**env, **asked}, **flags) for env in rank_environments(count)]
-    codes = [fork.wait() for fork in ranks]
-    assert codes == [0] * count, "\n".join(fork.stderr for fork in ranks)
-    return Run(out)
+    return train.processes(out, count, asked, **flags)
 
 
 @pytest.fixture(scope="module")
@@ -193,8 +190,15 @@ def test_adapters_and_average_are_resumed_either_way(train, adapters, tmp_path):
     check_adapters(sharded(train, out, 2, **ADAPTERS, train_batch_size=2), one, base)
 
 
-@pytest.mark.parametrize("name", ["fsdp2", "zero2"])
-def test_the_configurations_ask_for_it(train, tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "engine"),
+    [
+        ("fsdp2", "FSDP2"),
+        ("zero2", "FSDP2"),
+        pytest.param("deepspeed", "DeepSpeed", marks=needs_deepspeed),
+    ],
+)
+def test_the_configurations_ask_for_it(train, tmp_path, name, engine):
     """`accelerate launch` with a shipped file, on CPUs and with fewer processes."""
     config = (REPO / f"scripts/configs/{name}.yaml").read_text()
     mine = tmp_path / "mine.yaml"
@@ -202,7 +206,7 @@ def test_the_configurations_ask_for_it(train, tmp_path, name):
     out = tmp_path / "run"
     flags = train.argv(out, max_train_steps=1)
     environment = {**os.environ, "SDPO_PYTHON": sys.executable, "SDPO_SKIP_INSTALL": "1"}
-    environment["ACCELERATE_USE_CPU"] = "true"
+    environment |= {"ACCELERATE_USE_CPU": "true", "DS_ACCELERATOR": "cpu"}
     recipe = REPO / "scripts/train/sd15_diffusion_dpo.sh"
     small = as_argv({"gradient_accumulation_steps": 1, "dataloader_num_workers": 0})
     done = subprocess.run(
@@ -216,7 +220,7 @@ def test_the_configurations_ask_for_it(train, tmp_path, name):
     assert done.returncode == 0, done.stderr
     run = Run(out)
     resolved = run.config["resolved"]
-    assert (resolved["processes"], resolved["sharding"]) == (2, "FSDP2")
+    assert (resolved["processes"], resolved["sharding"]) == (2, engine)
     assert run.checkpoints == [1]
 
 
