@@ -42,10 +42,10 @@ _NOT_BY_DEEPSPEED = {
 }
 # Keys of deepspeed_config: what of them is served, and what to do instead.
 _DEEPSPEED_KEYS = {
-    "ZERO_STAGE": ("2", "use 2, or --config fsdp2, which divides the weights too"),
-    "OFFLOAD_OPTIMIZER_DEVICE": ("none", "use none"),
-    "OFFLOAD_PARAM_DEVICE": ("none", "use none"),
-    "CONFIG_FILE": ("none", "train.py's flags say what it would"),
+    "zero_stage": ("2", "use 2, or --config fsdp2, which divides the weights too"),
+    "offload_optimizer_device": ("none", "use none"),
+    "offload_param_device": ("none", "use none"),
+    "config_file": ("none", "train.py's flags say what it would"),
 }
 # What one process holds whole at a time during a pass.
 _UNITS = ("BasicTransformerBlock", "ResnetBlock2D")
@@ -99,9 +99,7 @@ def check_deepspeed(args: argparse.Namespace) -> bool:
     for name, (served, instead) in _DEEPSPEED_KEYS.items():
         value = os.environ.get(f"ACCELERATE_DEEPSPEED_{name.upper()}", served)
         if value.lower() != served:
-            raise UserError(
-                f"{name.lower()} {value} in the launch configuration is not served: {instead}"
-            )
+            raise UserError(f"{name} {value} in the launch configuration is not served: {instead}")
     _check_flags(args, "DeepSpeed", {**_NOT_SERVED, **_NOT_BY_DEEPSPEED})
     # Accelerate is to see ordinary processes.
     del os.environ[_USE_DEEPSPEED]

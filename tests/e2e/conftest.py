@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from .harness import Trainer
+from .harness import FLAGS, Run, Trainer
 
 
 @pytest.fixture(scope="session")
@@ -18,3 +18,9 @@ def train(tiny_sd15, tiny_sdxl, pairs_dir, datasets_cache, tmp_path_factory) -> 
     """Runs train.py on the tiny models and pairs."""
     scratch = tmp_path_factory.mktemp("stderr")
     return Trainer({"sd15": tiny_sd15, "sdxl": tiny_sdxl}, pairs_dir, datasets_cache, scratch)
+
+
+@pytest.fixture(scope="session")
+def one(train, tmp_path_factory) -> Run:
+    """What one process trains, which those that divide the work are held against."""
+    return train(tmp_path_factory.mktemp("one"), **FLAGS, train_batch_size=4)

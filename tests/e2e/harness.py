@@ -30,6 +30,20 @@ from sdpo.cli import as_argv
 REPO = Path(__file__).resolve().parents[2]
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 TIMING = ("seconds", "pairs_per_s", "peak_memory_gib")
+# Both ways of writing a step: 4 pairs of one process or 2 of each of two.
+FLAGS = {
+    "gradient_accumulation_steps": 2,
+    "max_train_steps": 4,
+    "checkpointing_steps": 2,
+    "use_winner_preserving": True,
+    "winner_preserving_scope": "pair",
+    # Adam divides a gradient by its size: rounding would be blown up to a full step where it is
+    # close to zero, were epsilon not larger than such gradients.
+    "adam_epsilon": 1e-3,
+    "learning_rate": 1e-3,
+    "lr_scheduler": "linear",
+    "lr_warmup_steps": 2,
+}
 needs_deepspeed = pytest.mark.skipif(
     find_spec("deepspeed") is None, reason="needs deepspeed, an optional package"
 )

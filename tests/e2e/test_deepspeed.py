@@ -13,6 +13,7 @@ from sdpo.errors import UserError
 from sdpo.sharding import check_deepspeed
 
 from .harness import (
+    FLAGS,
     Run,
     base_unet,
     check_close,
@@ -21,7 +22,6 @@ from .harness import (
     needs_deepspeed,
     resumed_copy,
 )
-from .test_processes import FLAGS
 
 ASKED = {
     "ACCELERATE_USE_DEEPSPEED": "true",
@@ -33,11 +33,6 @@ ASKED = {
 def divided(train, out, count, **flags):
     """Train in `count` processes under DeepSpeed, to the end."""
     return train.processes(out, count, ASKED, **flags)
-
-
-@pytest.fixture(scope="module")
-def one(train, tmp_path_factory):
-    return train(tmp_path_factory.mktemp("one"), **FLAGS, train_batch_size=4)
 
 
 @pytest.fixture(scope="module")

@@ -7,27 +7,7 @@ import signal
 
 import pytest
 
-from .harness import base_unet, check_close, identical, last_sentence, resumed_copy
-
-# Both ways of writing a step: 4 pairs of one process or 2 of each of two.
-FLAGS = {
-    "gradient_accumulation_steps": 2,
-    "max_train_steps": 4,
-    "checkpointing_steps": 2,
-    "use_winner_preserving": True,
-    "winner_preserving_scope": "pair",
-    # Adam divides a gradient by its size: rounding would be blown up to a full step where it is
-    # close to zero, were epsilon not larger than such gradients.
-    "adam_epsilon": 1e-3,
-    "learning_rate": 1e-3,
-    "lr_scheduler": "linear",
-    "lr_warmup_steps": 2,
-}
-
-
-@pytest.fixture(scope="module")
-def one(train, tmp_path_factory):
-    return train(tmp_path_factory.mktemp("one"), **FLAGS, train_batch_size=4)
+from .harness import FLAGS, base_unet, check_close, identical, last_sentence, resumed_copy
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from sdpo.saving import EMA_LORA_FILE
 from sdpo.sharding import Sharding, check_sharding
 
 from .harness import (
+    FLAGS,
     REPO,
     Run,
     as_argv,
@@ -27,7 +28,6 @@ from .harness import (
     needs_deepspeed,
     resumed_copy,
 )
-from .test_processes import FLAGS
 
 ASKED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
@@ -36,11 +36,6 @@ def sharded(train, out, count, reshard="true", **flags):
     """Train in `count` processes under FSDP2, to the end."""
     asked = {**ASKED, "FSDP_RESHARD_AFTER_FORWARD": reshard}
     return train.processes(out, count, asked, **flags)
-
-
-@pytest.fixture(scope="module")
-def one(train, tmp_path_factory):
-    return train(tmp_path_factory.mktemp("one"), **FLAGS, train_batch_size=4)
 
 
 @pytest.fixture(scope="module")
