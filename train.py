@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from sdpo.args import parse_args
-from sdpo.errors import UserError, run_main
-from sdpo.sharding import check_deepspeed, check_sharding
+from sdpo.common.errors import UserError, run_main
+from sdpo.training.sharding import check_deepspeed, check_sharding
 
 log = logging.getLogger("sdpo")
 
@@ -23,27 +23,27 @@ def main() -> int:
 
     import torch
 
-    from eval.relabel import relabel
-    from eval.scoring import ScoreOptions
-    from sdpo.accumulation import Accumulation, OwnAccumulation
-    from sdpo.checkpoint import Progress, clear_unfinished, load_training, read_progress
+    from sdpo.common.precision import DTYPES
     from sdpo.data.flags import choice_weights
     from sdpo.data.loader import PairLoader, steps_for_epochs
     from sdpo.data.order import FIRST
     from sdpo.data.source import open_pairs
-    from sdpo.ema import Ema
-    from sdpo.encoding import build_encoder
-    from sdpo.families import get_family
-    from sdpo.families.base import ModelSource
-    from sdpo.models import Models
-    from sdpo.optim import build_optimizer, build_scheduler, restore, scaled_learning_rate
-    from sdpo.precision import DTYPES
-    from sdpo.reference import build_reference
-    from sdpo.runlog import describe_run, write_config
-    from sdpo.saving import export_run, load_ema, load_weights
-    from sdpo.sharding import divided, gathered, shard
-    from sdpo.speed import compile_forward, to_channels_last
-    from sdpo.trainer import Trainer
+    from sdpo.evaluation.score.relabel import relabel
+    from sdpo.evaluation.score.scoring import ScoreOptions
+    from sdpo.models import get_family
+    from sdpo.models.base import ModelSource
+    from sdpo.models.ema import Ema
+    from sdpo.models.encoding import build_encoder
+    from sdpo.models.reference import build_reference
+    from sdpo.training.accumulation import Accumulation, OwnAccumulation
+    from sdpo.training.checkpoint import Progress, clear_unfinished, load_training, read_progress
+    from sdpo.training.optim import build_optimizer, build_scheduler, restore, scaled_learning_rate
+    from sdpo.training.run import Trainer
+    from sdpo.training.runlog import describe_run, write_config
+    from sdpo.training.saving import export_run, load_ema, load_weights
+    from sdpo.training.sharding import divided, gathered, shard
+    from sdpo.training.speed import compile_forward, to_channels_last
+    from sdpo.training.state import Models
 
     accelerator = build_accelerator(args)
     output_dir = Path(args.output_dir)
@@ -71,7 +71,7 @@ def main() -> int:
         )
     cache = None
     if args.cache_dir_latents:
-        from sdpo.cache.prepare import prepare_cache
+        from sdpo.data.latents.prepare import prepare_cache
 
         cache = prepare_cache(pairs, args, family, source, accelerator)
     loader = PairLoader(
@@ -182,9 +182,9 @@ def build_accelerator(args: argparse.Namespace) -> Any:
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 
-    from eval.processes import WAIT_LIMIT
-    from sdpo.precision import check_precision
-    from sdpo.runlog import quieten_libraries
+    from sdpo.common.precision import check_precision
+    from sdpo.common.processes import WAIT_LIMIT
+    from sdpo.training.runlog import quieten_libraries
 
     output_dir = Path(args.output_dir)
     try:
@@ -211,7 +211,7 @@ def build_accelerator(args: argparse.Namespace) -> Any:
 
 def find_checkpoint(args: argparse.Namespace) -> Path | None:
     """The checkpoint to go on from, or None for a fresh run."""
-    from sdpo.checkpoint_paths import latest_checkpoint
+    from sdpo.training.checkpoint_paths import latest_checkpoint
 
     if args.resume_from_checkpoint == "none":
         return None

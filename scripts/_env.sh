@@ -63,4 +63,6 @@ install_requirements() {
 }
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
+# Programs in any folder find the package, installed or not.
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 use_python

@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sdpo.losses import LossOutput, preference_loss
-    from sdpo.safeguard import loser_scale, scale_from_products, scale_gradient
+    from sdpo.losses.preference import LossOutput, preference_loss
+    from sdpo.losses.safeguard import loser_scale, scale_from_products, scale_gradient
 
 __all__ = [
     "LossOutput",
@@ -23,11 +23,11 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOME = {
-    "LossOutput": "sdpo.losses",
-    "preference_loss": "sdpo.losses",
-    "loser_scale": "sdpo.safeguard",
-    "scale_from_products": "sdpo.safeguard",
-    "scale_gradient": "sdpo.safeguard",
+    "LossOutput": "sdpo.losses.preference",
+    "preference_loss": "sdpo.losses.preference",
+    "loser_scale": "sdpo.losses.safeguard",
+    "scale_from_products": "sdpo.losses.safeguard",
+    "scale_gradient": "sdpo.losses.safeguard",
 }
 
 

@@ -12,13 +12,13 @@ import os
 import sys
 from pathlib import Path
 
-from sdpo.cache.flags import add_cache_flags, check_cache_flags
-from sdpo.cli import Parser, Replace
+from sdpo.common.cli import Parser, Replace
+from sdpo.common.errors import UserError, run_main
 from sdpo.data.flags import add_source_flags, check_source_flags
-from sdpo.errors import UserError, run_main
-from sdpo.families.names import FAMILY_FLAGS
-from sdpo.losses import FORMS, method_names
-from sdpo.preflight import check_data_location, check_model_location, check_output_dir
+from sdpo.data.latents.flags import add_cache_flags, check_cache_flags
+from sdpo.losses.preference import FORMS, method_names
+from sdpo.models.locations import check_data_location, check_model_location, check_output_dir
+from sdpo.models.names import FAMILY_FLAGS
 from sdpo.safeguard_flags import add_safeguard_flags, check_safeguard_flags
 from sdpo.speed_flags import add_speed_flags, check_speed_flags
 from sdpo.weight_flags import add_weight_flags, check_weight_flags

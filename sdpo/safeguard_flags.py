@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from sdpo.errors import UserError
+from sdpo.common.errors import UserError
 
 
 def add_safeguard_flags(group: argparse._ArgumentGroup) -> None:

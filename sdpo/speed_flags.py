@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from importlib.util import find_spec
 
-from sdpo.errors import UserError
+from sdpo.common.errors import UserError
 
 _SWITCH = argparse.BooleanOptionalAction
 

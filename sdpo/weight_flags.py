@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 
-from sdpo.errors import UserError
+from sdpo.common.errors import UserError
 
 _SWITCH = argparse.BooleanOptionalAction
 # The attention's projections, in both families.

@@ -84,8 +84,8 @@ def double_unet():
 @pytest.fixture(scope="session")
 def pairs(double_unet):
     """Three pairs at timesteps far apart, float64; a pair shares timestep, noise and caption."""
-    from sdpo.families.base import Conditioning
-    from sdpo.forward import NoisedPairs
+    from sdpo.models.base import Conditioning
+    from sdpo.models.forward import NoisedPairs
 
     g = torch.Generator().manual_seed(1)
     size = (3, double_unet.config.in_channels, 16, 16)

@@ -34,7 +34,7 @@ def test_pictures_and_links_lead_somewhere(page):
 
 
 def test_figures_named_are_what_the_lab_writes(repo, page):
-    from sdpo.lab.tiny_report import PICTURES
+    from sdpo.lab.tiny.report import PICTURES
 
     _, text = page
     named = set(re.findall(r"`(\w+\.png)`", text))

@@ -27,12 +27,12 @@ def test_paths_exist(repo, readme):
 
 
 def test_flags_exist(readme):
-    from eval.comparison_args import build_parser as build_comparison_parser
-    from eval.evaluate import build_parser as build_evaluation_parser
     from sdpo.args import build_parser
-    from sdpo.lab.audit import build_parser as build_audit_parser
-    from sdpo.lab.sweep import build_parser as build_sweep_parser
-    from sdpo.plot import build_parser as build_plot_parser
+    from sdpo.evaluation.compare.config import build_parser as build_comparison_parser
+    from sdpo.evaluation.evaluate import build_parser as build_evaluation_parser
+    from sdpo.lab.audit.run import build_parser as build_audit_parser
+    from sdpo.lab.plot import build_parser as build_plot_parser
+    from sdpo.lab.sweep.run import build_parser as build_sweep_parser
 
     parsers = [build_parser(), build_evaluation_parser(), build_comparison_parser(None)]
     parsers += [build_sweep_parser(), build_plot_parser(), build_audit_parser()]
@@ -47,7 +47,7 @@ def test_flags_exist(readme):
 
 
 def test_example_sweep_is_one(repo, readme, pairs_dir, tmp_path, monkeypatch):
-    from sdpo.lab.sweep_file import read_sweep
+    from sdpo.lab.sweep.file import read_sweep
 
     monkeypatch.chdir(repo)
     (text,) = re.findall(r"```yaml\n(.*?)```", readme, re.DOTALL)

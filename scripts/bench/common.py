@@ -17,10 +17,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from eval.summary import print_grid
-from sdpo.cli import Parser
-from sdpo.errors import UserError
-from sdpo.files import write_json
+from sdpo.common.cli import Parser
+from sdpo.common.errors import UserError
+from sdpo.common.files import write_json
+from sdpo.evaluation.score.summary import print_grid
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY_MODEL = ROOT / "assets" / "tiny-sd15"

@@ -30,7 +30,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from scripts.bench.common import parser, print_table, write_result
-from sdpo.errors import UserError, run_main
+from sdpo.common.errors import UserError, run_main
 
 GPUS = 8
 # Dense bf16 FLOP/s as the vendor gives them.

@@ -30,8 +30,8 @@ from scripts.bench.common import (
     spread,
     write_result,
 )
-from sdpo.cli import at_least
-from sdpo.errors import UserError, run_main
+from sdpo.common.cli import at_least
+from sdpo.common.errors import UserError, run_main
 
 SOURCES = ("parquet", "streaming", "cache")
 SHARDS = 4
@@ -105,11 +105,11 @@ def open_loader(bench: argparse.Namespace, work: Path, source: str, workers: int
     from accelerate import Accelerator
 
     from sdpo.args import parse_args
-    from sdpo.cache.prepare import prepare_cache
+    from sdpo.data.latents.prepare import prepare_cache
     from sdpo.data.loader import PairLoader
     from sdpo.data.source import open_pairs
-    from sdpo.families import get_family
-    from sdpo.families.base import ModelSource
+    from sdpo.models import get_family
+    from sdpo.models.base import ModelSource
 
     flags: dict[str, Any] = {
         "pretrained_model_name_or_path": TINY_MODEL,
@@ -150,7 +150,7 @@ def measure(bench: argparse.Namespace, work: Path, workers: int) -> dict[str, li
 def main() -> int:
     """Run, print, write."""
     bench = parse()
-    from sdpo.runlog import quieten_libraries
+    from sdpo.training.runlog import quieten_libraries
 
     quieten_libraries()
     work = Path(tempfile.mkdtemp(prefix="sdpo-bench-"))

@@ -22,8 +22,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from sdpo.errors import UserError, run_main
-from sdpo.files import write_json
+from sdpo.common.errors import UserError, run_main
+from sdpo.common.files import write_json
 
 GIB = 2**30
 
@@ -63,20 +63,20 @@ def build_trainer(bench: argparse.Namespace, work: Path) -> Any:
     from accelerate import Accelerator
     from true_size import build_sd15_frozen, build_unet
 
-    from sdpo.accumulation import OwnAccumulation
     from sdpo.args import build_parser
-    from sdpo.checkpoint import Progress
     from sdpo.data.loader import PairLoader
     from sdpo.data.order import FIRST
     from sdpo.data.source import open_pairs
-    from sdpo.encoding import ModelEncoder
-    from sdpo.families import get_family
-    from sdpo.families.base import ModelSource
-    from sdpo.forward import make_reference
-    from sdpo.models import Models
-    from sdpo.optim import build_optimizer, build_scheduler
+    from sdpo.models import get_family
+    from sdpo.models.base import ModelSource
+    from sdpo.models.encoding import ModelEncoder
+    from sdpo.models.forward import make_reference
     from sdpo.tinyworld.pairs import write_pairs
-    from sdpo.trainer import Trainer
+    from sdpo.training.accumulation import OwnAccumulation
+    from sdpo.training.checkpoint import Progress
+    from sdpo.training.optim import build_optimizer, build_scheduler
+    from sdpo.training.run import Trainer
+    from sdpo.training.state import Models
 
     write_pairs(work / "pairs", 64, 8, 0)
     flags = f"""--pretrained_model_name_or_path true-size/random --train_data_dir {work / "pairs"}
@@ -138,7 +138,7 @@ def main() -> int:
     """Run, print a table, write JSON."""
     bench = parse()
     counts = check_parameter_counts()
-    from sdpo.runlog import peak_memory_gib, quieten_libraries
+    from sdpo.training.runlog import peak_memory_gib, quieten_libraries
 
     quieten_libraries()
     work = Path(tempfile.mkdtemp(prefix="sdpo-bench-"))

@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sdpo.data.order import Place
-from sdpo.forward import NoisedPairs, predict
-from sdpo.runlog import peak_memory_gib
+from sdpo.models.forward import NoisedPairs, predict
+from sdpo.training.runlog import peak_memory_gib
 
 
 def public_step(trainer: Any, batches: Any) -> dict[str, Any]:

@@ -32,14 +32,14 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from scripts.bench.common import TINY_MODEL, parser, print_table, write_result
-from sdpo.cli import at_least
-from sdpo.errors import run_main
+from sdpo.common.cli import at_least
+from sdpo.common.errors import run_main
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from sdpo.forward import NoisedPairs
+    from sdpo.models.forward import NoisedPairs
 
 BETA = 5000.0
 # Policy computed in, reference's weights held in, reference computed in; the runs' own pairs first.
@@ -78,10 +78,10 @@ def batches(bench: argparse.Namespace, work: Path) -> Any:
     from sdpo.args import parse_args
     from sdpo.data.loader import PairLoader
     from sdpo.data.source import open_pairs
-    from sdpo.encoding import ModelEncoder
-    from sdpo.families import get_family
-    from sdpo.families.base import ModelSource
-    from sdpo.forward import noise_pairs
+    from sdpo.models import get_family
+    from sdpo.models.base import ModelSource
+    from sdpo.models.encoding import ModelEncoder
+    from sdpo.models.forward import noise_pairs
     from sdpo.tinyworld.pairs import write_pairs
 
     write_pairs(work / "pairs", 8 * bench.steps + bench.pairs, 8, seed=0)
@@ -111,8 +111,8 @@ def errors(unet: nn.Module, inputs: list[NoisedPairs], dtype: torch.dtype) -> Te
     """L_w - L_l of every pair, float64, computed under autocast to `dtype` (float32: without)."""
     import torch
 
-    from sdpo.forward import predict
     from sdpo.losses.terms import per_sample_mse
+    from sdpo.models.forward import predict
 
     found = []
     autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
@@ -128,7 +128,7 @@ def train(unet: nn.Module, base: nn.Module, inputs: list[NoisedPairs]) -> None:
     import torch
 
     from sdpo import preference_loss
-    from sdpo.forward import predict
+    from sdpo.models.forward import predict
 
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4)
     for item in inputs:
@@ -148,9 +148,9 @@ def main() -> int:
     bench = parse()
     import torch
 
-    from sdpo.families import get_family
-    from sdpo.families.base import ModelSource
-    from sdpo.runlog import quieten_libraries
+    from sdpo.models import get_family
+    from sdpo.models.base import ModelSource
+    from sdpo.training.runlog import quieten_libraries
 
     quieten_libraries()
     base = get_family(sdxl=False).load_unet(ModelSource(str(TINY_MODEL)))

@@ -30,8 +30,8 @@ from scripts.bench.common import (
     spread,
     write_result,
 )
-from sdpo.cli import at_least
-from sdpo.errors import UserError, run_main
+from sdpo.common.cli import at_least
+from sdpo.common.errors import UserError, run_main
 
 SCOPES = ("batch", "pair")
 # SD1.5 at 256 and 512 px, SDXL at 1024, one pair and the recipes' eight; the tiny model's.
@@ -117,7 +117,7 @@ def tiny_step(pairs: int, side: int, device: Any) -> Callable[[], None]:
     import torch
     from diffusers import UNet2DConditionModel
 
-    from sdpo.forward import make_reference
+    from sdpo.models.forward import make_reference
 
     unet = UNet2DConditionModel.from_pretrained(TINY_MODEL, subfolder="unet").float().to(device)
     reference = make_reference(unet, torch.float32)

@@ -31,8 +31,8 @@ from scripts.bench.common import (
     spread,
     write_result,
 )
-from sdpo.cli import at_least
-from sdpo.errors import run_main
+from sdpo.common.cli import at_least
+from sdpo.common.errors import run_main
 
 
 def parse() -> argparse.Namespace:

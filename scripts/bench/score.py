@@ -23,10 +23,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from eval.scorers import PUBLISHED
 from scripts.bench.common import ROOT, parser, print_table, ratios, spread, write_result
-from sdpo.cli import at_least
-from sdpo.errors import UserError, run_main
+from sdpo.common.cli import at_least
+from sdpo.common.errors import UserError, run_main
+from sdpo.evaluation.score.scorers import PUBLISHED
 
 ONE_PASS, APART = "one pass", "one process each"
 
@@ -54,7 +54,7 @@ def write_images(path: Path, count: int, side: int) -> None:
     import numpy as np
     from PIL import Image
 
-    from eval.manifest import write_manifest
+    from sdpo.evaluation.generate.manifest import write_manifest
     from sdpo.tinyworld import world
 
     rng = np.random.default_rng(0)
@@ -107,7 +107,7 @@ def turn(manifest: Path, way: str, args: argparse.Namespace) -> dict[str, Any]:
 def main() -> int:
     """Run, print, write."""
     args = parse()
-    from sdpo.runlog import quieten_libraries
+    from sdpo.training.runlog import quieten_libraries
 
     quieten_libraries()
     work = Path(tempfile.mkdtemp(prefix="sdpo-bench-"))

@@ -14,24 +14,24 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from sdpo.errors import run_main
+from sdpo.common.errors import run_main
 
 
 def main() -> int:
     """Score and report."""
-    import eval.scoring
-    from eval import score
+    import sdpo.evaluation.score.scoring
     from scripts.bench.common import answer
+    from sdpo.evaluation.score import run as score
 
     decoded = 0
-    open_image = eval.scoring.open_image
+    open_image = sdpo.evaluation.score.scoring.open_image
 
     def counted(*args: Any) -> Any:
         nonlocal decoded
         decoded += 1
         return open_image(*args)
 
-    eval.scoring.open_image = counted
+    sdpo.evaluation.score.scoring.open_image = counted
     began = time.perf_counter()
     code = score.main()
     answer({"decoded": decoded, "seconds": time.perf_counter() - began})

@@ -37,8 +37,8 @@ from scripts.bench.common import (
     write_result,
 )
 from scripts.bench.train_worker import PUBLIC_STYLE
-from sdpo.cli import at_least
-from sdpo.errors import UserError, run_main
+from sdpo.common.cli import at_least
+from sdpo.common.errors import UserError, run_main
 
 PUBLIC = "public"
 PLAIN = "plain"

@@ -18,9 +18,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from sdpo.errors import UserError, run_main
-from sdpo.files import write_json, write_text
-from sdpo.tinyworld.quickstart import RECIPES, ROOT, SUMMARY_FILE
+from sdpo.common.errors import UserError, run_main
+from sdpo.common.files import write_json, write_text
+from sdpo.lab.quickstart.run import RECIPES, ROOT, SUMMARY_FILE
 
 COLUMNS = (
     ("winner_drift_percent", "winner drift, %", "+.1f"),
@@ -54,7 +54,7 @@ def run_once(method: str, seed: int, out: Path) -> dict[str, dict[str, Any]]:
     if not (out / SUMMARY_FILE).is_file():
         print(f"\n== {method}, seed {seed}", flush=True)
         flags = ["--method", method, "--seed", str(seed), "--out", str(out)]
-        command = [sys.executable, "-m", "sdpo.tinyworld.quickstart", *flags]
+        command = [sys.executable, "-m", "sdpo.lab.quickstart.run", *flags]
         if subprocess.run(command, cwd=ROOT).returncode:
             raise UserError(f"{method}, seed {seed} failed (see above); run the same command again")
     rows = json.loads((out / SUMMARY_FILE).read_text(encoding="utf-8"))["rows"]

@@ -14,7 +14,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from sdpo.errors import run_main
+from sdpo.common.errors import run_main
 
 PUBLIC_STYLE = "--public_style"
 
@@ -40,7 +40,7 @@ def main() -> int:
     public_style = sys.argv[1:2] == [PUBLIC_STYLE]
     sys.argv[1:] = sys.argv[1 + public_style :]
     from scripts.bench.public_style import public_step
-    from sdpo.trainer import Trainer
+    from sdpo.training.run import Trainer
 
     Trainer.step = take_turns(public_step if public_style else Trainer.step)
     import train

@@ -14,7 +14,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from sdpo.errors import run_main
+from sdpo.common.errors import run_main
 
 PROMPT_LENGTH = 77
 # OpenCLIP's bigG text tower, SDXL's second encoder.
@@ -40,7 +40,7 @@ def write_pipeline(family: str, path: Path) -> None:
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
     from scripts.bench.true_size import build_sd15_frozen, build_unet
-    from sdpo.runlog import quieten_libraries
+    from sdpo.training.runlog import quieten_libraries
 
     quieten_libraries()
     torch.manual_seed(0)

@@ -55,7 +55,7 @@ def build_sd15_frozen(with_tokenizer: bool = True) -> Any:
     from diffusers import AutoencoderKL, DDPMScheduler
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from sdpo.families.base import Frozen
+    from sdpo.models.base import Frozen
     from sdpo.tinyworld.architecture import build_tokenizer
 
     vae = AutoencoderKL(

@@ -6,6 +6,6 @@ set -euo pipefail
 source "$(dirname "$0")/../_env.sh"
 source "$(dirname "$0")/../_launch.sh"
 # The mistakes of flags and paths are answered here, once, and not by every process.
-"$PYTHON" -m sdpo.cache --check_only "$@" || exit
+"$PYTHON" -m sdpo.data.latents --check_only "$@" || exit
 install_requirements requirements.txt
-launch -m sdpo.cache "$@"
+launch -m sdpo.data.latents "$@"

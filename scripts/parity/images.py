@@ -1,4 +1,4 @@
-"""The images that the parity fixtures are about: tests/eval/fixtures/parity/images/.
+"""The images that the parity fixtures are about: tests/evaluation/fixtures/parity/images/.
 
     python scripts/parity/images.py
 

@@ -1,5 +1,5 @@
 """Scores, tokens and pixels of image-reward 1.5 and hpsv2 1.2.0, by the packages' own code, for the
-images and prompts in tests/eval/fixtures/parity. Runs in the environment of run.sh only.
+images and prompts in tests/evaluation/fixtures/parity. Runs in the environment of run.sh only.
 
 Weights are random (random_weights.py) and drawn again by the tests, so that fixtures hold no
 weights. Nothing of the packages is changed; they are only kept from downloading: a tokenizer lies

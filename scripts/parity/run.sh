@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make the fixtures of tests/eval/test_parity.py by the packages image-reward and hpsv2 themselves:
+# Make the fixtures of tests/evaluation/test_parity.py by the packages image-reward and hpsv2 themselves:
 # bash scripts/parity/run.sh [--packages imagereward hpsv2] [--sizes small true]
 # They get an environment of their own, .venv-parity (Python 3.11, several GB, made once). All of it
 # takes some two minutes on one core, 9 GB of memory and 4 GB of disk.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from sdpo.cli import Replace
-from sdpo.errors import UserError
+from sdpo.common.cli import Replace
+from sdpo.common.errors import UserError
 
 
 def add_source_flags(group: argparse._ArgumentGroup) -> None:
@@ -48,7 +48,7 @@ def add_source_flags(group: argparse._ArgumentGroup) -> None:
 
 def add_choice_flags(group: argparse._ArgumentGroup) -> None:
     """Labels by a scorer instead of by people."""
-    from eval.scorers import scorer_names
+    from sdpo.evaluation.score.scorers import scorer_names
 
     group.add_argument(
         "--choice_model",
@@ -94,7 +94,7 @@ def choice_weights(args: argparse.Namespace) -> dict[str, str]:
     Raises:
         UserError: of another form, of another scorer than --choice_model, or not there.
     """
-    from eval.scoring_args import parse_weights
+    from sdpo.evaluation.score.config import parse_weights
 
     weights = parse_weights(args.choice_weights, "--choice_weights")
     for name in weights:

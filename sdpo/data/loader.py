@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING
 
 from torch.utils.data import DataLoader
 
+from sdpo.common.errors import UserError
 from sdpo.data.order import FIRST, Place, PlaceSampler
 from sdpo.data.own_shards import OwnShards
 from sdpo.data.pairs import BadRow, PairBatch, PairDataset, PairDecoder, collate
 from sdpo.data.source import PairSource
 from sdpo.data.stream import StreamingPairs
 from sdpo.data.transforms import PairTransform
-from sdpo.errors import UserError
 
 if TYPE_CHECKING:
-    from sdpo.cache.store import LatentCache
+    from sdpo.data.latents.store import LatentCache
 
 log = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from sdpo.errors import UserError
+from sdpo.common.errors import UserError
 
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
 

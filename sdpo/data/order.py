@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import torch
 
-from sdpo.errors import UserError
-from sdpo.randomness import generator
+from sdpo.common.errors import UserError
+from sdpo.common.randomness import generator
 
 
 class Place(NamedTuple):

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import count
 
+from sdpo.common.errors import UserError
+from sdpo.common.randomness import Key
 from sdpo.data.order import Place
 from sdpo.data.pairs import NumberedRow
 from sdpo.data.stream import StreamingPairs, shuffled_pairs
-from sdpo.errors import UserError
-from sdpo.randomness import Key
 
 
 class OwnShards(StreamingPairs):

@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from sdpo.common.errors import UserError
+from sdpo.common.randomness import Key, integer, uniform
 from sdpo.data.order import Place, epoch_permutation
 from sdpo.data.source import LABEL, Columns, PairSource
 from sdpo.data.transforms import PairTransform, UndecodableImage, open_image
-from sdpo.errors import UserError
-from sdpo.randomness import Key, integer, uniform
 
 MAX_REPLACEMENTS = 50
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sdpo.common.errors import UserError, first_line
+from sdpo.common.randomness import generator
 from sdpo.data.local import find_local_files
-from sdpo.errors import UserError, first_line
-from sdpo.randomness import generator
 
 if TYPE_CHECKING:
     import datasets

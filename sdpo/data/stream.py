@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
+from sdpo.common.errors import UserError
+from sdpo.common.randomness import Key, generator
 from sdpo.data.order import FIRST, Place
 from sdpo.data.pairs import NumberedRow, Pair, PairDecoder, decode_first
 from sdpo.data.source import DREAMLIKE, LABEL, PairSource, bad_label
-from sdpo.errors import UserError
-from sdpo.randomness import Key, generator
 
 SHUFFLE_BUFFER = 1000  # pairs held in memory, undecoded
 

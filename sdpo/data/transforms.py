@@ -12,7 +12,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from sdpo.randomness import Key, uniform
+from sdpo.common.randomness import Key, uniform
 
 
 class UndecodableImage(Exception):

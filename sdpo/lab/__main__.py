@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
-from sdpo.errors import UserError, run_main
+from sdpo.common.errors import UserError, run_main
 
 COMMANDS = {
     "audit": "what an update would do to the winners at a checkpoint, and the method's assumptions",
@@ -28,7 +28,7 @@ def main() -> int:
         return 0
     if name not in COMMANDS:
         raise UserError(f"{name or 'no command'}: give one of {', '.join(COMMANDS)}")
-    return import_module(f"sdpo.lab.{name}").main(rest)
+    return import_module(f"sdpo.lab.{name}.run").main(rest)
 
 
 if __name__ == "__main__":

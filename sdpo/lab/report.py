@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 
-from sdpo.files import write_text
+from sdpo.common.files import write_text
 
 Cell = str | int | float | None
 Table = Sequence[Mapping[str, Cell]]

@@ -17,8 +17,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sdpo.errors import UserError, run_main
-from sdpo.files import replace_directory
+from sdpo.common.errors import UserError, run_main
+from sdpo.common.files import replace_directory
 
 if TYPE_CHECKING:
     from diffusers import (

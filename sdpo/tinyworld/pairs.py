@@ -15,7 +15,7 @@ import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sdpo.errors import UserError, run_main
+from sdpo.common.errors import UserError, run_main
 
 if TYPE_CHECKING:
     import numpy as np

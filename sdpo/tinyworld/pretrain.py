@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sdpo.cli import at_least
-from sdpo.errors import UserError, run_main
-from sdpo.files import replace_directory, write_json
+from sdpo.common.cli import at_least
+from sdpo.common.errors import UserError, run_main
+from sdpo.common.files import replace_directory, write_json
 from sdpo.tinyworld.architecture import FAMILIES, SIZES, build_pipeline, build_vae, save_pipeline
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from scripts.bench.common import Worker, print_table, ratios, spread, write_result
-from sdpo.errors import UserError
+from sdpo.common.errors import UserError
 
 
 def test_spread():

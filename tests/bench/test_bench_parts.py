@@ -10,7 +10,7 @@ import pytest
 from e2e.harness import run_here
 
 from scripts.bench import cost_model, score, score_worker
-from sdpo.errors import UserError
+from sdpo.common.errors import UserError
 
 ABOUT = {"benchmark", "machine", "command", "date", "versions"}
 SPREAD = {"median", "quartile_1", "quartile_3", "least", "largest", "count"}
@@ -62,11 +62,11 @@ def test_score(tmp_path, monkeypatch):
         output = io.StringIO()
         with contextlib.redirect_stdout(output), monkeypatch.context() as patch:
             patch.setattr("sys.argv", ["score.py", *map(str, argv), "--weights", *mine])
-            patch.setattr("eval.scoring.open_image", open_image)
+            patch.setattr("sdpo.evaluation.score.scoring.open_image", open_image)
             assert score_worker.main() == 0
         return {**json.loads(output.getvalue().splitlines()[-1]), "wall": 1.0}
 
-    from eval.scoring import open_image
+    from sdpo.evaluation.score.scoring import open_image
 
     monkeypatch.setattr(score, "run", here)
     argv = ["--images", 2, "--resolution", 32, "--turns", 1, "--scorers", "pickscore", "aesthetics"]

@@ -12,7 +12,7 @@ import sdpo
 from scripts.bench import scaling, step
 from scripts.bench.public_style import autograd_scale, public_step
 from sdpo.args import parse_args
-from sdpo.errors import UserError
+from sdpo.common.errors import UserError
 
 
 @pytest.mark.parametrize("mu", [0.0, 0.6, 0.9])
@@ -29,7 +29,7 @@ def test_both_ways_to_the_scale_agree(mu):
 def test_public_style_step_trains(tiny_sd15, pairs_dir, tmp_path, monkeypatch):
     reads = []
     item = torch.Tensor.item
-    monkeypatch.setattr("sdpo.trainer.Trainer.step", public_step)
+    monkeypatch.setattr("sdpo.training.run.Trainer.step", public_step)
     flags = {
         "pretrained_model_name_or_path": tiny_sd15,
         "train_data_dir": pairs_dir,

@@ -8,11 +8,11 @@ from itertools import islice
 import pytest
 import torch
 
+from sdpo.common.errors import UserError
 from sdpo.data.loader import BadRowCounter, PairLoader, steps_for_epochs
 from sdpo.data.order import FIRST
 from sdpo.data.pairs import BadRow
 from sdpo.data.source import open_pairs
-from sdpo.errors import UserError
 
 
 @pytest.fixture

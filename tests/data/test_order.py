@@ -6,8 +6,8 @@ from itertools import islice
 
 import pytest
 
+from sdpo.common.errors import UserError
 from sdpo.data.order import FIRST, Place, PlaceSampler, epoch_permutation
-from sdpo.errors import UserError
 
 
 def test_an_epoch_is_a_permutation_of_its_own():

@@ -7,10 +7,10 @@ from itertools import islice
 import pytest
 import torch
 
+from sdpo.common.errors import UserError
 from sdpo.data.loader import PairLoader
 from sdpo.data.order import FIRST
 from sdpo.data.source import open_pairs
-from sdpo.errors import UserError
 
 
 @pytest.fixture

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sdpo.common.errors import UserError
 from sdpo.data.order import Place, epoch_permutation
 from sdpo.data.pairs import MAX_REPLACEMENTS, PairDataset, PairDecoder, collate
 from sdpo.data.source import Columns, PairSource
 from sdpo.data.transforms import PairTransform
-from sdpo.errors import UserError
 
 COLUMNS = Columns("jpg_0", "jpg_1", "caption")
 

@@ -8,8 +8,8 @@ import logging
 
 import pytest
 
+from sdpo.common.errors import UserError
 from sdpo.data.source import open_pairs
-from sdpo.errors import UserError
 
 
 def kept(source):

@@ -7,9 +7,9 @@ from itertools import islice
 import pytest
 import torch
 
+from sdpo.common.errors import UserError
 from sdpo.data.loader import PairLoader
 from sdpo.data.source import open_pairs
-from sdpo.errors import UserError
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from typing import Any
 import pytest
 import torch
 
-from sdpo.cli import as_argv
+from sdpo.common.cli import as_argv
 
 REPO = Path(__file__).resolve().parents[2]
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -184,7 +184,7 @@ def _start_server() -> None:
 
 
 def _child(name: str, argv: list[str], environment: dict[str, str], stderr: str) -> None:
-    from sdpo.errors import run_main
+    from sdpo.common.errors import run_main
 
     assert _PRELOAD in sys.modules, "every run would import everything again"
     # A group of its own, so that a kill takes data workers along; they are forked, as they are

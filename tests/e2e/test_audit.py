@@ -7,11 +7,11 @@ import json
 import pytest
 import torch
 
-from sdpo.errors import UserError
-from sdpo.lab import audit
-from sdpo.lab.audit_parts import load
-from sdpo.lab.updates import UPDATES, WinnerErrors
-from sdpo.weights import load_strictly
+from sdpo.common.errors import UserError
+from sdpo.lab.audit import run as audit
+from sdpo.lab.audit.measure import load
+from sdpo.lab.audit.updates import UPDATES, WinnerErrors
+from sdpo.models.loading import load_strictly
 
 from .harness import as_argv, files
 

@@ -104,7 +104,7 @@ def test_training_finds_them_and_uses_them(
     table, expected, relabelled, train, tmp_path, monkeypatch
 ):
     """As if the data had been labelled so; and nothing is scored in training."""
-    from eval.scorers.oracle import Scorer
+    from sdpo.evaluation.score.scorers.oracle import Scorer
 
     _, data, cache, _ = relabelled
     monkeypatch.delattr(Scorer, "score")
@@ -131,11 +131,11 @@ def test_training_does_it_itself_where_it_was_not_done(table, expected, train, t
 
 
 def test_killed_and_gone_on(relabelled, tmp_path, monkeypatch, capsys):
-    import eval.relabel
+    import sdpo.evaluation.score.relabel
 
     text, _, _, flags = relabelled
-    monkeypatch.setattr(eval.relabel, "PAIRS_A_SAVE", 10)
-    whole, seen = eval.relabel.score_pairs, []
+    monkeypatch.setattr(sdpo.evaluation.score.relabel, "PAIRS_A_SAVE", 10)
+    whole, seen = sdpo.evaluation.score.relabel.score_pairs, []
 
     def until(pairs, places, run, options):
         if len(seen) == 20:
@@ -145,7 +145,7 @@ def test_killed_and_gone_on(relabelled, tmp_path, monkeypatch, capsys):
 
     own = [*flags, "--cache_dir", tmp_path / "cache", "--batch_size", 6]
     with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
-        context.setattr(eval.relabel, "score_pairs", until)
+        context.setattr(sdpo.evaluation.score.relabel, "score_pairs", until)
         run_here("eval/relabel.py", own)
     again = []
 
@@ -153,7 +153,7 @@ def test_killed_and_gone_on(relabelled, tmp_path, monkeypatch, capsys):
         again.extend(places)
         return whole(pairs, places, run, options)
 
-    monkeypatch.setattr(eval.relabel, "score_pairs", watched)
+    monkeypatch.setattr(sdpo.evaluation.score.relabel, "score_pairs", watched)
     assert run_here("eval/relabel.py", own) == 0
     assert not set(again) & set(seen)
     sentence = re.search("oracle agrees.*decoded", text)[0]

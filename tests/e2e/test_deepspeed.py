@@ -9,8 +9,8 @@ import os
 import pytest
 import torch
 
-from sdpo.errors import UserError
-from sdpo.sharding import check_deepspeed
+from sdpo.common.errors import UserError
+from sdpo.training.sharding import check_deepspeed
 
 from .harness import (
     FLAGS,
@@ -133,7 +133,7 @@ def test_a_step_that_is_not_finite_is_skipped(train, tmp_path):
 def asked(monkeypatch):
     for name, value in {**ASKED, "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("sdpo.sharding.find_spec", lambda name: name)
+    monkeypatch.setattr("sdpo.training.sharding.find_spec", lambda name: name)
 
 
 def test_what_the_launcher_asks_for(make_args, asked):
@@ -178,6 +178,6 @@ def test_single_processes_and_a_missing_package_are_refused(make_args, asked, mo
     monkeypatch.setenv("WORLD_SIZE", "1")
     with pytest.raises(UserError, match="more than one process"):
         check_deepspeed(make_args())
-    monkeypatch.setattr("sdpo.sharding.find_spec", lambda name: None)
+    monkeypatch.setattr("sdpo.training.sharding.find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install deepspeed, or use --config zero2"):
         check_deepspeed(make_args())

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eval.scorers import PUBLISHED
+from sdpo.evaluation.score.scorers import PUBLISHED
 
 from .harness import (
     Forked,

@@ -1,4 +1,4 @@
-"""`python -m sdpo.heldout`: what a run's checkpoints did to pairs that it never saw."""
+"""`python -m sdpo.evaluation.heldout`: what a run's checkpoints did to pairs that it never saw."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from sdpo.randomness import generator
+from sdpo.common.randomness import generator
 
 from .harness import Run, files, program
 from .test_independent import coin, condition, draw, load, pixels
@@ -38,7 +38,7 @@ def run(request, train, tmp_path_factory):
 
 
 def evaluate(run, *arguments):
-    return program(sys.executable, "-m", "sdpo.heldout", run.out, *arguments)
+    return program(sys.executable, "-m", "sdpo.evaluation.heldout", run.out, *arguments)
 
 
 def expected(run, model, pairs_dir, xl):
@@ -116,7 +116,7 @@ def test_values(run, train, pairs_dir):
 def test_mistakes(train, tmp_path):
     nothing = evaluate(Run(tmp_path), "--split", "heldout")
     assert nothing.returncode == 2
-    assert nothing.stderr.splitlines()[-1].startswith("sdpo.heldout: error: ")
+    assert nothing.stderr.splitlines()[-1].startswith("sdpo.evaluation.heldout: error: ")
     assert len(nothing.stderr.splitlines()) == 1
     run = train(tmp_path / "run", max_train_steps=1)
     before = files(run.out)

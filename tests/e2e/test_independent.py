@@ -1,7 +1,7 @@
 """train.py against a straight-line implementation of the same two optimizer steps.
 
-It shares nothing with the product but the generators of `sdpo.randomness`, so that the draws are
-the same. The gradient is written out by hand instead of with a scaled error.
+It shares nothing with the product but the generators of `sdpo.common.randomness`, so that the draws
+are the same. The gradient is written out by hand instead of with a scaled error.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sdpo.randomness import generator
+from sdpo.common.randomness import generator
 
 from .harness import base_unet, distance
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdpo.errors import UserError
+from sdpo.common.errors import UserError
 
 from .harness import (
     Forked,
@@ -96,7 +96,7 @@ def test_neither_vae_nor_text_encoders_are_loaded(trained, train, tmp_path, monk
     import diffusers
     import transformers
 
-    import sdpo.saving
+    import sdpo.training.saving
 
     def loaded(cls, *args, **kwargs):
         raise AssertionError(f"{cls.__name__} was loaded")
@@ -110,7 +110,7 @@ def test_neither_vae_nor_text_encoders_are_loaded(trained, train, tmp_path, monk
     with pytest.raises(UserError, match="AutoencoderKL was loaded"):
         train(tmp_path / "export", **flags)
     # Its end apart, which writes a whole pipeline: there is no other use of them.
-    monkeypatch.setattr(sdpo.saving, "export_pipeline", lambda *args: None)
+    monkeypatch.setattr(sdpo.training.saving, "export_pipeline", lambda *args: None)
     assert identical(train(tmp_path / "run", **flags).unet(), found.unet())
 
 
@@ -156,7 +156,7 @@ def test_the_cache_is_the_same_after_use(sd15, train, tmp_path):
     run = train(out, **{**flags, "cache_dir_latents": cache, "verify_cache": True})
     assert files(cache) == before
     about = {"split": "heldout", "max_pairs": 2, "timesteps": 1, "train_data_dir": train.pairs}
-    assert run_here("sdpo/heldout.py", [out, *as_argv(about)]) == 0
+    assert run_here("sdpo/evaluation/heldout.py", [out, *as_argv(about)]) == 0
     assert [json.loads(line)["step"] for line in (out / "heldout.jsonl").open()] == [0, 4]
     # Somewhere else it is the same cache.
     shutil.copytree(cache, tmp_path / "moved")
@@ -252,7 +252,7 @@ def test_a_killed_build_goes_on(sd15, train, tmp_path):
     latents = tmp_path / "latents"
     own = {**flags, "cache_dir_latents": latents}
     argv = train.argv(tmp_path / "run", **own, cache_batch_size=1)
-    build = "sdpo/cache/__main__.py"
+    build = "sdpo/data/latents/__main__.py"
     fork = Forked(argv, tmp_path / "stderr", name=build)
     deadline = time.monotonic() + 60
     while not list(latents.glob("text-*.json")) and time.monotonic() < deadline:
@@ -273,4 +273,4 @@ def test_the_script_answers_mistakes_once():
     done = script(*as_argv({"cache_dir_latents": "x", "pretrained_model_name_or_path": "./none"}))
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert line.startswith("sdpo.cache: error: ")
+    assert line.startswith("sdpo.data.latents: error: ")

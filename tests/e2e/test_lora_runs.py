@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sdpo.errors import UserError
-from sdpo.families import get_family
-from sdpo.families.base import ModelSource
-from sdpo.randomness import generator
+from sdpo.common.errors import UserError
+from sdpo.common.randomness import generator
+from sdpo.models import get_family
+from sdpo.models.base import ModelSource
 
 from .harness import Run, base_unet, distance, files, generation_argv, identical, run_here
 
@@ -158,8 +158,8 @@ def test_diffusers_loads_the_adapters(runs, train, kind, where):
 def test_held_out_pairs_and_images(runs, kind, train, tmp_path):
     run = runs(kind)
     flags = [run.out, "--split", "heldout", "--max_pairs", 4, "--timesteps", 2]
-    assert run_here("sdpo/heldout.py", flags) == 0
-    assert run_here("sdpo/heldout.py", [*flags, "--ema"]) == 0
+    assert run_here("sdpo/evaluation/heldout.py", flags) == 0
+    assert run_here("sdpo/evaluation/heldout.py", [*flags, "--ema"]) == 0
     plain, average = (
         [json.loads(line) for line in (run.out / name).read_text().splitlines()]
         for name in ("heldout.jsonl", "heldout_ema.jsonl")
@@ -299,7 +299,7 @@ def test_reference_elsewhere_and_average_of_the_whole_unet(train, tmp_path):
 
 def test_skipped_steps_do_not_count(train, tmp_path, monkeypatch):
     """The second step's gradients are made infinite: weights and average stay as they were."""
-    from sdpo.trainer import Trainer
+    from sdpo.training.run import Trainer
 
     apply = Trainer._apply
 
@@ -320,4 +320,4 @@ def test_skipped_steps_do_not_count(train, tmp_path, monkeypatch):
 def test_held_out_average_of_a_run_without_one(train, tmp_path):
     run = train(tmp_path / "run", max_train_steps=1)
     with pytest.raises(UserError, match=r"--ema: .* holds no unet_ema.pth"):
-        run_here("sdpo/heldout.py", [run.out, "--split", "heldout", "--ema"])
+        run_here("sdpo/evaluation/heldout.py", [run.out, "--split", "heldout", "--ema"])

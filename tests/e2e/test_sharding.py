@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sdpo.errors import UserError
-from sdpo.lora import LORA_FILE
-from sdpo.saving import EMA_LORA_FILE
-from sdpo.sharding import Sharding, check_sharding
+from sdpo.common.errors import UserError
+from sdpo.models.lora import LORA_FILE
+from sdpo.training.saving import EMA_LORA_FILE
+from sdpo.training.sharding import Sharding, check_sharding
 
 from .harness import (
     FLAGS,
@@ -66,7 +66,7 @@ def test_checkpoints_are_whole_and_plain(one, two):
         assert mine.keys() == theirs.keys()
     state = {k: v["exp_avg"].shape for k, v in mine["optimizer"]["state"].items()}
     assert state == {k: v["exp_avg"].shape for k, v in theirs["optimizer"]["state"].items()}
-    from sdpo.weights import read_state_dict
+    from sdpo.models.loading import read_state_dict
 
     exported = read_state_dict(two.out / "pipeline/unet/diffusion_pytorch_model.safetensors")
     assert identical(exported, two.unet())

@@ -10,8 +10,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from sdpo.errors import UserError
-from sdpo.lab.results import curves, read_results
+from sdpo.common.errors import UserError
+from sdpo.lab.sweep.results import curves, read_results
 
 from .harness import Forked, Run, files, identical, run_here
 
@@ -180,7 +180,7 @@ def test_more_seeds_need_only_their_own_runs(swept, sweep, capsys):
 def test_other_held_out_pairs_are_measured_anew(swept, sweep, capsys):
     assert sweep("--dry_run", heldout={"split": "heldout", "max_pairs": 4, "timesteps": 2}) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert sum("sdpo.heldout" in line for line in lines) == 2
+    assert sum("sdpo.evaluation.heldout" in line for line in lines) == 2
     assert not any("train.py" in line for line in lines)
 
 

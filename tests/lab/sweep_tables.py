@@ -6,7 +6,7 @@ import json
 from argparse import Namespace
 from pathlib import Path
 
-from sdpo.lab.sweep_file import PlannedRun, Sweep
+from sdpo.lab.sweep.file import PlannedRun, Sweep
 
 STEPS = (1, 2, 3, 4)
 BETAS, MUS, SEEDS = (500.0, 5000.0), (0.5, 0.9), (0, 1, 2)

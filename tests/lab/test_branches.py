@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from sdpo import preference_loss
-from sdpo.forward import predict
-from sdpo.lab.branches import branches, inner, modes
-from sdpo.safeguard import loser_scale
+from sdpo.lab.audit.gradients import branches, inner, modes
+from sdpo.losses.safeguard import loser_scale
+from sdpo.models.forward import predict
 
 METHODS = {"diffusion-dpo": 3.0, "dspo": 0.5, "dmpo": 3.0}
 MU = 0.6

@@ -13,10 +13,10 @@ import time
 
 import pytest
 
-from sdpo.lab import sweep as sweeps
-from sdpo.lab.children import Children, Stopped, last_line
-from sdpo.lab.stages import Stage
-from sdpo.lab.sweep import run_all
+from sdpo.lab.sweep import run as sweeps
+from sdpo.lab.sweep.processes import Children, Stopped, last_line
+from sdpo.lab.sweep.run import run_all
+from sdpo.lab.sweep.stages import Stage
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ class Nothing:
 
 def run(chains, children, out, monkeypatch, jobs=2):
     tables = []
-    monkeypatch.setattr("sdpo.lab.results.write_results", lambda *args: tables.append(args))
+    monkeypatch.setattr("sdpo.lab.sweep.results.write_results", lambda *args: tables.append(args))
     failed = run_all(Nothing(), out, chains, children, jobs)
     assert len(tables) == len(chains)
     return failed
@@ -156,7 +156,8 @@ def test_sigterm_ends_a_sweep_and_its_programs(children, tmp_path, capsys):
 def test_lock_lasts_as_long_as_a_program_that_a_killed_sweep_left(tmp_path):
     """The parent is killed, its program lives on and keeps the lock to its end."""
     code = (
-        "import fcntl, sys; from pathlib import Path; from sdpo.lab.children import Children;"
+        "import fcntl, sys; from pathlib import Path;"
+        "from sdpo.lab.sweep.processes import Children;"
         "file = open(sys.argv[1], 'w'); fcntl.flock(file, fcntl.LOCK_EX);"
         "Children(1, file.fileno()).run([sys.executable, '-c', sys.argv[2]], Path(sys.argv[3]))"
     )

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eval.manifest import write_manifest
-from sdpo.lab import figures
-from sdpo.lab.results import collect
-from sdpo.lab.sweep_figures import draw
+from sdpo.evaluation.generate.manifest import write_manifest
+from sdpo.lab.sweep import figures
+from sdpo.lab.sweep.results import collect
+from sdpo.lab.sweep.sweep_figures import draw
 
 from .sweep_tables import (
     BASE_SCORE,
@@ -185,7 +185,7 @@ def test_strips(tmp_path):
 def test_a_sweep_gets_the_figures_that_fit_it(tmp_path):
     from dataclasses import replace
 
-    from sdpo.lab.results import write_results
+    from sdpo.lab.sweep.results import write_results
 
     found = write_all(tmp_path, planned())
     write_results(found, tmp_path)

@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from sdpo.families.base import Conditioning
-from sdpo.forward import NoisedPairs, predict
-from sdpo.lab.jacobian import (
+from sdpo.lab.audit.jacobian import (
     QUANTILES,
     Sample,
     branch_alignment,
     lanczos,
     spectrum,
 )
+from sdpo.models.base import Conditioning
+from sdpo.models.forward import NoisedPairs, predict
 
 
 class Mixer(nn.Module):

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 import scipy.stats
 
-from sdpo.errors import UserError
-from sdpo.lab.results import (
+from sdpo.common.errors import UserError
+from sdpo.lab.sweep.results import (
     collect,
     curves,
     final_means,
@@ -21,8 +21,8 @@ from sdpo.lab.results import (
     timestep_bins,
     write_results,
 )
-from sdpo.lab.stages import image_dirs
-from sdpo.lab.tables import summarise
+from sdpo.lab.sweep.stages import image_dirs
+from sdpo.lab.sweep.tables import summarise
 
 from .sweep_tables import (
     BASE_SCORE,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from sdpo.errors import UserError
-from sdpo.lab import sweep
-from sdpo.lab.sweep_file import read_sweep
+from sdpo.common.errors import UserError
+from sdpo.lab.sweep import run as sweep
+from sdpo.lab.sweep.file import read_sweep
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ import sys
 
 import pytest
 
-from sdpo.errors import UserError
-from sdpo.lab import tiny
-from sdpo.lab.audit import parse_args as parse_audit
-from sdpo.lab.sweep_file import read_sweep
+from sdpo.common.errors import UserError
+from sdpo.lab.audit.run import parse_args as parse_audit
+from sdpo.lab.sweep.file import read_sweep
+from sdpo.lab.tiny import run as tiny
 
 SWEEP = """
 name: {name}
@@ -59,7 +59,7 @@ def test_sweeps_then_audits_then_the_page(sweeps, tmp_path, monkeypatch):
 
     monkeypatch.setattr(tiny, "run_together", run)
     monkeypatch.setattr(tiny, "run_step", lambda command, name: run({name: command}))
-    monkeypatch.setattr("sdpo.lab.tiny_report.write", lambda *args: started.append(args))
+    monkeypatch.setattr("sdpo.lab.tiny.report.write", lambda *args: started.append(args))
     assert tiny.main(argv(sweeps, tmp_path, "--heldout", "4", "--audit_steps", "5")) == 0
     *programs, page = started
     names = [name for name, _ in programs]

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from sdpo.errors import UserError
-from sdpo.forward import predict
-from sdpo.lab.updates import Moments, WinnerErrors, clipped, displacements
+from sdpo.common.errors import UserError
+from sdpo.lab.audit.updates import Moments, WinnerErrors, clipped, displacements
+from sdpo.models.forward import predict
 
 ARGS = argparse.Namespace(
     adam_beta1=0.9, adam_beta2=0.99, adam_epsilon=1e-3, adam_weight_decay=0.1, max_grad_norm=1.0

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sdpo import preference_loss
-from sdpo.losses import get_method
+from sdpo.losses.preference import get_method
 
 
 def test_value_is_diffusers_usual_mse_on_the_winners():

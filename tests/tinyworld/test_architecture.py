@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 
-from sdpo.errors import UserError
+from sdpo.common.errors import UserError
 from sdpo.tinyworld import architecture, world
 
 CLASSES = {"sd15": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from sdpo.errors import UserError
+from sdpo.common.errors import UserError
 from sdpo.tinyworld import oracle, pairs
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from sdpo.errors import UserError
+from sdpo.common.errors import UserError
 from sdpo.tinyworld import architecture, oracle, pretrain
 
 

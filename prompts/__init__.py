@@ -1,1 +1,0 @@
-"""The prompt suites, and the program that builds those that are not in the repository."""

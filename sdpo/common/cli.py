@@ -1,0 +1,111 @@
+"""Command lines whose mistakes are one sentence, as every other mistake."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+from collections.abc import Mapping
+from typing import Any
+
+from sdpo.common.errors import UserError
+from sdpo.common.signals import terminable
+
+
+class Parser(argparse.ArgumentParser):
+    """An `ArgumentParser` without abbreviations, whose errors are `UserError`s."""
+
+    def __init__(self, prog: str, description: str | None) -> None:
+        super().__init__(
+            prog=prog,
+            description=description,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        """Instead of the usage and an exit: one sentence.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(f"{message} (see --help)")
+
+
+class Replace(argparse.Action):
+    """Of two flags that exclude each other the last one given counts, so that arguments added to a
+    recipe can replace its own."""
+
+    EXCLUDES = {  # noqa: RUF012
+        "dataset_name": "train_data_dir",
+        "train_data_dir": "dataset_name",
+        "max_train_steps": "num_train_epochs",
+        "num_train_epochs": "max_train_steps",
+    }
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        setattr(namespace, self.dest, values)
+        setattr(namespace, self.EXCLUDES[self.dest], None)
+
+
+def at_least(args: argparse.Namespace, least: int, *names: str) -> None:
+    """Refuse numbers that are too small; a flag that was not given (None) is none.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    for name in names:
+        values = getattr(args, name)
+        for value in values if isinstance(values, list) else [values]:
+            if value is not None and value < least:
+                raise UserError(f"--{name} must be at least {least}, got {value}")
+
+
+def as_argv(flags: dict[str, Any]) -> list[str]:
+    """A command line: True gives a switch, None and False leave a flag out, a list gives several
+    values."""
+    argv: list[str] = []
+    for name, value in flags.items():
+        if value is True:
+            argv.append(f"--{name}")
+        elif isinstance(value, list | tuple):
+            argv += [f"--{name}", *map(str, value)]
+        elif value is not None and value is not False:
+            argv += [f"--{name}", str(value)]
+    return argv
+
+
+def run_step(command: list[str], what: str, **kwargs: Any) -> None:
+    """`run_together` with one program."""
+    run_together({what: command}, **kwargs)
+
+
+def run_together(commands: Mapping[str, list[str]], **kwargs: Any) -> None:
+    """Run some of the project's programs, side by side, as parts of another. A signal to end this
+    one reaches them first; Ctrl-C they get from the terminal themselves.
+
+    Args:
+        commands: by what each is, for the message.
+        kwargs: those of `subprocess.Popen`.
+
+    Raises:
+        UserError: one ended with an error, which it has printed.
+    """
+    children: dict[str, subprocess.Popen[bytes]] = {}
+    with terminable():
+        try:
+            for what, command in commands.items():
+                children[what] = subprocess.Popen(command, **kwargs)
+            for child in children.values():
+                child.wait()
+        except BaseException as reason:
+            for child in children.values():
+                if not isinstance(reason, KeyboardInterrupt):
+                    child.terminate()
+            for child in children.values():
+                child.wait()
+            raise
+    for what, child in children.items():
+        if child.returncode:
+            raise UserError(
+                f"{what} ended with exit code {child.returncode}; see above, then run this again"
+            )

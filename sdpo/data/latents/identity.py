@@ -1,0 +1,200 @@
+"""Telling models and data sets apart by what is in them, without loading a model or an image."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sdpo.common.errors import UserError, first_line
+from sdpo.common.files import file_sha256, hub_sha256
+from sdpo.models.base import BASE_FLAG, VAE_FLAG
+
+if TYPE_CHECKING:
+    from sdpo.data.source import PairSource
+    from sdpo.models.base import Family, ModelSource
+
+# What `from_pretrained` reads, in the order in which it looks for it.
+_WEIGHTS = (
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.safetensors.index.json",
+    "diffusion_pytorch_model.bin",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+_TOKENIZER = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json")
+_TOKENIZER += ("special_tokens_map.json",)
+# They change whenever a model is saved again, and say nothing about what it computes.
+_BY_THE_WAY = {"transformers_version", "torch_dtype", "dtype", "architectures"}
+SAMPLED_ROWS = 64
+
+
+class _Folder:
+    """A folder of a model, on this machine or on the hub (whose client downloads what is asked
+    for)."""
+
+    def __init__(
+        self, flag: str, name: str, subfolder: str, revision: str | None, cache_dir: str | None
+    ) -> None:
+        self.flag, self.name, self.subfolder = flag, name, subfolder
+        self.revision, self.cache_dir = revision, cache_dir
+
+    def find(self, file: str) -> Path | None:
+        """A file's path; None where there is none of the name."""
+        local = Path(self.name)
+        if local.is_dir():
+            path = local / self.subfolder / file
+            return path if path.is_file() else None
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError
+
+        try:
+            found = hf_hub_download(
+                self.name,
+                file,
+                subfolder=self.subfolder or None,
+                revision=self.revision,
+                cache_dir=self.cache_dir,
+            )
+        except EntryNotFoundError:
+            return None
+        except Exception as error:
+            raise UserError(
+                f"{self.flag}: cannot reach {self.name} ({first_line(error)})"
+            ) from error
+        return Path(found)
+
+    def weights(self) -> list[Path]:
+        """The files of weights."""
+        for name in _WEIGHTS:
+            path = self.find(name)
+            if path is not None and path.suffix == ".json":
+                parts = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+                return [found for part in parts if (found := self.find(part))]
+            if path is not None:
+                return [path]
+        raise UserError(
+            f"{self.flag}: {self.name} has no weights in {self.subfolder or 'it'}; give a hub id "
+            "or a local directory in diffusers layout"
+        )
+
+    def digest(self) -> str:
+        """Of config and weights."""
+        config = self.find("config.json")
+        about = _config_digest(config) if config else ""
+        return _joined([about, *map(_content_digest, self.weights())])
+
+    def tokenizer_digest(self) -> str:
+        """Of a tokenizer's files."""
+        paths = [(name, self.find(name)) for name in _TOKENIZER]
+        return _joined([f"{name} {_content_digest(path)}" for name, path in paths if path])
+
+
+def _joined(parts: list[str]) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _content_digest(path: Path) -> str:
+    # Gigabytes of the hub need no reading.
+    return hub_sha256(path) or file_sha256(path)
+
+
+def _config_digest(path: Path) -> str:
+    config = json.loads(path.read_text(encoding="utf-8"))
+    kept = {k: v for k, v in config.items() if not k.startswith("_") and k not in _BY_THE_WAY}
+    return json.dumps(kept, sort_keys=True)
+
+
+def vae_digest(source: ModelSource) -> str:
+    """Of the VAE's config and weights, read from their files.
+
+    Raises:
+        UserError: they are not to be had.
+    """
+    if source.vae:
+        return _Folder(VAE_FLAG, source.vae, "", None, source.cache_dir).digest()
+    return _base_folder(source, "vae").digest()
+
+
+def text_digest(family: Family, source: ModelSource) -> str:
+    """Of the text encoders' configs and weights and the tokenizers' files.
+
+    Raises:
+        UserError: they are not to be had.
+    """
+    encoders, tokenizers = family.text_parts()
+    digests = [_base_folder(source, part).digest() for part in encoders]
+    digests += [_base_folder(source, part).tokenizer_digest() for part in tokenizers]
+    return _joined(digests)
+
+
+def _base_folder(source: ModelSource, part: str) -> _Folder:
+    return _Folder(BASE_FLAG, source.base, part, source.revision, source.cache_dir)
+
+
+def dataset_digest(pairs: PairSource) -> str:
+    """Of the images of all rows of the dataset as it was given, whatever rows are trained on: the
+    length of each, and the content of those of some rows. Labels and captions play no part."""
+    given, base = pairs.given, pairs.base
+    digest = hashlib.sha256(str(len(given)).encode())
+    columns = (pairs.columns.image_0, pairs.columns.image_1)
+    for name in columns:
+        column = given.select_columns([name]).with_format("arrow")[:].column(0)
+        digest.update(_image_sizes(column, base).tobytes())
+    for row in np.unique(np.linspace(0, len(given) - 1, SAMPLED_ROWS).round().astype(int)):
+        values = given[int(row)]
+        for name in columns:
+            digest.update(_image_content(values[name], base))
+    return digest.hexdigest()
+
+
+def _image_sizes(column: Any, base: Path | None) -> np.ndarray:
+    """Bytes of every image of an Arrow column, (rows,) int64; -1 where there is none. Of embedded
+    images no byte is read; of others the file system is asked."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    content, paths = column, None
+    if pa.types.is_struct(column.type):
+        names = {column.type.field(i).name for i in range(column.type.num_fields)}
+        content = pc.struct_field(column, "bytes") if "bytes" in names else None
+        paths = pc.struct_field(column, "path") if "path" in names else None
+    elif pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        content, paths = None, column
+    sizes = np.full(len(column), -1, dtype=np.int64)
+    if content is not None and (
+        pa.types.is_binary(content.type) or pa.types.is_large_binary(content.type)
+    ):
+        lengths = pc.fill_null(pc.binary_length(content), -1)
+        sizes[:] = np.asarray(lengths, dtype=np.int64)
+    if paths is not None:
+        # An embedded image that came from a file keeps its name; the bytes are what counts.
+        apart = np.flatnonzero(sizes <= 0)
+        for i, path in zip(apart, paths.take(pa.array(apart)).to_pylist(), strict=True):
+            if path:
+                sizes[i] = _file_size(base / path if base else Path(path))
+    return sizes
+
+
+def _file_size(path: Path) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return -1
+
+
+def _image_content(value: Any, base: Path | None) -> bytes:
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, str):
+        path = base / value if base else Path(value)
+        value = path.read_bytes() if path.is_file() else None
+    if isinstance(value, bytes | bytearray | memoryview):
+        return hashlib.sha256(value).digest()
+    return type(value).__name__.encode()

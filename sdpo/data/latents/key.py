@@ -1,0 +1,97 @@
+"""What a cache depends on, and what differs where one does not fit a run."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdpo.common.errors import UserError
+from sdpo.data.latents.flags import CACHE_FLAG
+from sdpo.data.latents.identity import dataset_digest, text_digest, vae_digest
+
+if TYPE_CHECKING:
+    from sdpo.data.source import PairSource
+    from sdpo.models.base import Family, ModelSource
+
+# To be changed with `PairTransform`, so that what was encoded by another version is not taken.
+TRANSFORM = "shorter side resized bilinearly, centre crop, 1"
+# Names of sources, to be said beside a digest; not compared, since a model may lie elsewhere now.
+_MADE_OF = "made_of"
+
+
+def make_key(
+    args: argparse.Namespace, family: Family, source: ModelSource, pairs: PairSource
+) -> dict[str, Any]:
+    """The key of the cache that a run needs. Reads the files of VAE and text encoders.
+
+    Captions are not in it: a text is filed under the caption itself, so that other captions are
+    encoded when they are needed.
+
+    Raises:
+        UserError: a model's files are not to be had.
+    """
+    return {
+        "family": family.name,
+        "vae": vae_digest(source),
+        "text": text_digest(family, source),
+        "precision": args.mixed_precision,
+        "dtype": args.cache_dtype,
+        "resolution": args.resolution,
+        "transform": TRANSFORM,
+        "flips": not args.no_hflip,
+        "dataset": dataset_digest(pairs),
+        _MADE_OF: {
+            "vae": source.vae or source.base,
+            "text": source.base,
+            "dataset": f"{args.train_data_dir or args.dataset_name} ({args.split}, "
+            f"{len(pairs.given)} rows)",
+        },
+    }
+
+
+_FLAGS = {
+    "precision": "--mixed_precision",
+    "dtype": "--cache_dtype",
+    "resolution": "--resolution",
+}
+_PARTS = {
+    "vae": "another VAE",
+    "text": "other text encoders or tokenizers",
+    "dataset": "other images",
+}
+
+
+def differences(there: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """What keeps a run from using a cache, one phrase each; [] where nothing does. A cache with
+    flips serves a run without."""
+    found = []
+    if there["family"] != wanted["family"]:
+        # All else differs too then, and would only hide the reason.
+        return [f"family {there['family']} (this run: {wanted['family']})"]
+    for name, flag in _FLAGS.items():
+        if there[name] != wanted[name]:
+            found.append(f"{flag} {there[name]} (this run: {wanted[name]})")
+    if there["transform"] != wanted["transform"]:
+        found.append(f"the transform {there['transform']!r} (this run: {wanted['transform']!r})")
+    if wanted["flips"] and not there["flips"]:
+        found.append("--no_hflip (this run flips)")
+    for name, what in _PARTS.items():
+        if there[name] != wanted[name]:
+            made_of, own = there[_MADE_OF][name], wanted[_MADE_OF][name]
+            found.append(f"{what}, then of {made_of} (this run: {own})")
+    return found
+
+
+def check_key(directory: Path, there: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Refuse a cache that was made for something else.
+
+    Raises:
+        UserError: saying all that differs.
+    """
+    found = differences(there, wanted)
+    if found:
+        raise UserError(
+            f"{CACHE_FLAG}: {directory} was made with {'; '.join(found)}; give another directory, "
+            "or delete this one to have it made anew"
+        )

@@ -1,0 +1,105 @@
+"""Means of scores: per suite and over suites, on the console and as JSON, CSV and Markdown."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sdpo.common.files import write_json, write_text
+from sdpo.evaluation.score.table import ScoreTable
+
+ALL = "all suites"
+
+
+@dataclass(frozen=True)
+class Row:
+    """The mean of one scorer over one suite; `standard_error` is s / sqrt(n), None for n = 1."""
+
+    suite: str
+    scorer: str
+    label: str
+    mean: float
+    standard_error: float | None
+    n: int
+
+
+def summarise(tables: Sequence[ScoreTable], scorers: Sequence[str]) -> list[Row]:
+    """A row per suite and scorer; where there are several suites, one more over all images.
+
+    Where one suite occurs more than once the manifests are of several models: their folders' names
+    are added, and there is no row over all.
+    """
+    names = [suite_of(table) for table in tables]
+    several_models = len(set(names)) < len(names)
+    if several_models:
+        folders = [table.manifest.path.resolve().parent.name for table in tables]
+        names = [f"{folder}/{name}" for folder, name in zip(folders, names, strict=True)]
+    rows = []
+    for scorer in scorers:
+        values = [table.columns[scorer] for table in tables]
+        label = tables[0].about[scorer]["label"]
+        rows += [_row(n, scorer, label, v) for n, v in zip(names, values, strict=True)]
+        if len(tables) > 1 and not several_models:
+            rows.append(_row(ALL, scorer, label, np.concatenate(values)))
+    return rows
+
+
+def suite_of(table: ScoreTable) -> str:
+    """The suite's name, as generate.py noted it, else the manifest's."""
+    return table.manifest.entries[0].metadata.get("suite") or table.manifest.stem
+
+
+def _row(suite: str, scorer: str, label: str, values: np.ndarray) -> Row:
+    n = len(values)
+    error = float(values.std(ddof=1) / n**0.5) if n > 1 else None
+    return Row(suite, scorer, label, float(values.mean()), error, n)
+
+
+def grid(rows: Sequence[Row]) -> list[list[str]]:
+    """A line per suite, a column per scorer, as text; the first line is the head."""
+    suites = list(dict.fromkeys(row.suite for row in rows))
+    scorers = list(dict.fromkeys((row.scorer, row.label) for row in rows))
+    cells = {(row.suite, row.scorer): row for row in rows}
+    lines = [["suite", "n", *(label for _, label in scorers)]]
+    for suite in suites:
+        found = [cells[suite, scorer] for scorer, _ in scorers]
+        lines.append([suite, str(found[0].n), *map(_cell, found)])
+    return lines
+
+
+def _cell(row: Row) -> str:
+    error = "" if row.standard_error is None else f" ± {row.standard_error:.4f}"
+    return f"{row.mean:.4f}{error}"
+
+
+def write_summary(outdir: Path, rows: Sequence[Row], about: dict[str, Any]) -> None:
+    """summary.json, summary.csv and summary.md; `about` goes into the JSON."""
+    outdir.mkdir(parents=True, exist_ok=True)
+    write_json(outdir / "summary.json", {**about, "rows": [asdict(row) for row in rows]})
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(asdict(rows[0])), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(row) for row in rows)
+    write_text(outdir / "summary.csv", text.getvalue())
+    write_text(outdir / "summary.md", markdown(grid(rows)))
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; the first line is the head."""
+    head, *body = (["| " + " | ".join(line) + " |"] for line in lines)
+    return "\n".join([*head, "|---" * len(lines[0]) + "|", *(b[0] for b in body)]) + "\n"
+
+
+def print_grid(lines: Sequence[Sequence[str]]) -> None:
+    """A table on the console, the first column to the left."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    for line in lines:
+        cells = [line[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
+        print("  ".join(cells))

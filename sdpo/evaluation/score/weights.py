@@ -1,0 +1,209 @@
+"""Where a scorer's weights come from: the hub, or the place that `--weights` names.
+
+Files are checked against their sha256 where it is known: written down here, or, for large files of
+the hub, in the name under which its client keeps them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import textwrap
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sdpo.common.errors import UserError, first_line
+from sdpo.common.files import file_sha256, hub_sha256
+from sdpo.models.locations import HUB_ID
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One thing that a scorer loads.
+
+    `hub` is a repository id; with `file` the part is that one file of it, else the repository as a
+    whole (what `from_pretrained` takes). `url` is where a file that is not on the hub can be had.
+    A part that lies `beside` another is looked for there where a user has given only that other.
+    """
+
+    hub: str | None = None
+    file: str | None = None
+    sha256: str | None = None
+    url: str | None = None
+    beside: str | None = None
+
+    @property
+    def source(self) -> str:
+        """In words: where it is had by default."""
+        if self.hub:
+            return f"{self.hub}/{self.file}" if self.file else self.hub
+        return self.url or "--weights"
+
+
+class Weights:
+    """The parts of one scorer; `overrides` maps part names to local paths (or hub ids)."""
+
+    def __init__(
+        self,
+        scorer: str,
+        parts: dict[str, Part],
+        overrides: dict[str, str] | None = None,
+        cache_dir: str | None = None,
+    ) -> None:
+        self.scorer, self.parts, self.cache_dir = scorer, parts, cache_dir
+        self.overrides = overrides or {}
+
+    def flag(self, part: str = "model") -> str:
+        """What a user writes to replace a part, without the path."""
+        return f"--weights {self.scorer}{'' if part == 'model' else '.' + part}"
+
+    def source(self, part: str = "model") -> str:
+        """A directory or hub id for `from_pretrained`.
+
+        Raises:
+            UserError: the override looks like a path and is not there.
+        """
+        given = self.overrides.get(part)
+        if given is None:
+            return self.parts[part].source
+        if not Path(given).exists() and not HUB_ID.fullmatch(given):
+            raise UserError(f"{self.flag(part)}: there is no file or directory {given}")
+        return given
+
+    def file(self, part: str = "model") -> Path:
+        """One file on this machine, downloaded where need be, and verified.
+
+        An override may be the file or a directory that holds it under its own name.
+
+        Raises:
+            UserError: not to be had, or of another sha256.
+        """
+        wanted, given = self.parts[part], self.overrides.get(part)
+        name = wanted.file or Path(wanted.url or "").name
+        if given is not None:
+            path = Path(given) / name if Path(given).is_dir() else Path(given)
+            if not path.is_file():
+                raise UserError(f"{self.flag(part)}: there is no file {path}")
+            if wanted.sha256 and file_sha256(path) != wanted.sha256:
+                log.warning("%s: %s is not the published file", self.flag(part), path)
+            return path
+        if wanted.beside in self.overrides:
+            path = self.file(wanted.beside).with_name(name)
+            if not path.is_file():
+                raise UserError(
+                    f"{self.flag(wanted.beside)}: there is no {name} in {path.parent}; download it "
+                    f"from {wanted.hub} too, or give {self.flag(part)}=PATH"
+                )
+            return path
+        try:
+            path = self._download(wanted, name)
+        # Hub, URL and file errors come in many classes; all mean that the file is not there.
+        except Exception as error:
+            raise UserError(
+                f"{self.scorer}: cannot get {name} from {wanted.hub or wanted.url} "
+                f"({first_line(error)}); download it elsewhere, put it on this machine and give "
+                f"{self.flag(part)}=PATH"
+            ) from error
+        self._verify(path, wanted, part)
+        return path
+
+    def pretrained(self, cls: Any, part: str) -> Any:
+        """`cls.from_pretrained` of a part that is a repository or directory.
+
+        Raises:
+            UserError: nothing of the kind there, or no network and no cache.
+        """
+        source = self.source(part)
+        try:
+            return cls.from_pretrained(source, cache_dir=self.cache_dir)
+        # OSError where files are missing, but ValueError and hub errors occur as well.
+        except Exception as error:
+            raise UserError(
+                f"{self.scorer}: cannot load {source} ({first_line(error)}); where the hub cannot "
+                f"be reached, put the files of {self.parts[part].source} into a directory and "
+                f"give {self.flag(part)}=DIR"
+            ) from error
+
+    def _download(self, wanted: Part, name: str) -> Path:
+        if wanted.hub:
+            from huggingface_hub import hf_hub_download
+
+            return Path(hf_hub_download(wanted.hub, name, cache_dir=self.cache_dir))
+        from torch.hub import download_url_to_file, get_dir
+
+        path = Path(self.cache_dir or get_dir()) / "scorers" / name
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Written to a temporary file and moved when whole.
+            download_url_to_file(wanted.url, str(path), hash_prefix=wanted.sha256)
+        return path
+
+    def _verify(self, path: Path, wanted: Part, part: str) -> None:
+        known = wanted.sha256 or hub_sha256(path)
+        if known and file_sha256(path) != known:
+            raise UserError(
+                f"{self.scorer}: {path} is damaged (its sha256 is not {known}); delete it to "
+                f"download it again, or give {self.flag(part)}=PATH"
+            )
+
+    def identity(self) -> dict[str, Any]:
+        """What tells these weights from others, without reading them: sources, and for local
+        files their size and time of change."""
+        return {part: _identity(self._place(part)) for part in sorted(self.parts)}
+
+    def _place(self, part: str) -> str:
+        beside = self.parts[part].beside
+        if part not in self.overrides and beside in self.overrides:
+            return str(self.file(part))
+        return self.source(part)
+
+
+def _identity(source: str) -> list[Any]:
+    path = Path(source)
+    if not path.exists():
+        return [source]
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    return [str(path.resolve()), hashlib.sha256(repr(stats).encode()).hexdigest()]
+
+
+def read_tensors(path: Path, flag: str) -> Any:
+    """What a file of weights holds, on the CPU; never runs pickled code.
+
+    Raises:
+        UserError: missing, truncated, or not a file of tensors; names `flag`.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        # Mapped where the format allows it, so that a large file is in memory once.
+        mapped = zipfile.is_zipfile(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    # Truncated zips, pickles with code and foreign files each raise something else.
+    except Exception as error:
+        raise UserError(f"{flag}: cannot read weights from {path}: {first_line(error)}") from None
+
+
+def load_exactly(module: nn.Module, state: Any, where: str) -> None:
+    """Load a state dict; every name and every shape must fit. The module may be on meta: it takes
+    over the tensors themselves.
+
+    Raises:
+        UserError: saying one thing that does not; begins with `where`.
+    """
+    try:
+        module.load_state_dict(state, assign=True)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        detail = str(error).strip().splitlines()
+        # One line can name a thousand weights.
+        reason = textwrap.shorten(detail[1 if len(detail) > 1 else 0], 200, placeholder=" ...")
+        raise UserError(f"{where} does not fit: {reason}") from None

@@ -1,0 +1,206 @@
+"""Training runs over methods, settings and seeds from one YAML file, measured and compared.
+
+    python -m sdpo.lab sweep FILE.yaml [--out DIR] [--jobs N] [--dry_run]
+
+Every run is an ordinary train.py run; then sdpo.evaluation.heldout measures it and eval/evaluate.py
+makes and scores images, where the file asks for that. The file:
+
+    name: fixed-scales
+    flags:                     # train.py's, for all runs
+      pretrained_model_name_or_path: assets/tiny-sd15
+      train_data_dir: output/lab/pairs
+    variants:                  # named sets of further flags
+      none: {}
+      batch: {use_winner_preserving: true}
+    grid:                      # every combination
+      beta_dpo: [500, 5000]
+    seeds: [0, 1]
+    heldout: {split: heldout}  # flags of sdpo.evaluation.heldout
+    images: {suites: tinyworld, scorers: oracle, limit: 64, checkpoints: last}
+                               # flags of eval/evaluate.py; checkpoints: last or all
+
+flags is all that must be there. DIR gets runs/, images/, logs/, results.parquet and figures/. What
+is done is not done again: killed at any point, the same command goes on. A run that fails is
+reported and the others go on; the exit code is then 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import os
+import shlex
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sdpo.common.cli import Parser, at_least
+from sdpo.common.directories import check_claim, check_directory, claim_directory
+from sdpo.common.signals import terminable
+from sdpo.lab.sweep.file import Sweep, read_sweep
+from sdpo.lab.sweep.processes import Children, last_line
+from sdpo.lab.sweep.stages import Stage, run_dir, stages_of
+
+PROGRAM = "python -m sdpo.lab sweep"
+LOCK_FILE = ".lock"
+# Of evaluate.py's flags: what says nothing of the images, or may grow.
+_NOT_CLAIMED = ("unet", "outdir", "check_only", "cache_dir", "scorers", "batch_size", "device")
+_NOT_CLAIMED += ("score_batch_size", "scorer_weights", "prompt_source")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The program's flags."""
+    parser = Parser(PROGRAM, __doc__)
+    add = parser.add_argument
+    add("file", type=Path, metavar="FILE.yaml")
+    add("--out", type=Path, metavar="DIR", help="default: output/lab/NAME, the file's name")
+    add(
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="runs at a time; each gets its share of the cores, unless OMP_NUM_THREADS says how "
+        "many (default: one a core; with one GPU give 1)",
+    )
+    add("--dry_run", action="store_true", help="check, and print the commands still to be run")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Run what is missing, write the table, draw; 1 where a run failed."""
+    args = build_parser().parse_args(argv)
+    at_least(args, 1, "jobs")
+    sweep = read_sweep(args.file)
+    out = args.out or Path("output/lab") / sweep.name
+    check_directory(out, "--out")
+    claims = _claims(sweep, out)
+    for directory, flags, what in claims:
+        check_claim(directory, flags, "--out", what)
+    chains = stages_of(sweep, out)
+    if args.dry_run:
+        print_missing(chains)
+        return 0
+    for directory, flags, what in claims:
+        claim_directory(directory, flags, "--out", what)
+    cores = available_cores()
+    jobs = min(args.jobs or cores, len(chains))
+    with _locked(out) as lock:
+        failed = run_all(sweep, out, chains, Children(max(1, cores // jobs), lock), jobs)
+
+    from sdpo.lab.sweep.sweep_figures import draw
+
+    drawn = draw(sweep, out)
+    print(f"wrote {out / 'results.parquet'}" + (f" and {out / 'figures'}" if drawn else ""))
+    if failed:
+        print(f"{len(failed)} of {len(chains)} failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _claims(sweep: Sweep, out: Path) -> list[tuple[Path, dict[str, Any], str]]:
+    """Directories, the flags that their content depends on, and what it is."""
+    claims = []
+    for run in sweep.runs:
+        flags = vars(run.args)
+        flags = {k: v for k, v in flags.items() if k not in ("output_dir", "cache_dir")}
+        claims.append((run_dir(out, run), flags, "a run"))
+    if sweep.image_args is not None:
+        flags = {k: v for k, v in vars(sweep.image_args).items() if k not in _NOT_CLAIMED}
+        claims.append((out / "images", flags, "images"))
+    return claims
+
+
+def print_missing(chains: dict[str, list[Stage]]) -> None:
+    """What would be run, a command a line."""
+    for name, stages in chains.items():
+        pending = False
+        for stage in stages:
+            commands = stage.missing()
+            state = "" if commands else ": depends on the above" if pending else ": done"
+            print(f"# {name}, {stage.name}{state}")
+            pending = pending or bool(commands)
+            for command in commands:
+                print(shlex.join(command))
+
+
+def run_all(
+    sweep: Sweep, out: Path, chains: dict[str, list[Stage]], children: Children, jobs: int
+) -> list[str]:
+    """Run all chains, `jobs` at a time; the table is written anew at the end of each.
+
+    Returns: the names of those that failed; why is said as it happens.
+    """
+    from tqdm.auto import tqdm
+
+    from sdpo.lab.sweep.results import write_results
+
+    failed: list[str] = []
+    writing = threading.Lock()
+    bar = tqdm(total=sum(map(len, chains.values())), desc=sweep.name, unit="stage")
+
+    def run_chain(name: str) -> None:
+        log = out / "logs" / f"{name}.log"
+        for done, stage in enumerate(chains[name]):
+            bar.set_postfix_str(f"{name}: {stage.name}")
+            sentence = run_stage(stage, log, children)
+            if sentence is not None:
+                failed.append(name)
+                bar.write(f"{name}: {sentence}", file=sys.stderr)
+                bar.update(len(chains[name]) - done)
+                break
+            bar.update()
+        with writing:
+            write_results(sweep, out)
+
+    with bar, terminable(), ThreadPoolExecutor(jobs) as pool:
+        futures = [pool.submit(run_chain, name) for name in chains]
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:
+            children.stop()
+            bar.write("stopping; the same command goes on from here", file=sys.stderr)
+            raise
+    return failed
+
+
+def run_stage(stage: Stage, log: Path, children: Children) -> str | None:
+    """Run what is missing of a stage; a sentence where that failed."""
+    commands = stage.missing()
+    if not commands:
+        return None
+    for command in commands:
+        code = children.run(command, log)
+        if code:
+            return f"{stage.name} ended with exit code {code}: {last_line(log)} (see {log})"
+    stage.finish()
+    if stage.missing():
+        return f"{stage.name} ended without its result (see {log})"
+    return None
+
+
+def available_cores() -> int:
+    """Those that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[int]:
+    """Wait until no other sweep works in `out`, nor a program that a killed one left running."""
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / LOCK_FILE, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(
+                f"{out} is in use by another sweep, or by a program that a killed one left "
+                "running; waiting for its end",
+                file=sys.stderr,
+                flush=True,
+            )
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield file.fileno()

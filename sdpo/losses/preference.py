@@ -1,0 +1,167 @@
+"""Preference losses, one file per method, and the function that trainers call.
+
+A method is a module of this package that defines `loss(terms: PairTerms) -> Tensor` (a scalar, the
+mean over pairs). It is known by its file name: `diffusion_dpo.py` is `diffusion-dpo`. Adding one is
+adding that file. A module may also set `USES_LOSERS = False` when losers get no gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from sdpo.losses import method_names
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sdpo.losses.safeguard import Scope
+
+FORMS = ("sd15", "sdxl")
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """`loss`: the scalar to backpropagate. The others are detached: `metrics`, scalars for the log;
+    `per_pair`, winner_drift, loser_drift and loser_scale of each pair, (B,); `scale`, the loser's
+    scale as it was taken, () or (B,)."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+    per_pair: dict[str, Tensor]
+    scale: Tensor
+
+
+def get_method(name: str) -> ModuleType:
+    """The module of a method.
+
+    Raises:
+        ValueError: no file of that name in `sdpo/losses/`.
+    """
+    if name not in method_names():
+        raise ValueError(f"unknown method {name!r}; known: {', '.join(method_names())}")
+    return import_module(f"sdpo.losses.{name.replace('-', '_')}")
+
+
+def preference_loss(
+    method: str,
+    model_pred: Tensor,
+    ref_pred: Tensor,
+    target: Tensor,
+    *,
+    beta: float,
+    mu: float | None = None,
+    scope: Scope = "batch",
+    fixed_scale: float | Tensor | None = None,
+    alpha: float = 0.0,
+    form: str = "sd15",
+) -> LossOutput:
+    """A preference loss over B pairs, with or without the winner-preserving safeguard.
+
+    Args:
+        method: "diffusion-dpo", "dspo", "dmpo", "sft", or any other file of `sdpo/losses/`.
+        model_pred: the trained UNet's output, (2B, C, H, W), the B winners first, then their
+            losers, any float dtype; everything is accumulated in float32 or better.
+        ref_pred: the frozen reference's output, same shape.
+        target: what the outputs are compared with (the noise), same shape. Both branches of a pair
+            share one timestep and one noise.
+        beta: strength of the implicit KL constraint.
+        mu: the safeguard's share, in [0, 1]; None: safeguard off.
+        scope: of the safeguard, "batch" or "pair" (see `sdpo.loser_scale`).
+        fixed_scale: instead of `mu`, the loser's scale itself, in [0, 1] (a tensor's values are not
+            looked at): a number or () for all pairs, (B,) for each.
+        alpha: DMPO's smoothing of the target distribution; the other methods ignore it.
+        form: "sd15" or "sdxl": the form of DSPO; the other methods ignore it.
+
+    Returns:
+        The loss, and metrics: loss, winner_mse, loser_mse, ref_winner_mse, ref_loser_mse,
+        winner_drift (L_w - Lref_w), loser_drift, margin, implicit_acc (share of pairs with u > 0),
+        loser_scale (mean) and loser_scale_min.
+
+    Raises:
+        ValueError: shapes that differ or are not pairs, an unknown method, scope or form, mu or
+            a number for fixed_scale outside [0, 1], or both of them given.
+    """
+    import torch
+
+    from sdpo.losses.safeguard import loser_scale, scale_gradient
+    from sdpo.losses.terms import PairTerms, as_accumulated, per_sample_mse
+
+    module = get_method(method)
+    if form not in FORMS:
+        raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
+    if not model_pred.shape == ref_pred.shape == target.shape:
+        raise ValueError(
+            "model_pred, ref_pred and target must have equal shapes, got "
+            f"{tuple(model_pred.shape)}, {tuple(ref_pred.shape)}, {tuple(target.shape)}"
+        )
+    if model_pred.ndim < 2 or len(model_pred) == 0 or len(model_pred) % 2:
+        raise ValueError(
+            f"predictions must be (2B, ...), winners then losers, got {tuple(model_pred.shape)}"
+        )
+    if fixed_scale is not None:
+        _check_fixed_scale(fixed_scale, mu, len(model_pred) // 2)
+
+    pred_w, pred_l = as_accumulated(model_pred).chunk(2)
+    ref_w, ref_l = as_accumulated(ref_pred.detach()).chunk(2)
+    target_w, target_l = as_accumulated(target.detach()).chunk(2)
+    residual_w, residual_l = pred_w - target_w, pred_l - target_l
+    error_w, error_l = per_sample_mse(residual_w), per_sample_mse(residual_l)
+    ref_error_w, ref_error_l = per_sample_mse(ref_w - target_w), per_sample_mse(ref_l - target_l)
+
+    scale = torch.ones((), dtype=error_l.dtype, device=error_l.device)
+    if mu is not None:
+        scale = loser_scale(residual_w, residual_l, mu, scope)
+    elif fixed_scale is not None:
+        scale = torch.as_tensor(fixed_scale, dtype=error_l.dtype, device=error_l.device).detach()
+    if mu is not None or fixed_scale is not None:
+        error_l = scale_gradient(error_l, scale)
+
+    terms = PairTerms(
+        pred_w=pred_w,
+        ref_w=ref_w,
+        residual_w=residual_w,
+        error_w=error_w,
+        error_l=error_l,
+        ref_error_w=ref_error_w,
+        ref_error_l=ref_error_l,
+        beta=beta,
+        alpha=alpha,
+        form=form,
+    )
+    loss = module.loss(terms)
+    with torch.no_grad():
+        winner_drift, loser_drift = error_w - ref_error_w, error_l - ref_error_l
+        metrics = {
+            "loss": loss,
+            "winner_mse": error_w.mean(),
+            "loser_mse": error_l.mean(),
+            "ref_winner_mse": ref_error_w.mean(),
+            "ref_loser_mse": ref_error_l.mean(),
+            "winner_drift": winner_drift.mean(),
+            "loser_drift": loser_drift.mean(),
+            "margin": terms.margin.mean(),
+            "implicit_acc": (terms.u > 0).to(error_w.dtype).mean(),
+            "loser_scale": scale.mean(),
+            "loser_scale_min": scale.min(),
+        }
+        per_pair = {
+            "winner_drift": winner_drift,
+            "loser_drift": loser_drift,
+            "loser_scale": scale.expand(error_l.shape),
+        }
+    return LossOutput(
+        loss, {name: value.detach() for name, value in metrics.items()}, per_pair, scale
+    )
+
+
+def _check_fixed_scale(scale: float | Tensor, mu: float | None, pairs: int) -> None:
+    if mu is not None:
+        raise ValueError("give mu or fixed_scale, not both")
+    if isinstance(scale, int | float):
+        if not 0.0 <= scale <= 1.0:
+            raise ValueError(f"fixed_scale must lie in [0, 1], got {scale}")
+    elif scale.shape not in ((), (pairs,)):
+        raise ValueError(f"fixed_scale must be () or ({pairs},), got {tuple(scale.shape)}")

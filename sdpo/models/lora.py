@@ -1,0 +1,215 @@
+"""Low-rank adapters: W x becomes W x + (alpha / rank) B A x with B zero at the start, and A and B
+alone are trained (Hu et al., LoRA, ICLR 2022).
+
+With --use_dora the sum V = W + (alpha / rank) B A is rescaled row by row to a trained length m, to
+m V / |V| (Liu et al., DoRA, ICML 2024); m starts as |W|.
+
+The reference is the same UNet with its adapters off, so that a run holds one UNet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sdpo.common.errors import UserError
+from sdpo.common.randomness import Key, generator
+from sdpo.models.forward import hold_frozen_products
+from sdpo.models.loading import read_state_dict
+
+# diffusers' own name, which `load_lora_weights` looks for in a directory.
+LORA_FILE = "pytorch_lora_weights.safetensors"
+_ADAPTER = "default"
+_PREFIX = "unet."
+
+
+def add_adapters(
+    unet: nn.Module, args: argparse.Namespace, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Freeze `unet`, hold it in `dtype`, give it float32 adapters and move it, all in place.
+
+    The adapters' first values are a function of --seed alone. A UNet that comes on the CPU never
+    takes more memory on the device than it does in `dtype`.
+
+    Raises:
+        UserError: a name of --lora_target_modules is that of no linear layer or convolution.
+    """
+    from peft import LoraConfig
+
+    _check_targets(unet, args.lora_target_modules, args.use_dora)
+    alpha = args.lora_alpha
+    config = LoraConfig(
+        r=args.lora_rank,
+        # As an integer where it is one: that is how other programs write it.
+        lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=list(args.lora_target_modules),
+        use_dora=args.use_dora,
+    )
+    unet.requires_grad_(False)
+    unet.add_adapter(config, adapter_name=_ADAPTER)
+    rng = generator(args.seed, "lora")
+    for layer in adapter_layers(unet):
+        down = layer.lora_A[_ADAPTER].weight
+        # Kaiming's uniform bound at slope sqrt(5), peft's choice, is 1 / sqrt(inputs of a row).
+        bound = 1 / math.sqrt(down[0].numel())
+        with torch.no_grad():
+            down.copy_(torch.empty(down.shape).uniform_(-bound, bound, generator=rng))
+    hold_frozen_products(unet, dtype)
+    unet.to(device)
+    for layer in adapter_layers(unet):
+        if args.use_dora:
+            _start_at_own_length(layer)
+        else:
+            # Autocast casts what needs it. peft would widen each input to the adapter's float32
+            # first, and the copy that goes back to half precision is kept for the backward pass.
+            layer.cast_input_dtype_enabled = dtype == torch.float32
+
+
+def _check_targets(unet: nn.Module, names: Sequence[str], dora: bool) -> None:
+    kinds = (nn.Linear, nn.Conv2d)
+    found = {name: module for name, module in unet.named_modules() if isinstance(module, kinds)}
+    for name in names:
+        matches = [full for full in found if f".{full}".endswith(f".{name}")]
+        if not matches:
+            raise UserError(
+                "--lora_target_modules: no linear layer or convolution of the UNet is called "
+                f"{name}; give the end of a name, such as to_q or ff.net.2"
+            )
+        # peft takes a convolution's lengths in half precision, which is too coarse for them.
+        wide = [full for full in matches if dora and isinstance(found[full], nn.Conv2d)]
+        if wide:
+            raise UserError(
+                f"--use_dora adapts linear layers only, and {wide[0]} (--lora_target_modules "
+                f"{name}) is a convolution; leave one of the two out"
+            )
+
+
+@torch.no_grad()
+def _start_at_own_length(layer: Any) -> None:
+    # They were taken before the weights were rounded. By peft's own function, on the run's device,
+    # so that the first forward pass divides equal numbers.
+    dora = layer.lora_magnitude_vector[_ADAPTER]
+    weight = layer.get_base_layer().weight.float()
+    length = dora.get_weight_norm(weight, torch.zeros_like(weight), 1.0)
+    dora.weight.copy_(length.reshape(dora.weight.shape))
+
+
+def has_adapters(unet: nn.Module) -> bool:
+    """Whether `add_adapters` was called on it."""
+    return bool(getattr(unet, "peft_config", None))
+
+
+def adapter_layers(unet: nn.Module) -> list[Any]:
+    """The layers that adapters were put around."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [module for module in unet.modules() if isinstance(module, BaseTunerLayer)]
+
+
+class AdaptersOff:
+    """A UNet as it is without its adapters, called like a UNet; it holds no weights of its own."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        self.unet = unet
+        self.layers = adapter_layers(unet)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The UNet's forward pass, in evaluation mode as any reference's."""
+        training = self.unet.training
+        self._switch(off=True)
+        self.unet.eval()
+        try:
+            return self.unet(*args, **kwargs)
+        finally:
+            self._switch(off=False)
+            self.unet.train(training)
+
+    def _switch(self, off: bool) -> None:
+        # peft's own switch also takes the adapters' requires_grad, which DDP and FSDP have read
+        # once and for all, off and on again.
+        for layer in self.layers:
+            layer._disable_adapters = off
+
+
+def seed_dropout(keys: Sequence[Key]) -> None:
+    """Make --lora_dropout a function of the micro-batch, so that a resumed run draws the same."""
+    torch.manual_seed(generator(*keys[0], "dropout").initial_seed())
+
+
+@torch.no_grad()
+def merged_state(unet: nn.Module, base: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """A plain UNet's state dict, on the CPU, with the adapters computed into the weights.
+
+    Args:
+        unet: with adapters.
+        base: the plain weights to compute them into, float32, where `unet` holds rounded ones; its
+            adapted entries are replaced. Default: the UNet's own.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if base is None:
+        base = {
+            name.replace(".base_layer.", "."): value.detach().cpu()
+            for name, value in unet.state_dict().items()
+            if ".lora_" not in name
+        }
+    for name, module in unet.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            base[f"{name}.weight"] = _merged_weight(module, base[f"{name}.weight"])
+    return base
+
+
+def _merged_weight(layer: Any, weight: Tensor) -> Tensor:
+    down = layer.lora_A[_ADAPTER].weight.detach().cpu()
+    up = layer.lora_B[_ADAPTER].weight.detach().cpu()
+    # Of a convolution A is one of the same size with `rank` channels and B a 1 x 1 one.
+    product = (up.flatten(1) @ down.flatten(1)).reshape(weight.shape)
+    total = weight.float() + layer.scaling[_ADAPTER] * product
+    if _ADAPTER not in layer.lora_magnitude_vector:
+        return total
+    rows = total.flatten(1)
+    length = layer.lora_magnitude_vector[_ADAPTER].weight.detach().cpu().flatten()
+    return (rows * (length / rows.norm(dim=1))[:, None]).reshape(weight.shape)
+
+
+def save_adapters(unet: nn.Module, path: Path) -> None:
+    """Write the adapters in diffusers' LoRA layout: `pipeline.load_lora_weights` takes the file, or
+    its directory where it is called `LORA_FILE`."""
+    from diffusers import StableDiffusionPipeline
+    from peft import get_peft_model_state_dict
+
+    # Both families' pipelines call the UNet's part "unet", so that either class may write it.
+    state = get_peft_model_state_dict(unet, adapter_name=_ADAPTER)
+    settings = unet.peft_config[_ADAPTER].to_dict()
+    settings["target_modules"] = sorted(settings["target_modules"])
+    StableDiffusionPipeline.save_lora_weights(
+        path.parent,
+        unet_lora_layers={k: v.detach().cpu().contiguous() for k, v in state.items()},
+        weight_name=path.name,
+        unet_lora_adapter_metadata=settings,
+    )
+
+
+def load_adapters(unet: nn.Module, path: Path) -> None:
+    """Read into the adapters of `unet`, in place, what `save_adapters` wrote.
+
+    Raises:
+        UserError: unreadable, or of other layers, ranks or kind.
+    """
+    from peft import get_peft_model_state_dict
+
+    state = {name.removeprefix(_PREFIX): value for name, value in read_state_dict(path).items()}
+    own = get_peft_model_state_dict(unet, adapter_name=_ADAPTER)
+    shapes = [{k: v.shape for k, v in tensors.items()} for tensors in (state, own)]
+    if shapes[0] != shapes[1]:
+        raise UserError(f"{path} does not fit this run's adapters: are rank and targets the same?")
+    with torch.no_grad():
+        for name, value in own.items():
+            value.copy_(state[name])

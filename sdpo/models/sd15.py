@@ -1,0 +1,54 @@
+"""Stable Diffusion 1.x: one CLIP text encoder, its last hidden states."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sdpo.models.base import Conditioning, Family, Frozen, ModelSource, tokenize
+from sdpo.models.names import FAMILY_FLAGS
+
+
+class SD15(Family):
+    """UNet conditioned on the text encoder's final, normalised hidden states."""
+
+    name = "sd15"
+    sdxl = False
+    default_resolution = FAMILY_FLAGS["sd15"].resolution
+    sample_guidance = 7.5
+
+    def _text_encoder_classes(self) -> dict[str, Any]:
+        from transformers import CLIPTextModel
+
+        return {"text_encoder": CLIPTextModel}
+
+    def _tokenizer_parts(self) -> tuple[str, ...]:
+        return ("tokenizer",)
+
+    @torch.no_grad()
+    def encode_text(self, frozen: Frozen, captions: list[str]) -> dict[str, Tensor]:
+        """The last hidden states."""
+        (encoder,), (tokenizer,) = frozen.text_encoders, frozen.tokenizers
+        ids = tokenize(tokenizer, captions, encoder.device)
+        return {"hidden": encoder(ids).last_hidden_state}
+
+    def conditioning(self, text: dict[str, Tensor], resolution: int) -> Conditioning:
+        """Hidden states (B, tokens, width); the resolution plays no part."""
+        return Conditioning(text["hidden"])
+
+    def pipeline(self, unet: nn.Module, frozen: Frozen, source: ModelSource) -> Any:
+        """A `StableDiffusionPipeline` without a safety checker."""
+        from diffusers import StableDiffusionPipeline
+
+        return StableDiffusionPipeline(
+            vae=frozen.vae,
+            text_encoder=frozen.text_encoders[0],
+            tokenizer=frozen.tokenizers[0],
+            unet=unet,
+            scheduler=self.load_sampler(source),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )

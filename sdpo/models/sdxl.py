@@ -1,0 +1,77 @@
+"""Stable Diffusion XL: two CLIP text encoders, a pooled embedding and size conditions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sdpo.models.base import Conditioning, Family, Frozen, ModelSource, tokenize
+from sdpo.models.names import FAMILY_FLAGS
+
+
+class SDXL(Family):
+    """UNet conditioned on the penultimate hidden states of both encoders, joined along the width,
+    the pooled output of the second, and time ids (R, R, 0, 0, R, R): original size, crop corner
+    and target size."""
+
+    name = "sdxl"
+    sdxl = True
+    default_resolution = FAMILY_FLAGS["sdxl"].resolution
+    sample_guidance = 5.0
+
+    def _text_encoder_classes(self) -> dict[str, Any]:
+        from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+        return {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+
+    def _tokenizer_parts(self) -> tuple[str, ...]:
+        return ("tokenizer", "tokenizer_2")
+
+    def vae_dtype(self, vae: nn.Module, dtype: torch.dtype) -> torch.dtype:
+        """float32 for a VAE that overflows in float16, as SDXL's own does."""
+        overflows = dtype == torch.float16 and vae.config.force_upcast
+        return torch.float32 if overflows else dtype
+
+    @torch.no_grad()
+    def encode_text(self, frozen: Frozen, captions: list[str]) -> dict[str, Tensor]:
+        """Hidden states (B, tokens, width 1 + width 2), pooled text (B, width)."""
+        hidden = []
+        for tokenizer, encoder in zip(frozen.tokenizers, frozen.text_encoders, strict=True):
+            ids = tokenize(tokenizer, captions, encoder.device)
+            output = encoder(ids, output_hidden_states=True)
+            hidden.append(output.hidden_states[-2])
+        return {"hidden": torch.cat(hidden, dim=-1), "pooled": output.text_embeds}
+
+    def conditioning(self, text: dict[str, Tensor], resolution: int) -> Conditioning:
+        """Hidden states, pooled text and time ids."""
+        pooled = text["pooled"]
+        time_ids = torch.tensor(
+            [[resolution, resolution, 0, 0, resolution, resolution]],
+            dtype=pooled.dtype,
+            device=pooled.device,
+        )
+        return Conditioning(
+            text["hidden"],
+            {"text_embeds": pooled, "time_ids": time_ids.repeat(len(pooled), 1)},
+        )
+
+    def pipeline(self, unet: nn.Module, frozen: Frozen, source: ModelSource) -> Any:
+        """A `StableDiffusionXLPipeline` without a watermarker."""
+        from diffusers import StableDiffusionXLPipeline
+
+        config = StableDiffusionXLPipeline.load_config(
+            source.base, revision=source.revision, cache_dir=source.cache_dir
+        )
+        return StableDiffusionXLPipeline(
+            vae=frozen.vae,
+            text_encoder=frozen.text_encoders[0],
+            text_encoder_2=frozen.text_encoders[1],
+            tokenizer=frozen.tokenizers[0],
+            tokenizer_2=frozen.tokenizers[1],
+            unet=unet,
+            scheduler=self.load_sampler(source),
+            force_zeros_for_empty_prompt=config.get("force_zeros_for_empty_prompt", True),
+            add_watermarker=False,
+        )

@@ -1,0 +1,141 @@
+"""What a run leaves behind: config.json, metrics.jsonl and the trackers' logs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import platform
+import resource
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdpo.common.files import write_json, write_text
+
+if TYPE_CHECKING:
+    import torch
+
+PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "accelerate", "datasets", "peft")
+METRICS_FILE = "metrics.jsonl"
+CONFIG_FILE = "config.json"
+
+
+def describe_run(args: argparse.Namespace, resolved: dict[str, Any]) -> dict[str, Any]:
+    """Every flag, what was resolved from them, package versions and the git revision."""
+    return {
+        "args": vars(args),
+        "resolved": resolved,
+        "command": sys.argv,
+        "git_revision": _git_revision(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in PACKAGES},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git_revision() -> str | None:
+    here = Path(__file__).resolve().parent
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak memory so far, GiB: the accelerator's, or on a CPU the process's resident set."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory() / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+class RunLog:
+    """Appends to metrics.jsonl; one line per optimizer step, flushed as it is written.
+
+    On resuming after `keep_steps` steps, the lines of later steps (which will be done again) and a
+    line that was cut off by a kill are dropped.
+    """
+
+    def __init__(self, output_dir: Path, keep_steps: int) -> None:
+        self.path = output_dir / METRICS_FILE
+        kept = [line for line in read_metrics(self.path) if line["step"] <= keep_steps]
+        write_text(self.path, "".join(_line(entry) for entry in kept))
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
+
+    def write(self, entry: dict[str, Any]) -> None:
+        """Append one step."""
+        self._file.write(_line(entry))
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def write_config(output_dir: Path, config: dict[str, Any]) -> None:
+    """Write config.json."""
+    write_json(output_dir / CONFIG_FILE, config)
+
+
+def _line(entry: dict[str, Any]) -> str:
+    # JSON has no NaN or infinity.
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        if isinstance(value, list):
+            return [plain(v) for v in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(plain(entry)) + "\n"
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a metrics.jsonl; [] where there is none."""
+    if not path.is_file():
+        return []
+    entries = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            entries.append(json.loads(line))
+        except ValueError:
+            break
+    return entries
+
+
+def quieten_libraries() -> None:
+    """Leave the console to the run: the libraries report errors only, and no bar of theirs but the
+    one for building a dataset."""
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    # It announces every retry, twice where the root logger has a handler; what it gives up on is
+    # raised as an error.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    for chatty in ("httpx", "httpx2", "datasets", "accelerate", "PIL"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)

@@ -1,0 +1,94 @@
+"""Sample grids during training: the same prompts and the same noise every time."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from sdpo.common.files import written_beside
+from sdpo.common.randomness import generator
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch import nn
+
+    from sdpo.training.state import Models
+
+SAMPLE_STEPS = 25
+
+
+@torch.no_grad()
+def sample(
+    pipeline: Any,
+    prompts: Sequence[str],
+    seed: int,
+    resolution: int,
+    guidance: float,
+    steps: int = SAMPLE_STEPS,
+    batch_size: int = 8,
+) -> list[Image.Image]:
+    """One image a prompt. Prompt i starts from a noise that is a function of (seed, i) alone."""
+    pipeline.set_progress_bar_config(disable=True)
+    images: list[Image.Image] = []
+    for first in range(0, len(prompts), batch_size):
+        chunk = list(prompts[first : first + batch_size])
+        images += pipeline(
+            chunk,
+            height=resolution,
+            width=resolution,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            generator=[generator(seed, first + i, "sample") for i in range(len(chunk))],
+        ).images
+    return images
+
+
+def grid(images: Sequence[Image.Image], columns: int, gap: int = 2) -> Image.Image:
+    """Equal-sized images in rows of `columns`, on white."""
+    width, height = images[0].size
+    rows = -(-len(images) // columns)
+    sheet = Image.new(
+        "RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), (255, 255, 255)
+    )
+    for i, image in enumerate(images):
+        row, column = divmod(i, columns)
+        sheet.paste(image, (column * (width + gap), row * (height + gap)))
+    return sheet
+
+
+def save_image(image: Image.Image, path: Path, **options: Any) -> None:
+    """Write a PNG beside and rename it; `options` are those of Pillow's PNG writer."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_beside(path) as beside:
+        image.save(beside, format="PNG", **options)
+
+
+def draw_grid(
+    args: argparse.Namespace, models: Models, unet: nn.Module, accelerator: Accelerator, step: int
+) -> Path:
+    """Sample --validation_prompts from `unet`, write `samples/step-N.png` and log it."""
+    pipeline = models.family.pipeline(unet, models.encoder.frozen_parts(), models.source)
+    images = sample(
+        pipeline,
+        args.validation_prompts,
+        args.seed,
+        args.resolution,
+        models.family.sample_guidance,
+    )
+    sheet = grid(images, columns=math.ceil(math.sqrt(len(images))))
+    path = Path(args.output_dir) / "samples" / f"step-{step:06d}.png"
+    save_image(sheet, path)
+    pixels = np.asarray(sheet)
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.writer.add_image("samples", pixels, step, dataformats="HWC")
+        elif tracker.name == "wandb":
+            tracker.log_images({"samples": [pixels]}, step=step)
+    return path

@@ -1,0 +1,38 @@
+"""Flags of a step's speed: which exclude each other, and what is missing."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+
+from sdpo import speed_flags
+from sdpo.common.errors import UserError
+
+NAMES = ("channels_last", "compile", "fused_optimizer", "use_8bit_adam")
+
+
+def test_all_are_off_by_default_and_can_be_taken_back(make_args, monkeypatch):
+    args = make_args()
+    assert [getattr(args, name) for name in NAMES] == [False] * len(NAMES)
+    args = make_args(**{name: True for name in NAMES[:3]})
+    assert [getattr(args, name) for name in NAMES[:3]] == [True] * 3
+
+
+@pytest.mark.parametrize("name", ["use_8bit_adam", "fused_optimizer"])
+def test_adafactor_is_another_optimizer(make_args, name):
+    with pytest.raises(UserError, match=f"--{name} .* --use_adafactor"):
+        make_args(use_adafactor=True, **{name: True})
+
+
+def test_eight_bit_is_fused_already(make_args):
+    with pytest.raises(UserError, match="leave --fused_optimizer out"):
+        make_args(use_8bit_adam=True, fused_optimizer=True)
+
+
+def test_a_missing_bitsandbytes_is_named(make_args, monkeypatch):
+    found = importlib.util.find_spec
+    absent = lambda name: None if name == "bitsandbytes" else found(name)  # noqa: E731
+    monkeypatch.setattr(speed_flags, "find_spec", absent)
+    with pytest.raises(UserError, match="pip install bitsandbytes"):
+        make_args(use_8bit_adam=True)

@@ -1,0 +1,44 @@
+"""What the cache's flags do not go with."""
+
+from __future__ import annotations
+
+import pytest
+
+from sdpo.common.errors import UserError
+from sdpo.data.latents.__main__ import parse_cache_args
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"streaming": True}, "leave --streaming out"),
+        ({"random_crop": True}, "leave --random_crop out"),
+        ({"cache_batch_size": 0}, "--cache_batch_size must be at least 1"),
+        ({"cache_dtype": "int8"}, "--cache_dtype"),
+        ({"cache_dir_latents": None, "verify_cache": True}, "--verify_cache has no meaning"),
+        ({"cache_dir_latents": __file__}, "is a file; give a directory"),
+    ],
+)
+def test_mistakes(cache_args, flags, said):
+    with pytest.raises(UserError, match=said):
+        cache_args(**flags)
+
+
+def test_defaults(make_args):
+    args = make_args()
+    assert (args.cache_dir_latents, args.cache_dtype, args.verify_cache) == (None, "bf16", False)
+
+
+def test_home(cache_args, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_args(cache_dir_latents="~/latents").cache_dir_latents == str(tmp_path / "latents")
+
+
+def test_the_program_takes_a_training_runs_flags(tiny_sd15, pairs_dir, tmp_path):
+    flags = ["--pretrained_model_name_or_path", tiny_sd15, "--train_data_dir", pairs_dir]
+    flags += ["--beta_dpo", 3, "--output_dir", tmp_path / "run"]
+    with pytest.raises(UserError, match="--cache_dir_latents is missing"):
+        parse_cache_args(list(map(str, flags)))
+    args = parse_cache_args([*map(str, flags), "--cache_dir_latents", "here", "--check_only"])
+    assert args.check_only
+    assert args.resolution == 512

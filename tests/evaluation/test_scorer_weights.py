@@ -1,0 +1,128 @@
+"""Where a scorer's weights come from: overrides, the hub's cache, hashes, identity."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+
+import pytest
+import torch
+
+from sdpo.common.errors import UserError
+from sdpo.evaluation.score.weights import Part, Weights, load_exactly, read_tensors
+
+PARTS = {
+    "model": Part(hub="someone/scorer", file="weights.pt"),
+    "config": Part(hub="someone/scorer", file="config.json", beside="model"),
+    "tokenizer": Part(hub="someone/tokenizer"),
+}
+
+
+def weights(overrides=None, cache=None, parts=PARTS):
+    return Weights("mine", parts, {k: str(v) for k, v in (overrides or {}).items()}, cache)
+
+
+def cached(cache, content, blob):
+    """`content` as someone/scorer's weights.pt, as the hub's client keeps it."""
+    home = cache / "models--someone--scorer"
+    for name in ("blobs", "refs", "snapshots/" + "0" * 40):
+        (home / name).mkdir(parents=True)
+    (home / "blobs" / blob).write_bytes(content)
+    (home / "snapshots" / ("0" * 40) / "weights.pt").symlink_to(home / "blobs" / blob)
+    (home / "refs" / "main").write_text("0" * 40)
+
+
+def test_a_large_file_of_the_hub_is_verified(tmp_path):
+    content = b"x" * 100
+    digest = hashlib.sha256(content).hexdigest()
+    cached(tmp_path / "good", content, digest)
+    path = weights(cache=str(tmp_path / "good")).file()
+    assert path.read_bytes() == content
+    cached(tmp_path / "bad", content[:-1], digest)
+    with pytest.raises(UserError, match=r"mine: .*weights\.pt is damaged.*delete it"):
+        weights(cache=str(tmp_path / "bad")).file()
+    # A small file is kept under git's own hash, which says nothing of sha256.
+    cached(tmp_path / "small", content, "a" * 40)
+    assert weights(cache=str(tmp_path / "small")).file().read_bytes() == content
+
+
+def test_overrides(tmp_path):
+    (tmp_path / "weights.pt").write_bytes(b"a")
+    (tmp_path / "other.bin").write_bytes(b"b")
+    assert weights({"model": tmp_path}).file() == tmp_path / "weights.pt"
+    assert weights({"model": tmp_path / "other.bin"}).file() == tmp_path / "other.bin"
+    assert weights({"tokenizer": tmp_path}).source("tokenizer") == str(tmp_path)
+    assert weights({"tokenizer": "else/where"}).source("tokenizer") == "else/where"
+    assert weights().source("tokenizer") == "someone/tokenizer"
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"--weights mine: there is no file .*weights\.pt"):
+        weights({"model": tmp_path / "empty"}).file()
+    with pytest.raises(UserError, match=r"--weights mine\.tokenizer: there is no file or dir"):
+        weights({"tokenizer": "/no/where"}).source("tokenizer")
+
+
+def test_beside(tmp_path):
+    (tmp_path / "weights.pt").write_bytes(b"a")
+    with pytest.raises(UserError, match=r"--weights mine: there is no config\.json in .*config=PA"):
+        weights({"model": tmp_path}).file("config")
+    (tmp_path / "config.json").write_text("{}")
+    assert weights({"model": tmp_path}).file("config") == tmp_path / "config.json"
+    (tmp_path / "mine.json").write_text("{}")
+    both = weights({"model": tmp_path, "config": tmp_path / "mine.json"})
+    assert both.file("config") == tmp_path / "mine.json"
+
+
+def test_another_file_than_the_published_is_said(tmp_path, caplog):
+    digest = hashlib.sha256(b"published").hexdigest()
+    parts = {"model": Part(url="https://example.org/head.pth", file="head.pth", sha256=digest)}
+    (tmp_path / "head.pth").write_bytes(b"published")
+    weights({"model": tmp_path}, parts=parts).file()
+    assert not caplog.records
+    (tmp_path / "head.pth").write_bytes(b"another")
+    weights({"model": tmp_path}, parts=parts).file()
+    assert "is not the published file" in caplog.text
+
+
+def test_identity(tmp_path):
+    (tmp_path / "weights.pt").write_bytes(b"a")
+    (tmp_path / "config.json").write_text("{}")
+    first = weights({"model": tmp_path}).identity()
+    assert first == weights({"model": tmp_path}).identity()
+    assert first != weights().identity()
+    assert first["tokenizer"] == ["someone/tokenizer"]
+    for name in ("weights.pt", "config.json"):
+        os.utime(tmp_path / name, ns=(1, 1))
+        changed = weights({"model": tmp_path}).identity()
+        assert changed != first
+        first = changed
+
+
+def test_reading_tensors(tmp_path):
+    state = {"a": torch.arange(3.0)}
+    torch.save(state, tmp_path / "a.pt")
+    assert torch.equal(read_tensors(tmp_path / "a.pt", "--x")["a"], state["a"])
+    from safetensors.torch import save_file
+
+    save_file(state, tmp_path / "a.safetensors")
+    assert torch.equal(read_tensors(tmp_path / "a.safetensors", "--x")["a"], state["a"])
+    torch.save({"a": os.system}, tmp_path / "code.pt")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "a.pt").read_bytes()[:-100])
+    (tmp_path / "text.pt").write_text("hello")
+    for name in ("code.pt", "cut.pt", "text.pt", "none.pt"):
+        with pytest.raises(UserError, match=f"--x: cannot read weights from .*{name}"):
+            read_tensors(tmp_path / name, "--x")
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {},
+        {"weight": torch.zeros(2, 3)},
+        {"weight": torch.zeros(3, 3), "bias": torch.zeros(2)},
+        {"weight": torch.zeros(2, 3), "bias": torch.zeros(2), "more": torch.zeros(1)},
+        [1],
+    ],
+)
+def test_loading_is_strict(state):
+    with pytest.raises(UserError, match=r"^--x does not fit: "):
+        load_exactly(torch.nn.Linear(3, 2), state, "--x")

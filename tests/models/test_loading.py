@@ -1,0 +1,146 @@
+"""Starting weights from every kind of place, and what is refused."""
+
+from __future__ import annotations
+
+import os
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from sdpo.common.errors import UserError
+from sdpo.models import get_family
+from sdpo.models.base import ModelSource
+from sdpo.models.loading import is_weights_file, load_strictly, read_state_dict
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_sd15):
+    """An SD1.5 UNet unlike the base's."""
+    unet = get_family(False).load_unet(ModelSource(str(tiny_sd15)))
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            parameter.add_(0.125)
+    return unet
+
+
+def start(tiny, init, sdxl=False):
+    return get_family(sdxl).load_unet(ModelSource(str(tiny), unet_init=str(init)))
+
+
+def save_as(unet, kind, directory):
+    """Save a UNet in one of the forms --unet_init takes; the path to give."""
+    if kind in ("unet.pth", "unet.pt", "unet.bin"):
+        torch.save(unet.state_dict(), directory / kind)
+        return directory / kind
+    if kind == "unet.safetensors":
+        save_file(unet.state_dict(), directory / kind)
+        return directory / kind
+    unet.save_pretrained(directory / ("unet" if kind == "pipeline" else "plain"))
+    return directory if kind == "pipeline" else directory / "plain"
+
+
+@pytest.mark.parametrize(
+    "kind", ["unet.pth", "unet.pt", "unet.bin", "unet.safetensors", "unet dir", "pipeline"]
+)
+def test_unet_init(kind, trained, tiny_sd15, tmp_path):
+    unet = start(tiny_sd15, save_as(trained, kind, tmp_path))
+    want = trained.state_dict()
+    assert all(torch.equal(v, want[k]) for k, v in unet.state_dict().items())
+    assert all(p.dtype == torch.float32 for p in unet.parameters())
+    base = get_family(False).load_unet(ModelSource(str(tiny_sd15)))
+    assert not torch.equal(base.conv_in.weight, unet.conv_in.weight)
+
+
+@pytest.mark.parametrize("kind", ["unet.pth", "unet.safetensors"])
+def test_half_precision_weights_become_float32(kind, trained, tiny_sd15, tmp_path):
+    state = {k: v.half() for k, v in trained.state_dict().items()}
+    path = tmp_path / kind
+    save_file(state, path) if kind.endswith("tensors") else torch.save(state, path)
+    unet = start(tiny_sd15, path)
+    assert unet.conv_in.weight.dtype == torch.float32
+    assert torch.equal(unet.conv_in.weight, state["conv_in.weight"].float())
+
+
+@pytest.mark.parametrize("kind", ["unet.pth", "unet.safetensors", "unet dir", "pipeline"])
+def test_another_family_is_refused(kind, trained, tiny_sdxl, tmp_path):
+    with pytest.raises(UserError, match=r"^--unet_init .*(family|SD1\.5 UNet)") as caught:
+        start(tiny_sdxl, save_as(trained, kind, tmp_path), sdxl=True)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["unet.pth", "unet.safetensors"])
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
+def test_a_truncated_file_is_one_sentence(kind, share, trained, tiny_sd15, tmp_path):
+    path = save_as(trained, kind, tmp_path)
+    os.truncate(path, int(path.stat().st_size * share))
+    with pytest.raises(UserError) as caught:
+        start(tiny_sd15, path)
+    assert str(caught.value).startswith(f"cannot read UNet weights from {path}: ")
+    assert "\n" not in str(caught.value)
+
+
+class Harmful:
+    """Its unpickling would write a file."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin"])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pickled_code_is_not_run(suffix, zipped, tiny_sd15, tmp_path):
+    witness, path = tmp_path / "was run", tmp_path / f"bad{suffix}"
+    if zipped:
+        torch.save({"conv_in.weight": Harmful(witness)}, path)
+    else:
+        path.write_bytes(pickle.dumps({"conv_in.weight": Harmful(witness)}))
+    with pytest.raises(UserError) as caught:
+        start(tiny_sd15, path)
+    assert not witness.exists()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [[1, 2], {"a": 1}, {"state_dict": {"a": torch.ones(1)}}])
+def test_what_is_no_plain_state_dict_is_refused(value, tmp_path):
+    torch.save(value, tmp_path / "x.pth")
+    with pytest.raises(UserError, match="not a plain state dict"):
+        read_state_dict(tmp_path / "x.pth")
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    for suffix in (".pth", ".safetensors"):
+        with pytest.raises(UserError, match="cannot read UNet weights"):
+            read_state_dict(tmp_path / f"gone{suffix}")
+
+
+def test_names_and_shapes_must_all_fit():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    good = {k: torch.ones_like(v) for k, v in before.items()}
+    bad = {
+        r"1 of 4 weights are missing \(e\.g\. 1\.bias\)": {
+            k: v for k, v in good.items() if k != "1.bias"
+        },
+        r"1 of 4 weights are unknown \(e\.g\. extra\)": {**good, "extra": torch.ones(1)},
+        r"2 of 4 weights are of another shape \(e\.g\. 0\.bias\)": {
+            **good,
+            "0.bias": torch.ones(4),
+            "0.weight": torch.ones(3, 3),
+        },
+    }
+    for message, state in bad.items():
+        with pytest.raises(UserError, match=f"^here does not fit this UNet: {message}"):
+            load_strictly(model, state, "here")
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    load_strictly(model, good, "here")
+    assert all((v == 1).all() for v in model.state_dict().values())
+
+
+def test_is_weights_file():
+    assert all(is_weights_file(f"a/b{s}") for s in (".pth", ".pt", ".bin", ".safetensors"))
+    assert not any(is_weights_file(name) for name in ("owner/name", "dir", "owner/name-1.5"))

@@ -1,0 +1,93 @@
+"""The reference's three forms give the same predictions, without a trace of autograd."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from sdpo.data.pairs import PairBatch
+from sdpo.models import get_family
+from sdpo.models.base import ModelSource
+from sdpo.models.encoding import ModelEncoder
+from sdpo.models.forward import noise_pairs, predict_reference
+from sdpo.models.lora import AdaptersOff
+from sdpo.models.reference import Offloaded, build_reference
+
+CPU = torch.device("cpu")
+FORMS = [{}, {"offload_reference": True}, {"lora_rank": 2}]
+
+
+@pytest.fixture(scope="module", params=["sd15", "sdxl"])
+def base(request, tiny_sd15, tiny_sdxl):
+    """(family, UNet, inputs of 2 pairs) of either family."""
+    family = get_family(request.param == "sdxl")
+    source = ModelSource(str(tiny_sdxl if family.sdxl else tiny_sd15))
+    pixels = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    batch = PairBatch(pixels, ["a red square", ""], [(0, 0, 0), (0, 0, 1)])
+    encoder = ModelEncoder(family, family.load_frozen(source), 32, CPU)
+    return family, family.load_unet(source), noise_pairs(encoder, batch)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_forms_predict_the_same_to_the_bit(base, make_args, dtype):
+    family, start, inputs = base
+    outputs = []
+    for flags in FORMS:
+        unet = copy.deepcopy(start)
+        reference = build_reference(unet, make_args(sdxl=family.sdxl, **flags), dtype, CPU)
+        # A run moves what it trains; the reference stays.
+        with torch.no_grad():
+            for parameter in unet.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(1.0)
+        for _ in range(2):
+            half = dtype == torch.bfloat16
+            autocast = torch.autocast("cpu", torch.bfloat16, enabled=half)
+            outputs.append(predict_reference(reference, inputs, autocast))
+    assert not any(output.requires_grad for output in outputs)
+    assert all(torch.equal(output, outputs[0]) for output in outputs)
+
+
+def test_which_form_is_built(base, make_args):
+    kinds = []
+    for flags in FORMS:
+        unet = copy.deepcopy(base[1])
+        args = make_args(sdxl=base[0].sdxl, **flags)
+        reference = build_reference(unet, args, torch.float32, CPU)
+        kinds.append(type(reference))
+        held = reference.module if isinstance(reference, Offloaded) else reference
+        if isinstance(reference, AdaptersOff):
+            assert reference.unet is unet
+        else:
+            assert not any(p.requires_grad for p in held.parameters())
+            assert not held.training
+    assert kinds == [type(base[1]), Offloaded, AdaptersOff]
+
+
+class Watched(torch.nn.Linear):
+    """Notes where its weights are when it is called."""
+
+    def forward(self, x):
+        self.seen = [t.data_ptr() for t in (self.weight, self.bias, self.count)]
+        return super().forward(x)
+
+
+def test_weights_are_on_the_device_for_a_call_alone(monkeypatch):
+    """A copy stands for what would be the device's."""
+    module = Watched(3, 2).requires_grad_(False)
+    module.register_buffer("count", torch.ones(2))
+    tensors = [module.weight, module.bias, module.count]
+    home = [t.data_ptr() for t in tensors]
+    x = torch.randn(4, 3)
+    want = module(x)
+    assert module.seen == home
+    offloaded = Offloaded(module, CPU)
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *_, **__: tensor.clone())
+    assert torch.equal(offloaded(x), want)
+    assert set(module.seen).isdisjoint(home)
+    assert [t.data_ptr() for t in tensors] == home
+    with pytest.raises(RuntimeError):
+        offloaded(torch.randn(4, 7))
+    assert [t.data_ptr() for t in tensors] == home
