@@ -14,12 +14,13 @@ from sdpo.common.signals import terminable
 class Parser(argparse.ArgumentParser):
     """An `ArgumentParser` without abbreviations, whose errors are `UserError`s."""
 
-    def __init__(self, prog: str, description: str | None) -> None:
+    def __init__(self, prog: str, description: str | None, **kwargs: Any) -> None:
         super().__init__(
             prog=prog,
             description=description,
             allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
+            **kwargs,
         )
 
     def error(self, message: str) -> None:  # type: ignore[override]

@@ -1,9 +1,18 @@
-"""Which methods exist, read from the folder, so that `--help` needs no torch."""
+"""Preference losses, one file per method; which there are is read from the folder, so that `--help`
+needs no torch.
+
+A method is a module of this package that defines `loss(terms: PairTerms) -> Tensor` (a scalar, the
+mean over pairs). It is known by its file name: `diffusion_dpo.py` is `diffusion-dpo`. Adding one is
+adding that file. A module may also set `USES_LOSERS = False` when losers get no gradient, and
+`OPTIONS`, the names of the options it takes and their defaults.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+# DSPO's forms, one per base model's family.
+FORMS = ("sd15", "sdxl")
 METHODS_DIR = Path(__file__).resolve().parent
 _NOT_METHODS = {"__init__", "preference", "safeguard", "terms"}
 

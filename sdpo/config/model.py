@@ -1,0 +1,74 @@
+"""Which base is trained, which of its weights, and what they are held against."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sdpo.common.flags import ABOVE_ZERO, BELOW_ONE, at_least, flag
+
+# The attention's projections, in both families.
+LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The base pipeline; adapters, averages and the reference."""
+
+    pretrained_model_name_or_path: str = flag(
+        "",
+        "base pipeline: a hub id or a local directory in diffusers layout",
+        metavar="ID_OR_DIR",
+        required=True,
+        expand=True,
+    )
+    pretrained_vae_model_name_or_path: str | None = flag(
+        None,
+        "VAE instead of the base's own, e.g. madebyollin/sdxl-vae-fp16-fix",
+        metavar="ID_OR_DIR",
+        expand=True,
+    )
+    revision: str | None = flag(None, "git revision of the base on the hub")
+    unet_init: str | None = flag(
+        None,
+        "start UNet and reference from these weights instead of the base's: unet.pth, "
+        ".safetensors, or a diffusers UNet or pipeline (directory or hub id)",
+        metavar="PATH",
+        expand=True,
+    )
+    sdxl: bool = flag(False, "the base is an SDXL model", shown="SD1.5")
+    lora_rank: int | None = flag(
+        None,
+        "train adapters of rank N instead of the UNet; the reference is then the same UNet without "
+        "them, so that only one is in memory",
+        metavar="N",
+        check=at_least(1),
+    )
+    lora_alpha: float | None = flag(
+        None,
+        "adapters count times A / rank; programs that do not read diffusers' metadata take it for "
+        "the rank",
+        metavar="A",
+        check=ABOVE_ZERO,
+        shown="the rank",
+    )
+    lora_dropout: float = flag(
+        0.0, "share of an adapter's inputs that is left out", metavar="P", check=BELOW_ONE
+    )
+    use_dora: bool = flag(
+        False, "DoRA: adapters for the direction of the weights, their length trained beside it"
+    )
+    lora_target_modules: tuple[str, ...] | None = flag(
+        None,
+        "linear layers and convolutions to adapt, by the end of their names in the UNet",
+        metavar="NAME",
+        shown=" ".join(LORA_TARGETS),
+    )
+    use_ema: bool = flag(
+        False,
+        "keep a moving average of the trained weights too, float32 on the device, saved as "
+        "unet_ema.pth and pipeline_ema/",
+    )
+    ema_decay: float = flag(0.9999, "decay of that average", metavar="D", check=BELOW_ONE)
+    offload_reference: bool = flag(
+        False, "keep the reference in the host's memory, on the device only while it is asked"
+    )

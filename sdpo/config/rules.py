@@ -1,0 +1,140 @@
+"""What one flag says about another: defaults that depend on flags, and combinations refused."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sdpo.common.errors import UserError
+from sdpo.config.data import CACHE_FLAG, SourceConfig
+from sdpo.config.model import LORA_TARGETS
+
+if TYPE_CHECKING:
+    from sdpo.config import TrainConfig
+
+RESOLUTIONS = {"sd15": 512, "sdxl": 1024}
+
+
+def fill_in(values: dict[str, Any]) -> dict[str, Any]:
+    """Add the defaults that depend on other flags to a run's values by flag."""
+    filled = dict(values)
+    if values.get("max_train_steps") is None and values.get("num_train_epochs") is None:
+        filled["max_train_steps"] = 2000
+    if values.get("resolution") is None:
+        filled["resolution"] = RESOLUTIONS["sdxl" if values.get("sdxl") else "sd15"]
+    if values.get("lora_rank"):
+        if values.get("lora_alpha") is None:
+            filled["lora_alpha"] = float(values["lora_rank"])
+        filled["lora_target_modules"] = values.get("lora_target_modules") or LORA_TARGETS
+    return filled
+
+
+def check_rules(config: TrainConfig) -> None:
+    """Refuse flags that contradict each other or have no meaning together.
+
+    Raises:
+        UserError: naming the flags and what would be right.
+    """
+    _check_steps(config)
+    _check_method(config)
+    check_source(config.data)
+    _check_cache(config)
+    _check_optimizer(config)
+    _check_weights(config)
+
+
+def _check_steps(config: TrainConfig) -> None:
+    data, optim = config.data, config.optim
+    if data.streaming and optim.num_train_epochs is not None:
+        raise UserError("--streaming does not know an epoch's length: give --max_train_steps")
+    if data.streaming and data.dataloader_num_workers > 1:
+        raise UserError("--streaming reads one stream: --dataloader_num_workers must be 0 or 1")
+
+
+def _check_method(config: TrainConfig) -> None:
+    method, guard = config.method, config.safeguard
+    if method.dspo_form and method.train_method != "dspo":
+        raise UserError(f"--dspo_form has no meaning with --train_method {method.train_method}")
+    fixed = guard.loser_scale_fixed is not None
+    if fixed and guard.use_winner_preserving:
+        raise UserError(
+            "--loser_scale_fixed takes the place of the safeguard's scale: leave "
+            "--use_winner_preserving out (--no-use_winner_preserving takes back a recipe's)"
+        )
+    if guard.winner_preserving_space == "parameter" and not guard.use_winner_preserving:
+        raise UserError(
+            "--winner_preserving_space parameter has no meaning without --use_winner_preserving"
+        )
+    if method.train_method != "sft":
+        return
+    for given, name in (
+        (guard.use_winner_preserving, "use_winner_preserving"),
+        (fixed, "loser_scale_fixed"),
+    ):
+        if given:
+            raise UserError(f"--{name} has no meaning with --train_method sft: no losers")
+
+
+def check_source(data: SourceConfig) -> None:
+    """Refuse flags of the data that contradict each other.
+
+    Raises:
+        UserError: naming the flags and what would be right.
+    """
+    if data.dataset_name is None and data.train_data_dir is None:
+        raise UserError("the data is missing: give --dataset_name or --train_data_dir")
+    if data.stream_shards == "own" and not data.streaming:
+        raise UserError("--stream_shards own has no meaning without --streaming")
+    if data.stream_shards == "own" and data.max_train_samples is not None:
+        raise UserError("--stream_shards own does not go with --max_train_samples")
+    if data.choice_model and data.streaming:
+        raise UserError(
+            "--choice_model labels a dataset ahead of training: it does not go with --streaming"
+        )
+    if data.choice_weights and not data.choice_model:
+        raise UserError("--choice_weights has no meaning without --choice_model")
+
+
+def _check_cache(config: TrainConfig) -> None:
+    data = config.data
+    if data.cache_dir_latents is None:
+        if data.verify_cache:
+            raise UserError(f"--verify_cache has no meaning without {CACHE_FLAG}")
+        return
+    if data.streaming:
+        raise UserError(
+            f"{CACHE_FLAG} keeps rows by their numbers, which a stream does not have: leave "
+            "--streaming out"
+        )
+    if data.random_crop:
+        raise UserError(
+            f"{CACHE_FLAG} keeps one crop of each image, the centre: leave --random_crop out"
+        )
+
+
+def _check_optimizer(config: TrainConfig) -> None:
+    optim = config.optim
+    for given, name, what in (
+        (optim.use_8bit_adam, "use_8bit_adam", "8-bit"),
+        (optim.fused_optimizer, "fused_optimizer", "fused"),
+    ):
+        if given and optim.use_adafactor:
+            raise UserError(
+                f"--{name} is a {what} AdamW and --use_adafactor another optimizer: give one of "
+                "them (--no-use_adafactor takes back a recipe's)"
+            )
+    if optim.use_8bit_adam and optim.fused_optimizer:
+        raise UserError("--use_8bit_adam is always fused: leave --fused_optimizer out")
+
+
+def _check_weights(config: TrainConfig) -> None:
+    model = config.model
+    if model.lora_rank and model.offload_reference:
+        raise UserError(
+            "--offload_reference has no meaning with --lora_rank: the reference is the trained "
+            "UNet without its adapters and takes no memory of its own"
+        )
+    if model.lora_rank:
+        return
+    for name in ("lora_alpha", "lora_target_modules", "lora_dropout", "use_dora"):
+        if getattr(model, name):
+            raise UserError(f"--{name} has no meaning without --lora_rank")
