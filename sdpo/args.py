@@ -14,11 +14,11 @@ from pathlib import Path
 
 from sdpo.common.cli import Parser, Replace
 from sdpo.common.errors import UserError, run_main
+from sdpo.config.families import FAMILIES
 from sdpo.data.flags import add_source_flags, check_source_flags
 from sdpo.data.latents.flags import add_cache_flags, check_cache_flags
 from sdpo.losses.preference import FORMS, method_names
 from sdpo.models.locations import check_data_location, check_model_location, check_output_dir
-from sdpo.models.names import FAMILY_FLAGS
 from sdpo.safeguard_flags import add_safeguard_flags, check_safeguard_flags
 from sdpo.speed_flags import add_speed_flags, check_speed_flags
 from sdpo.weight_flags import add_weight_flags, check_weight_flags
@@ -237,7 +237,7 @@ def parse_args(
     if args.max_train_steps is None and args.num_train_epochs is None:
         args.max_train_steps = 2000
     if args.resolution is None:
-        args.resolution = FAMILY_FLAGS["sdxl" if args.sdxl else "sd15"].resolution
+        args.resolution = FAMILIES["sdxl" if args.sdxl else "sd15"].resolution
     if args.dspo_form and args.train_method != "dspo":
         raise UserError(f"--dspo_form has no meaning with --train_method {args.train_method}")
     check_safeguard_flags(args)

@@ -1,4 +1,4 @@
-"""Who may import whom: a room of `sdpo/` imports only rooms below it, and no file itself in a circle.
+"""Who may import whom: a room of `sdpo/` imports only rooms below it, and there is no circle.
 
 Imports inside functions and under TYPE_CHECKING count.
 """

@@ -9,7 +9,7 @@
 The type says how a value is read (str, int, float, Path, bool for a switch, each of them or None, a
 tuple for several values); `flag` says the rest. A field that holds another such dataclass is a
 section. The names of all flags of a program differ, so that its values also travel as one flat dict
-(`flat`, `from_flat`): that is how config.json, checkpoints, configuration files and sweeps keep them.
+(`flat`, `from_flat`), as config.json, checkpoints, configuration files and sweeps keep them.
 """
 
 from __future__ import annotations

@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from sdpo.common.errors import UserError
 from sdpo.config.data import CACHE_FLAG, SourceConfig
+from sdpo.config.families import FAMILIES
 from sdpo.config.model import LORA_TARGETS
 
 if TYPE_CHECKING:
     from sdpo.config import TrainConfig
-
-RESOLUTIONS = {"sd15": 512, "sdxl": 1024}
 
 
 def fill_in(values: dict[str, Any]) -> dict[str, Any]:
@@ -20,7 +19,7 @@ def fill_in(values: dict[str, Any]) -> dict[str, Any]:
     if values.get("max_train_steps") is None and values.get("num_train_epochs") is None:
         filled["max_train_steps"] = 2000
     if values.get("resolution") is None:
-        filled["resolution"] = RESOLUTIONS["sdxl" if values.get("sdxl") else "sd15"]
+        filled["resolution"] = FAMILIES["sdxl" if values.get("sdxl") else "sd15"].resolution
     if values.get("lora_rank"):
         if values.get("lora_alpha") is None:
             filled["lora_alpha"] = float(values["lora_rank"])

@@ -10,7 +10,7 @@ from typing import Any
 
 from sdpo.common.directories import check_directory
 from sdpo.common.errors import UserError
-from sdpo.models.names import FAMILY_FLAGS, family_of_config
+from sdpo.config.families import FAMILIES, family_of_config
 
 WEIGHT_SUFFIXES = frozenset({".pth", ".pt", ".bin", ".safetensors"})
 # ORG/NAME; a path that begins with a dot is none.
@@ -84,9 +84,7 @@ def check_family(unet_config: dict[str, Any], sdxl: bool, where: str) -> None:
     wanted = "sdxl" if sdxl else "sd15"
     found = family_of_config(unet_config)
     if found != wanted:
-        raise UserError(
-            f"{where} holds an {FAMILY_FLAGS[found].label} UNet: {FAMILY_FLAGS[found].advice}"
-        )
+        raise UserError(f"{where} holds an {FAMILIES[found].label} UNet: {FAMILIES[found].advice}")
 
 
 def check_data_location(args: argparse.Namespace) -> None:

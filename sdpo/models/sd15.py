@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sdpo.config.families import FAMILIES
 from sdpo.models.base import Conditioning, Family, Frozen, ModelSource, tokenize
-from sdpo.models.names import FAMILY_FLAGS
 
 
 class SD15(Family):
@@ -16,7 +16,7 @@ class SD15(Family):
 
     name = "sd15"
     sdxl = False
-    default_resolution = FAMILY_FLAGS["sd15"].resolution
+    default_resolution = FAMILIES["sd15"].resolution
     sample_guidance = 7.5
 
     def _text_encoder_classes(self) -> dict[str, Any]:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sdpo.config.families import FAMILIES
 from sdpo.models.base import Conditioning, Family, Frozen, ModelSource, tokenize
-from sdpo.models.names import FAMILY_FLAGS
 
 
 class SDXL(Family):
@@ -18,7 +18,7 @@ class SDXL(Family):
 
     name = "sdxl"
     sdxl = True
-    default_resolution = FAMILY_FLAGS["sdxl"].resolution
+    default_resolution = FAMILIES["sdxl"].resolution
     sample_guidance = 5.0
 
     def _text_encoder_classes(self) -> dict[str, Any]:

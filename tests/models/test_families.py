@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from sdpo.common.errors import UserError
+from sdpo.config.families import family_of_config
 from sdpo.models import get_family
 from sdpo.models.base import Conditioning, ModelSource
-from sdpo.models.names import family_of_config
 
 CAPTIONS = ["a red square on a blue background", "", "word " * 60, "Ünïcode  and spaces "]
 

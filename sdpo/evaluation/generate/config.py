@@ -9,10 +9,10 @@ from pathlib import Path
 from sdpo.common.cli import at_least
 from sdpo.common.directories import check_directory
 from sdpo.common.errors import UserError
+from sdpo.config.families import FAMILIES
 from sdpo.evaluation.generate.suites import KNOWN_SUITES
 from sdpo.evaluation.generate.unets import BASE, check_unet, label_of
 from sdpo.models.locations import check_component_dir, check_family, read_config
-from sdpo.models.names import FAMILY_FLAGS
 
 PROTOCOL_NAMES = ("paper", "diffusers")
 DTYPE_NAMES = ("bf16", "fp16", "fp32")
@@ -88,7 +88,7 @@ def check_generation_flags(args: argparse.Namespace) -> None:
         args.cfg = 5.0 if args.protocol == "diffusers" and args.sdxl else 7.5
     if not math.isfinite(args.cfg):
         raise UserError(f"--cfg must be a number, got {args.cfg}")
-    family = FAMILY_FLAGS["sdxl" if args.sdxl else "sd15"]
+    family = FAMILIES["sdxl" if args.sdxl else "sd15"]
     args.resolution = args.resolution or family.resolution
     if args.pretrained_vae_model_name_or_path == "base":
         args.pretrained_vae_model_name_or_path = None

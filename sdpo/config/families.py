@@ -1,4 +1,4 @@
-"""Telling a model's family from its UNet config, without torch."""
+"""The model families by name: defaults, and how a UNet's config tells its family; no torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class _Flag(NamedTuple):
     vae: str | None
 
 
-FAMILY_FLAGS = {
+FAMILIES = {
     "sd15": _Flag(
         "SD1.5", "leave --sdxl out", 512, "stable-diffusion-v1-5/stable-diffusion-v1-5", None
     ),
