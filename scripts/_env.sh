@@ -3,7 +3,8 @@
 # PYTHON is $SDPO_PYTHON, else that of the active virtual or conda environment, else .venv's, which is
 # made when there is none. .venv gets the exact versions of constraints.txt; an environment of your
 # own keeps the versions it has as long as they are within the ranges of the requirements file.
-# SDPO_SKIP_INSTALL=1 installs nothing.
+# The checkout itself is installed too, as it stands (-e), so that `python eval/compare.py` and `sdpo`
+# find it when typed by hand. SDPO_SKIP_INSTALL=1 installs nothing.
 
 fail() {
   echo "$(basename "$0"): error: $1" >&2
@@ -46,19 +47,25 @@ use_python() {
   suitable "$PYTHON" || fail "$PYTHON is not a Python 3.10 to 3.13 (SDPO_PYTHON=... names another)"
 }
 
-# install_requirements FILE: once, and again when a requirements file or constraints.txt has changed.
+# install_requirements FILE: once, and again when one of the files read here has changed or the
+# checkout has moved.
 install_requirements() {
   [ "${SDPO_SKIP_INSTALL:-}" != 1 ] || return 0
   local file=$1 stamp wanted
   local options=(-r "$file")
   [ -z "$OWN_VENV" ] || options+=(-c constraints.txt)
   stamp=$("$PYTHON" -c 'import sys; print(sys.prefix)')/.sdpo-${file%.txt}
-  wanted=$(cat requirements.txt requirements-dev.txt constraints.txt | cksum)
+  wanted=$({ pwd; cat requirements.txt requirements-dev.txt constraints.txt pyproject.toml; } | cksum)
   [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && return
   echo "installing $file into $(dirname "$(dirname "$PYTHON")") (once; PyTorch is several GB)"
   "$PYTHON" -m pip install --disable-pip-version-check "${options[@]}" |
     { grep -v '^Requirement already satisfied' || true; } ||
     fail "installing $file failed (see above)"
+  # Nothing here depends on it (see PYTHONPATH), so it may fail, as where no network has hatchling.
+  options=(--quiet --no-deps --editable .)
+  ! "$PYTHON" -c 'import hatchling' 2>/dev/null || options+=(--no-build-isolation)
+  "$PYTHON" -m pip install --disable-pip-version-check "${options[@]}" 2>/dev/null ||
+    echo "pip install -e . failed; the scripts do without it, the command sdpo is not there" >&2
   echo "$wanted" >"$stamp" 2>/dev/null || true
 }
 

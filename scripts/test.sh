@@ -7,4 +7,5 @@ install_requirements requirements-dev.txt
 export OMP_NUM_THREADS=1
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
+"$PYTHON" -m mypy
 exec "$PYTHON" -m pytest -n auto --maxprocesses 8 "$@"

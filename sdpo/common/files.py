@@ -7,16 +7,36 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# The checkout, where the project is run from one.
-ROOT = Path(__file__).resolve().parents[2]
-PROMPTS_DIR = ROOT / "prompts"
+PACKAGE = Path(__file__).resolve().parents[1]
+# The checkout, where the project is run from one; else the folder that the package is installed in.
+ROOT = PACKAGE.parent
+IN_CHECKOUT = (ROOT / "scripts" / "recipes").is_dir()
+# Suites are built into it, so it lies outside an installed package.
+PROMPTS_DIR = (
+    ROOT / "prompts"
+    if IN_CHECKOUT
+    else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdpo" / "prompts"
+)
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def program(path: str) -> list[str]:
+    """Name the command that starts one of the project's programs.
+
+    Args:
+        path: the program's file in the checkout, e.g. "eval/score.py"; where the package alone is
+            installed, its command (`sdpo score`) is taken.
+    """
+    if IN_CHECKOUT:
+        return [sys.executable, str(ROOT / path)]
+    return [sys.executable, "-m", "sdpo.cli", "--here", Path(path).stem]
 
 
 @contextmanager

@@ -39,7 +39,8 @@ def device_of(name: str | None, accelerator: Accelerator) -> torch.device:
     import torch
 
     if name is None:
-        return accelerator.device
+        own: torch.device = accelerator.device
+        return own
     try:
         return torch.zeros(1, device=name).device
     # Each backend has its own errors for a device that is not there.

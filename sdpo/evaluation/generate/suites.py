@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sdpo.common.errors import UserError
-from sdpo.common.files import PROMPTS_DIR
+from sdpo.common.files import IN_CHECKOUT, PROMPTS_DIR
 
 # Made by prompts/build.py from public sources; tinyworld is in the repository.
 BUILT_SUITES = ("papv2", "hpsv2", "partiprompts")
@@ -66,6 +66,8 @@ def read_suite(name_or_path: str) -> Suite:
     path = PROMPTS_DIR / f"{name_or_path}.json"
     if name_or_path not in KNOWN_SUITES:
         path = Path(name_or_path)
+    elif name_or_path == "tinyworld" and not IN_CHECKOUT:
+        path = Path(__file__).with_name("tinyworld.json")
     elif name_or_path in BUILT_SUITES and not path.is_file():
         raise UserError(
             f"the suite {name_or_path} is not built yet: run `python prompts/build.py "

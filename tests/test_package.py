@@ -1,0 +1,241 @@
+"""The package as it is installed: what the wheel holds, what it needs, and the command `sdpo`."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import time
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+import sdpo
+from sdpo import cli
+from sdpo.common.errors import UserError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+RECIPES = sorted(path.stem for path in cli.RECIPES_DIR.glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def project(repo) -> dict:
+    with open(repo / "pyproject.toml", "rb") as file:
+        return tomllib.load(file)
+
+
+def requirements(path: Path) -> set[str]:
+    """The lines of a requirements file, those it includes too."""
+    found = set()
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line.startswith("-r "):
+            found |= requirements(path.with_name(line[3:].strip()))
+        elif line and not line.startswith("#"):
+            found.add(line)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("extra", "file"), [("eval", "requirements.txt"), ("dev", "requirements-dev.txt")]
+)
+def test_extras_are_the_requirements_files(repo, project, extra, file):
+    about = project["project"]
+
+    def resolved(name: str) -> set[str]:
+        found = set(about["dependencies"])
+        for line in about["optional-dependencies"][name]:
+            inner = re.fullmatch(r"sdpo\[(\w+)\]", line)
+            found |= resolved(inner[1]) if inner else {line}
+        return found
+
+    assert resolved(extra) == requirements(repo / file)
+    assert [re.match(r"\w+", line)[0] for line in about["dependencies"]] == ["torch"]
+
+
+def test_constraints_name_what_the_requirements_name(repo):
+    def names(lines) -> set[str]:
+        return {re.match(r"[\w-]+", line)[0].lower().replace("_", "-") for line in lines}
+
+    pinned = names(requirements(repo / "constraints.txt"))
+    assert names(requirements(repo / "requirements-dev.txt")) <= pinned
+
+
+@pytest.fixture(scope="module")
+def wheel(repo, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(out)]
+    subprocess.run(command, cwd=repo, check=True, capture_output=True)
+    (path,) = out.glob("*.whl")
+    return path
+
+
+def test_what_the_wheel_holds(repo, wheel):
+    assert wheel.name == f"sdpo-{sdpo.__version__}-py3-none-any.whl"
+    names = zipfile.ZipFile(wheel).namelist()
+    info = f"sdpo-{sdpo.__version__}.dist-info"
+    assert {name.split("/")[0] for name in names} == {"sdpo", info}
+    # Every file of the package, data too; and what the checkout keeps elsewhere.
+    files = [path for path in (repo / "sdpo").rglob("*") if path.is_file()]
+    own = {str(path.relative_to(repo)) for path in files if path.suffix != ".pyc"}
+    elsewhere = {"sdpo/train.py", "sdpo/evaluation/generate/tinyworld.json"}
+    elsewhere |= {f"sdpo/recipes/{name}.yaml" for name in RECIPES}
+    elsewhere |= {f"sdpo/launch/{path.name}" for path in cli.LAUNCH_DIR.iterdir()}
+    assert elsewhere.isdisjoint(own)
+    assert {*own, *elsewhere} == {name for name in names if name.startswith("sdpo/")}
+    for name in ("py.typed", "evaluation/compare/page/page.html", "recipes/sd15_dspo.yaml"):
+        assert f"sdpo/{name}" in names
+
+
+def environment(wheel: Path, directory: Path) -> Path:
+    """Make a virtual environment in `directory` whose packages are those linked in there, and have
+    pip install the wheel without a network; returns its `bin`."""
+    python = directory / "bin" / "python"
+    command = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-index"]
+    done = subprocess.run([*command, str(wheel)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return python.parent
+
+
+def empty_environment(directory: Path) -> Path:
+    """Make a virtual environment with nothing in it; returns its site-packages."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", directory], check=True)
+    (site,) = (directory / "lib").glob("python*/site-packages")
+    return site
+
+
+def needed_by(requirement: str) -> dict[str, metadata.Distribution]:
+    """The distributions here that one needs, itself and theirs too, by name."""
+    found, seen, left = {}, set(), [Requirement(requirement)]
+    while left:
+        wanted = left.pop()
+        if str(wanted) in seen:
+            continue
+        seen.add(str(wanted))
+        found[wanted.name] = metadata.distribution(wanted.name)
+        for line in map(Requirement, found[wanted.name].requires or ()):
+            extras = wanted.extras or {""}
+            if line.marker is None or any(line.marker.evaluate({"extra": e}) for e in extras):
+                left.append(line)
+    return found
+
+
+def answer(*command, directory: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a program that does not see the checkout."""
+    outside = {k: v for k, v in os.environ.items() if k != "PYTHONPATH" and "SDPO" not in k}
+    return subprocess.run(
+        [*map(str, command)],
+        cwd=directory,
+        env={**outside, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_the_losses_need_torch_alone(wheel, tmp_path):
+    site = empty_environment(tmp_path / "alone")
+    for distribution in needed_by("torch").values():
+        for top in {file.parts[0] for file in distribution.files or ()} - {"..", "__pycache__"}:
+            if not (site / top).exists():
+                (site / top).symlink_to(distribution.locate_file(top))
+    binaries = environment(wheel, tmp_path / "alone")
+    program = """
+import importlib.util
+import torch
+from sdpo import loser_scale, preference_loss
+assert not any(map(importlib.util.find_spec, ("numpy", "diffusers", "accelerate", "eval")))
+pred = torch.arange(8.0).reshape(4, 2).requires_grad_()
+out = preference_loss("dmpo", pred, pred.detach() + 0.1, 0 * pred, beta=1.0, mu=0.9)
+out.loss.backward()
+print(out.loss.item(), pred.grad.abs().sum().item(), loser_scale(pred[:2], pred[2:], 0.9).item())
+"""
+    done = answer(binaries / "python", "-W", "ignore", "-c", program, directory=tmp_path)
+    assert done.returncode == 0, done.stderr
+    loss, gradient, scale = map(float, done.stdout.split())
+    assert loss > 0
+    assert gradient > 0
+    assert scale == pytest.approx(0.1 * (0 + 1 + 4 + 9) / (0 * 4 + 1 * 5 + 2 * 6 + 3 * 7))
+    done = answer(binaries / "sdpo", "--version", directory=tmp_path)
+    assert done.stdout == f"{sdpo.__version__}\n"
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory) -> Path:
+    """`sdpo` of the wheel, in an environment that has all else from this one."""
+    directory = tmp_path_factory.mktemp("installed")
+    site = empty_environment(directory)
+    (site / "others.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
+    return environment(wheel, directory) / "sdpo"
+
+
+def test_help_lists_the_programs_at_once():
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "sdpo.cli", "--help"], capture_output=True, text=True, check=True
+    )
+    assert time.monotonic() - began < 2
+    listed = re.findall(r"^  (\w+) {2,}\w", done.stdout, re.MULTILINE)
+    assert listed == list(cli.PROGRAMS)
+    for name in ("train", "evaluate", "score", "compare", "heldout", "audit", "sweep", "plot"):
+        assert name in listed
+    for name in RECIPES:
+        assert name in done.stdout
+
+
+def test_every_program_answers(capsys, monkeypatch):
+    for name in cli.PROGRAMS:
+        monkeypatch.setattr(sys, "argv", ["sdpo", "--here", name, "--help"])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert ended.value.code == 0
+        assert "usage: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("given", "named"), [([], "no command"), (["trian"], "trian")])
+def test_unknown_programs_are_refused(monkeypatch, given, named):
+    monkeypatch.setattr(sys, "argv", ["sdpo", *given])
+    with pytest.raises(UserError, match=f"{named}: give one of train, "):
+        cli.main()
+
+
+@pytest.mark.parametrize(
+    ("gpus", "given", "expected"),
+    [
+        (8, "", "--multi_gpu --num_processes 8 --num_machines 1"),
+        (1, "--num_machines 2 --num_processes 2", "--multi_gpu --num_processes 1 --num_machines 1"),
+        (8, "--config_file mine.yaml", ""),
+        (8, "--use_fsdp", "--num_processes 8 --num_machines 1"),
+        (1, "--debug", "--num_processes 1 --num_machines 1"),
+    ],
+)
+def test_processes_are_launched_as_the_scripts_do(gpus, given, expected):
+    """The cases of tests/e2e/test_scripts.py."""
+    fixed = "--mixed_precision no --dynamo_backend no"
+    command = f"-m accelerate.commands.launch {expected} {fixed} {given}"
+    assert cli.launcher(gpus, given.split()) == command.split()
+
+
+def test_the_command_runs_from_anywhere(installed, repo, tmp_path):
+    """From the wheel, in a folder that is not the checkout's."""
+    done = answer(installed, "compare", "--json_a", "A.json", directory=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("sdpo compare: error: ")
+    program = "import sdpo.cli, sys; print(sdpo.cli.TRAIN); from sdpo.evaluation.generate.suites "
+    program += "import PROMPTS_DIR, read_suite; print(len(read_suite('tinyworld').prompts))"
+    program += "; print(PROMPTS_DIR)"
+    done = answer(
+        installed.with_name("python"), "-c", program, directory=tmp_path, XDG_CACHE_HOME="/cache"
+    )
+    train, prompts, directory = done.stdout.splitlines()
+    assert Path(train).is_file()
+    assert repo not in Path(train).parents
+    assert int(prompts) == 128
+    assert directory == "/cache/sdpo/prompts"
