@@ -22,12 +22,8 @@ Bytes are what a GPU holds (scripts/bench/memory.py), what is read from disk and
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from scripts.bench.common import parser, print_table, write_result
 from sdpo.common.errors import UserError, run_main

@@ -14,13 +14,10 @@ import argparse
 import json
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from sdpo.common.errors import UserError, run_main
 from sdpo.common.files import write_json

@@ -14,7 +14,6 @@ cache needs of these the reference alone (0.4 GiB less for SD1.5, 1.7 GiB for SD
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +21,6 @@ from typing import Any
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
 
 GIB = 2**30
 # Bytes per parameter held by the optimizer; Adafactor's factored second moments are under 1 %.

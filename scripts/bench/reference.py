@@ -24,12 +24,9 @@ from __future__ import annotations
 
 import argparse
 import copy
-import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from scripts.bench.common import TINY_MODEL, parser, print_table, write_result
 from sdpo.common.cli import at_least

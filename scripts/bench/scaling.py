@@ -14,12 +14,9 @@ import argparse
 import os
 import shutil
 import socket
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from scripts.bench.common import (
     ROOT,

@@ -21,8 +21,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from scripts.bench.common import ROOT, parser, print_table, ratios, spread, write_result
 from sdpo.common.cli import at_least
 from sdpo.common.errors import UserError, run_main

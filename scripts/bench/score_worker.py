@@ -7,12 +7,8 @@ The last line of its output is JSON: images decoded, seconds of main() after the
 
 from __future__ import annotations
 
-import sys
 import time
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from sdpo.common.errors import run_main
 

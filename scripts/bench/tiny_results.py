@@ -16,8 +16,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from sdpo.common.errors import UserError, run_main
 from sdpo.common.files import write_json, write_text
 from sdpo.lab.quickstart.run import RECIPES, ROOT, SUMMARY_FILE

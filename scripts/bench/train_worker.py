@@ -9,10 +9,7 @@ outside. It ends when its standard input does, before the last step, so that not
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from sdpo.common.errors import run_main
 

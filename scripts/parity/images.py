@@ -8,18 +8,15 @@ ones, both orientations, smaller and larger than what models take; one is grey.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from sdpo.tinyworld import world
+
 REPO = Path(__file__).resolve().parents[2]
-sys.path[0] = str(REPO)
-
-from sdpo.tinyworld import world  # noqa: E402
-
-DIRECTORY = REPO / "tests" / "eval" / "fixtures" / "parity" / "images"
+DIRECTORY = REPO / "tests" / "evaluation" / "fixtures" / "parity" / "images"
 # File name, width, height, strength of the noise (which PNG cannot compress).
 IMAGES = (
     ("square.jpg", 512, 512, 6.0),

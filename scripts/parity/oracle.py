@@ -29,7 +29,7 @@ from PIL import Image
 from random_weights import random_tensor
 from vocabulary import write_vocabulary
 
-FIXTURES = Path(__file__).resolve().parents[2] / "tests" / "eval" / "fixtures" / "parity"
+FIXTURES = Path(__file__).resolve().parents[2] / "tests" / "evaluation" / "fixtures" / "parity"
 COMMAND = "bash scripts/parity/run.sh"
 PACKAGES = (
     "image-reward",
