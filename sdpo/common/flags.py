@@ -281,10 +281,8 @@ def given_flags(
         UserError: naming the flag or the file and what would be right.
     """
     parser = build_parser(cls, program, about)
-    argv = list(argv)
-    if file := _config_file(program, argv):
-        argv = [*_file_argv(cls, file, parser), *argv]
-    values = vars(parser.parse_args(argv))
+    from_files = [word for file in _config_files(argv) for word in _file_argv(cls, file, parser)]
+    values = vars(parser.parse_args([*from_files, *argv]))
     values.pop("config_file", None)
     _complete(cls, values)
     return values
@@ -299,17 +297,16 @@ def build_parser(cls: type, program: str, about: str | None = None) -> Parser:
             metavar="FILE",
             default=argparse.SUPPRESS,
             help="a YAML or JSON file with values of these flags by name, in their sections or "
-            "not; flags given beside it win",
+            "not; of several the later ones win, and over all of them flags given beside them",
         )
     add_flags(parser, cls)
     return parser
 
 
-def _config_file(program: str, argv: list[str]) -> Path | None:
-    first = Parser(program, None, add_help=False)
-    first.add_argument("--config_file")
-    file = first.parse_known_args(argv)[0].config_file
-    return Path(os.path.expanduser(file)) if file else None
+def _config_files(argv: Sequence[str]) -> list[Path]:
+    first = Parser("", None, add_help=False)
+    first.add_argument("--config_file", action="append", default=[])
+    return [Path(os.path.expanduser(f)) for f in first.parse_known_args(argv)[0].config_file]
 
 
 def _complete(cls: type, values: dict[str, Any]) -> None:

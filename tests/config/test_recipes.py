@@ -1,0 +1,116 @@
+"""The published recipes, scripts/recipes/*.yaml, and configuration files in general."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+
+import pytest
+import yaml
+
+from sdpo.common.errors import UserError
+from sdpo.config import TrainConfig, parse_train
+
+SD15 = ("stable-diffusion-v1-5/stable-diffusion-v1-5", None, 512, 1e-8)
+SDXL = ("stabilityai/stable-diffusion-xl-base-1.0", "madebyollin/sdxl-vae-fp16-fix", 1024, 1e-9)
+# Base, VAE, pixels, rate per pair; Adafactor and gradient checkpointing; method, beta, mu.
+RECIPES = {
+    "sd15_diffusion_dpo": (*SD15, False, "diffusion-dpo", 5000, 0.9),
+    "sd15_dspo": (*SD15, False, "dspo", 0.001, 0.2),
+    "sd15_dmpo": (*SD15, False, "dmpo", 2000, 0.9),
+    "sdxl_diffusion_dpo": (*SDXL, True, "diffusion-dpo", 5000, 0.6),
+    "sdxl_dspo": (*SDXL, True, "dspo", 5000, 0.6),
+    "sdxl_dmpo": (*SDXL, True, "dmpo", 6000, 0.6),
+}
+
+
+def recipe(repo, name: str, *argv: str) -> TrainConfig:
+    file = repo / "scripts" / "recipes" / f"{name}.yaml"
+    return parse_train(["--config_file", str(file), *argv])
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_published_values(repo, name):
+    base, vae, pixels, rate, large, method, beta, mu = RECIPES[name]
+    config = recipe(repo, name)
+    model, optim = config.model, config.optim
+    assert (model.pretrained_model_name_or_path, model.sdxl) == (base, large)
+    assert model.pretrained_vae_model_name_or_path == vae
+    assert (config.data.resolution, optim.learning_rate, optim.scale_lr) == (pixels, rate, True)
+    assert (optim.use_adafactor, optim.gradient_checkpointing) == (large, large)
+    assert (config.method.train_method, config.method.beta_dpo) == (method, beta)
+    assert config.method.dmpo_alpha == 0.01
+    guard = config.safeguard
+    assert (guard.use_winner_preserving, guard.winner_preserving_mu) == (True, mu)
+    assert (guard.winner_preserving_scope, guard.winner_preserving_space) == ("batch", "output")
+    assert (optim.train_batch_size, optim.gradient_accumulation_steps) == (8, 32)
+    assert (optim.max_train_steps, optim.num_train_epochs) == (2000, None)
+    assert (optim.lr_scheduler, optim.lr_warmup_steps) == ("constant_with_warmup", 500)
+    assert (optim.adam_weight_decay, optim.max_grad_norm) == (0.01, 1.0)
+    assert (optim.mixed_precision, optim.allow_tf32) == ("bf16", True)
+    data = config.data
+    assert (data.dataset_name, data.split) == ("yuvalkirstain/pickapic_v2", "train")
+    assert (data.proportion_empty_prompts, data.random_crop, data.no_hflip) == (0.2, False, False)
+    assert config.run.checkpointing_steps == 500
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_value_stands_in_its_section(repo, name):
+    text = (repo / "scripts" / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
+    written = yaml.safe_load(text)
+    assert list(written) == [section.name for section in fields(TrainConfig)]
+    config = recipe(repo, name)
+    for section, values in written.items():
+        for flag, value in values.items():
+            # PyYAML takes 1e-8 for text.
+            found = getattr(getattr(config, section), flag)
+            assert found == (float(value) if isinstance(found, float) else value), flag
+
+
+def test_all_recipes_are_listed_here(repo):
+    folder = repo / "scripts" / "recipes"
+    assert {path.stem for path in folder.iterdir()} == set(RECIPES)
+    scripts = (repo / "scripts" / "train").glob("sd*.sh")
+    assert {path.stem for path in scripts} == set(RECIPES)
+
+
+def test_flags_win_over_a_recipe(repo, tmp_path):
+    argv = ["--no-use_winner_preserving", "--train_data_dir", "pairs", "--num_train_epochs", "1"]
+    config = recipe(repo, "sdxl_dmpo", *argv, "--no-use_adafactor", "--beta_dpo", "7")
+    assert not config.safeguard.use_winner_preserving
+    assert (config.data.dataset_name, config.data.train_data_dir) == (None, "pairs")
+    assert (config.optim.num_train_epochs, config.optim.max_train_steps) == (1, None)
+    assert not config.optim.use_adafactor
+    assert config.method.beta_dpo == 7
+    # A file of one's own changes what it names, and flags win over it too.
+    own = tmp_path / "own.json"
+    own.write_text(json.dumps({"beta_dpo": 8, "optim": {"max_train_steps": 3}}))
+    layered = recipe(repo, "sdxl_dmpo", "--config_file", str(own), "--max_train_steps", "4")
+    assert layered.method.beta_dpo == 8
+    assert layered.optim.max_train_steps == 4
+    assert layered.method.train_method == "dmpo"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("beta: 3", "there is no flag beta here"),
+        ("optim: {beta_dpo: 3}", "there is no flag beta_dpo here"),
+        ("optim: 3", "optim is a section"),
+        ("method: {beta_dpo: {much: 3}}", "beta_dpo must be a value"),
+        ("method: {beta_dpo: much}", "argument --beta_dpo: invalid float value: 'much'"),
+        ("beta_dpo: 1\nbeta_dpo: 2", "beta_dpo is given twice"),
+        ("[1]", "must hold names and values"),
+        ("{", "cannot read"),
+        (None, "there is no file"),
+    ],
+)
+def test_mistakes_in_a_file_name_it(tmp_path, text, said):
+    file = tmp_path / "run.yaml"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(UserError) as refused:
+        parse_train(["--config_file", str(file)])
+    assert said in str(refused.value)
+    assert str(file) in str(refused.value)
+    assert str(refused.value).startswith("--config_file")
