@@ -237,7 +237,7 @@ def from_flat(cls: type[T], values: Mapping[str, Any]) -> T:
             continue
         value = values[_name(member)]
         if several:
-            value = tuple(value or ())
+            value = member.default if value is None else tuple(value)
         _check(member, value)
         made[member.name] = value
     return cls(**made)
@@ -254,12 +254,12 @@ def _check(member: Field[Any], value: Any) -> None:
 def flat(config: Any) -> dict[str, Any]:
     """The flags of a dataclass and their values, as JSON keeps them (tuples as lists)."""
     values: dict[str, Any] = {}
-    for member, inner, (_, several) in _members(type(config)):
+    for member, inner, _ in _members(type(config)):
         value = getattr(config, member.name)
         if inner is not None:
             values |= flat(value)
         elif _about(member).record:
-            values[_name(member)] = list(value) if several else value
+            values[_name(member)] = list(value) if isinstance(value, tuple) else value
     return values
 
 

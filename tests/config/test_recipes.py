@@ -55,6 +55,15 @@ def test_published_values(repo, name):
 
 
 @pytest.mark.parametrize("name", RECIPES)
+def test_a_run_keeps_its_values_as_json(repo, name):
+    config = recipe(repo, name)
+    kept = json.loads(json.dumps(config.flags()))
+    assert TrainConfig.from_flags(kept) == config
+    assert kept["lora_target_modules"] is None
+    assert kept["validation_prompts"] == []
+
+
+@pytest.mark.parametrize("name", RECIPES)
 def test_every_value_stands_in_its_section(repo, name):
     text = (repo / "scripts" / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
     written = yaml.safe_load(text)
