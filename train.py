@@ -183,8 +183,7 @@ def build_accelerator(args: argparse.Namespace) -> Any:
     from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 
     from sdpo.common.precision import check_precision
-    from sdpo.common.processes import WAIT_LIMIT
-    from sdpo.training.runlog import quieten_libraries
+    from sdpo.common.processes import WAIT_LIMIT, quieten_libraries
 
     output_dir = Path(args.output_dir)
     try:

@@ -147,7 +147,7 @@ def measure(bench: argparse.Namespace, work: Path, workers: int) -> dict[str, li
 def main() -> int:
     """Run, print, write."""
     bench = parse()
-    from sdpo.training.runlog import quieten_libraries
+    from sdpo.common.processes import quieten_libraries
 
     quieten_libraries()
     work = Path(tempfile.mkdtemp(prefix="sdpo-bench-"))

@@ -135,7 +135,8 @@ def main() -> int:
     """Run, print a table, write JSON."""
     bench = parse()
     counts = check_parameter_counts()
-    from sdpo.training.runlog import peak_memory_gib, quieten_libraries
+    from sdpo.common.processes import quieten_libraries
+    from sdpo.training.runlog import peak_memory_gib
 
     quieten_libraries()
     work = Path(tempfile.mkdtemp(prefix="sdpo-bench-"))

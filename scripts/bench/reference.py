@@ -145,9 +145,9 @@ def main() -> int:
     bench = parse()
     import torch
 
+    from sdpo.common.processes import quieten_libraries
     from sdpo.models import get_family
     from sdpo.models.base import ModelSource
-    from sdpo.training.runlog import quieten_libraries
 
     quieten_libraries()
     base = get_family(sdxl=False).load_unet(ModelSource(str(TINY_MODEL)))

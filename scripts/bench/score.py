@@ -105,7 +105,7 @@ def turn(manifest: Path, way: str, args: argparse.Namespace) -> dict[str, Any]:
 def main() -> int:
     """Run, print, write."""
     args = parse()
-    from sdpo.training.runlog import quieten_libraries
+    from sdpo.common.processes import quieten_libraries
 
     quieten_libraries()
     work = Path(tempfile.mkdtemp(prefix="sdpo-bench-"))

@@ -37,7 +37,7 @@ def write_pipeline(family: str, path: Path) -> None:
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
     from scripts.bench.true_size import build_sd15_frozen, build_unet
-    from sdpo.training.runlog import quieten_libraries
+    from sdpo.common.processes import quieten_libraries
 
     quieten_libraries()
     torch.manual_seed(0)

@@ -1,4 +1,5 @@
-"""Writing so that a kill at any moment leaves either the old file or the new one, whole."""
+"""Where the project's files lie; writing so that a kill at any moment leaves either the old file or
+the new one, whole; keeping one directory to one set of flags."""
 
 from __future__ import annotations
 
@@ -13,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from sdpo.common.errors import UserError
+
 PACKAGE = Path(__file__).resolve().parents[1]
 # The checkout, where the project is run from one; else the folder that the package is installed in.
 ROOT = PACKAGE.parent
@@ -23,6 +26,7 @@ PROMPTS_DIR = (
     if IN_CHECKOUT
     else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdpo" / "prompts"
 )
+FLAGS_FILE = "flags.json"
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -41,19 +45,19 @@ def program(path: str) -> list[str]:
 
 @contextmanager
 def written_beside(path: Path) -> Iterator[Path]:
-    """Where to write in the block; renamed to `path` when that ends without an error."""
+    """Give the block a path to write to; rename that to `path` when it ends without an error."""
     beside = path.with_name(path.name + ".tmp")
     yield beside
     os.replace(beside, path)
 
 
 def write_text(path: Path, text: str) -> None:
-    """As `write_bytes`, in UTF-8."""
+    """Write a text file whole, in UTF-8."""
     write_bytes(path, text.encode("utf-8"))
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write beside, flush to disk, rename."""
+    """Write a file whole: beside its place, flushed to disk, then renamed."""
     with written_beside(path) as beside, open(beside, "wb") as file:
         file.write(content)
         file.flush()
@@ -61,7 +65,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`value` as indented JSON, written whole."""
+    """Write a value as indented JSON, whole; what JSON does not know is written as text."""
     write_text(path, json.dumps(value, indent=2, default=str) + "\n")
 
 
@@ -88,7 +92,7 @@ def replace_directory(beside: Path, path: Path) -> None:
 
 
 def file_sha256(path: Path) -> str:
-    """sha256 of a file, in hex."""
+    """Compute a file's sha256, in hex."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -97,9 +101,63 @@ def file_sha256(path: Path) -> str:
 
 
 def hub_sha256(path: Path) -> str | None:
-    """The sha256 in the name under which the hub's client keeps a large file; None for others.
-
-    It is what the content should have: nothing is read.
-    """
+    """Take the sha256 that a file's content should have from the name under which the hub's client
+    keeps a large file; None for others. Nothing is read."""
     blob = path.resolve().name
     return blob if _SHA256.fullmatch(blob) else None
+
+
+def check_directory(path: Path, flag: str) -> None:
+    """Refuse a path that exists and is not a directory.
+
+    Raises:
+        UserError: naming `flag`.
+    """
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{flag}: {path} exists and is not a directory")
+
+
+def claim_directory(out: Path, flags: dict[str, Any], flag: str, what: str) -> None:
+    """Make a directory and note its flags there, if it was not begun with others.
+
+    Args:
+        flag: that named the directory.
+        what: it holds, for the sentence: "an audit".
+
+    Raises:
+        UserError: it was begun with others; going on would mix two runs.
+    """
+    check_claim(out, flags, flag, what)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / FLAGS_FILE, flags)
+
+
+def check_claim(out: Path, flags: dict[str, Any], flag: str, what: str) -> None:
+    """Refuse a directory that `claim_directory` would refuse, and leave everything as it is.
+
+    Raises:
+        UserError: see there.
+    """
+    found = differences(out / FLAGS_FILE, flags) or {}
+    changed = [f"--{name} {before}" for name, (before, _) in found.items() if name in flags]
+    if changed:
+        raise UserError(
+            f"{flag}: {out} holds {what} with {', '.join(changed)}; give another {flag}, or "
+            "delete it"
+        )
+
+
+def differences(path: Path, values: dict[str, Any]) -> dict[str, tuple[Any, Any]] | None:
+    """Compare values with those that a JSON file keeps.
+
+    Returns:
+        The names whose values differ, each with the file's value and this one (None where there is
+        none); None where there is no such file, or none that can be read.
+    """
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    now = json.loads(json.dumps(values, default=str))
+    both = {name: (before.get(name), now.get(name)) for name in {**now, **before}}
+    return {name: pair for name, pair in both.items() if pair[0] != pair[1]}

@@ -1,7 +1,8 @@
-"""The process's device and its place among the others."""
+"""The processes of a run: starting them, their devices, and a console left to the run."""
 
 from __future__ import annotations
 
+import logging
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -17,13 +18,9 @@ WAIT_LIMIT = timedelta(hours=12)
 
 
 def start() -> Accelerator:
-    """The accelerator: the launcher's processes, or this one alone on the best device there is."""
-    import logging
-
+    """Join the launcher's other processes, or run alone on the best device there is."""
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
-
-    from sdpo.training.runlog import quieten_libraries
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     quieten_libraries()
@@ -31,7 +28,7 @@ def start() -> Accelerator:
 
 
 def device_of(name: str | None, accelerator: Accelerator) -> torch.device:
-    """The device that --device names, else the process's own.
+    """Find the device that --device names, else the process's own.
 
     Raises:
         UserError: this machine has none of that name.
@@ -46,3 +43,20 @@ def device_of(name: str | None, accelerator: Accelerator) -> torch.device:
     # Each backend has its own errors for a device that is not there.
     except Exception as error:
         raise UserError(f"--device {name}: {first_line(error)}") from None
+
+
+def quieten_libraries() -> None:
+    """Leave the console to the run: libraries report errors only and draw no bars, but for the one
+    that shows a dataset being built."""
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    # It announces every retry, twice where the root logger has a handler; what it gives up on is
+    # raised as an error.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    for chatty in ("httpx", "httpx2", "datasets", "accelerate", "PIL"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)

@@ -82,12 +82,12 @@ def main() -> int:
     from accelerate import Accelerator
     from tqdm.auto import tqdm
 
+    from sdpo.common.processes import quieten_libraries
     from sdpo.data.source import open_pairs
     from sdpo.models import get_family
     from sdpo.models.base import ModelSource
     from sdpo.models.encoding import ModelEncoder
     from sdpo.models.loading import load_strictly, read_state_dict
-    from sdpo.training.runlog import quieten_libraries
 
     quieten_libraries()
     run_args = _run_args(args)

@@ -8,8 +8,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from sdpo.common.directories import check_directory
 from sdpo.common.errors import UserError
+from sdpo.common.files import check_directory
 from sdpo.config.families import FAMILIES, family_of_config
 
 WEIGHT_SUFFIXES = frozenset({".pth", ".pt", ".bin", ".safetensors"})

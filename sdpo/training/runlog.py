@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import math
 import platform
 import resource
@@ -122,20 +121,3 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             break
     return entries
-
-
-def quieten_libraries() -> None:
-    """Leave the console to the run: the libraries report errors only, and no bar of theirs but the
-    one for building a dataset."""
-    import diffusers
-    import transformers
-
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    # It announces every retry, twice where the root logger has a handler; what it gives up on is
-    # raised as an error.
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    for chatty in ("httpx", "httpx2", "datasets", "accelerate", "PIL"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)

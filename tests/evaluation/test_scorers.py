@@ -196,7 +196,7 @@ def test_one_new_file_adds_a_scorer(repo, images, tmp_path):
     for package in ("sdpo", "eval"):
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(repo / package, tmp_path / package, ignore=ignored)
-    (tmp_path / "eval" / "scorers" / "brightness.py").write_text(
+    (tmp_path / SCORERS_DIR.relative_to(repo) / "brightness.py").write_text(
         "from sdpo.evaluation.score.base import BaseScorer\n\n\n"
         "class Scorer(BaseScorer):\n"
         "    label = 'Brightness'\n\n"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -182,3 +184,35 @@ def test_suites_need_no_torch(repo):
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=repo).returncode == 0
+
+
+def test_without_a_checkout(repo, tmp_path):
+    """As a wheel lays it out: tinyworld in the package, the others in the user's cache."""
+    installed, cache = tmp_path / "site-packages", tmp_path / "cache"
+    shutil.copytree(
+        repo / "sdpo", installed / "sdpo", ignore=shutil.ignore_patterns("__pycache__", "assets")
+    )
+    tinyworld = repo / "prompts" / "tinyworld.json"
+    shutil.copy(tinyworld, installed / "sdpo" / "evaluation" / "generate")
+    (cache / "sdpo" / "prompts").mkdir(parents=True)
+    (cache / "sdpo" / "prompts" / "papv2.json").write_text('["a"]')
+    code = (
+        "from sdpo.common.files import PROMPTS_DIR\n"
+        "from sdpo.evaluation.generate.suites import read_suite\n"
+        "print(PROMPTS_DIR, *(len(read_suite(n).prompts) for n in ('tinyworld', 'papv2')))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(installed), "XDG_CACHE_HOME": str(cache)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.stdout.split() == [str(cache / "sdpo" / "prompts"), "128", "1"], done.stderr
+    del environment["XDG_CACHE_HOME"]
+    environment["HOME"] = str(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", "from sdpo.common.files import PROMPTS_DIR as p; print(p)"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.strip() == str(tmp_path / ".cache" / "sdpo" / "prompts"), done.stderr

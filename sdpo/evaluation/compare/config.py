@@ -9,8 +9,8 @@ from itertools import combinations
 from pathlib import Path
 
 from sdpo.common.cli import Parser, at_least
-from sdpo.common.directories import check_directory
 from sdpo.common.errors import UserError
+from sdpo.common.files import check_directory
 from sdpo.evaluation.compare.alignment import ALIGNMENTS, align
 from sdpo.evaluation.compare.results import TIE
 from sdpo.evaluation.compare.statistics import TIES

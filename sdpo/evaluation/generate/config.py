@@ -7,8 +7,8 @@ import math
 from pathlib import Path
 
 from sdpo.common.cli import at_least
-from sdpo.common.directories import check_directory
 from sdpo.common.errors import UserError
+from sdpo.common.files import check_directory
 from sdpo.config.families import FAMILIES
 from sdpo.evaluation.generate.suites import KNOWN_SUITES
 from sdpo.evaluation.generate.unets import BASE, check_unet, label_of

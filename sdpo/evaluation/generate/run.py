@@ -9,14 +9,13 @@ at any point, the same command makes only what is missing.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdpo.common.cli import Parser
 from sdpo.common.errors import UserError
-from sdpo.common.files import write_json
+from sdpo.common.files import differences, write_json
 from sdpo.evaluation.generate.config import add_generation_flags, check_generation_flags
 from sdpo.evaluation.generate.manifest import write_manifest
 from sdpo.evaluation.generate.suites import KNOWN_SUITES, Suite, digest, read_suite
@@ -173,41 +172,28 @@ def settings_of(
 
 
 def claim(folder: Path, settings: dict[str, Any]) -> None:
-    """Make the image folder, or make sure that what is in it was made with the same settings.
+    """Make the image folder and note the settings there, if what is in it was made with the same.
 
     Raises:
         UserError: it was not; going on would mix two models or two protocols.
     """
     path = folder / SETTINGS_FILE
-    settings = json.loads(json.dumps(settings))
-    before = _read_json(path)
-    # The same weights may be named by another path.
-    changed = [
-        key
-        for key in settings.keys() | (before or settings).keys()
-        if before is not None and key != "unet" and before.get(key) != settings.get(key)
-    ]
-    if changed:
-        key = min(changed)
-        raise UserError(
-            f"--outdir: {folder} holds images made with another {', '.join(sorted(changed))} (e.g. "
-            f"{key}: {before.get(key)}, now {settings.get(key)}); give another --outdir, or delete "
-            "that folder"
-        )
-    if before is None and any(folder.glob("*.png")):
+    changed = differences(path, settings)
+    if changed is None and any(folder.glob("*.png")):
         raise UserError(
             f"--outdir: {folder} holds images of unknown settings (it has no {SETTINGS_FILE}); "
             "give another --outdir"
         )
+    # The same weights may be named by another path.
+    names = sorted((changed or {}).keys() - {"unet"})
+    if changed and names:
+        before, now = changed[names[0]]
+        raise UserError(
+            f"--outdir: {folder} holds images made with another {', '.join(names)} (e.g. "
+            f"{names[0]}: {before}, now {now}); give another --outdir, or delete that folder"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     write_json(path, settings)
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
 
 
 def image_name(index: int, resolution: int) -> str:

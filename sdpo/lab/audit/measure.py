@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from sdpo.common import randomness
 from sdpo.common.jsonl import Lines
+from sdpo.common.processes import quieten_libraries
 from sdpo.data.loader import PairLoader
 from sdpo.data.order import FIRST
 from sdpo.data.pairs import PairBatch
@@ -30,7 +31,6 @@ from sdpo.models.loading import load_strictly, read_state_dict
 from sdpo.training.checkpoint import load_training, read_progress
 from sdpo.training.checkpoint_paths import UNET_FILE
 from sdpo.training.optim import scaled_learning_rate
-from sdpo.training.runlog import quieten_libraries
 
 PARTS = ("updates", "jacobian", "spectrum")
 

@@ -21,9 +21,8 @@ from pathlib import Path
 
 from sdpo import args as train_args
 from sdpo.common.cli import at_least
-from sdpo.common.directories import claim_directory
 from sdpo.common.errors import UserError
-from sdpo.common.files import write_json
+from sdpo.common.files import claim_directory, write_json
 from sdpo.models.locations import WEIGHT_SUFFIXES
 
 PROGRAM = "python -m sdpo.lab audit"

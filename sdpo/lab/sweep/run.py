@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import Any
 
 from sdpo.common.cli import Parser, at_least
-from sdpo.common.directories import check_claim, check_directory, claim_directory
+from sdpo.common.files import check_claim, check_directory, claim_directory
 from sdpo.common.signals import terminable
 from sdpo.lab.sweep.file import Sweep, read_sweep
 from sdpo.lab.sweep.processes import Children, last_line
