@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
 from packaging.requirements import Requirement
 
 import sdpo
@@ -281,3 +282,41 @@ def test_set_up_installs_the_checkout_itself(repo, tmp_path):
         shutil.copy(repo / name, moved)
     assert "installing requirements.txt" in set_up(moved)
     assert found() == f"{moved}/sdpo/__init__.py\n"
+
+
+@pytest.mark.parametrize(("gpus", "started"), [(8, True), (1, False)])
+def test_training_is_checked_once_and_started_on_every_device(monkeypatch, gpus, started):
+    ran, launched = [], []
+    monkeypatch.setattr(cli, "run", lambda *call: ran.append(call) or 0)
+    monkeypatch.setattr(os, "execv", lambda program, argv: launched.append(argv) or 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.delenv("SDPO_LAUNCH_ARGS", raising=False)
+    recipe = ["--config_file", str(cli.RECIPES_DIR / "sd15_dspo.yaml")]
+    argv = [*recipe, "--output_dir", "output/sd15_dspo", "--seed", "3"]
+    monkeypatch.setattr(sys, "argv", ["sdpo", "train", "--recipe", "sd15_dspo", "--seed", "3"])
+    assert cli.main() == 0
+    expected = [("train", ["--check_only", *argv])]
+    here = ["-m", "sdpo.cli", "--here", "train", *argv]
+    if started:
+        assert launched == [[sys.executable, *cli.launcher(gpus, []), *here]]
+    else:
+        expected.append(("train", argv))
+        assert launched == []
+    assert ran == expected
+
+
+def test_a_launch_configuration_says_it_all(monkeypatch):
+    launched = []
+    monkeypatch.setattr(cli, "run", lambda *call: 0)
+    monkeypatch.setattr(os, "execv", lambda program, argv: launched.append(argv) or 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setenv("SDPO_LAUNCH_ARGS", "--machine_rank 1")
+    monkeypatch.setattr(sys, "argv", ["sdpo", "evaluate", "--config=2x8gpu", "--unet", "base"])
+    assert cli.main() == 0
+    given = ["--config_file", str(cli.LAUNCH_DIR / "2x8gpu.yaml"), "--machine_rank", "1"]
+    here = ["-m", "sdpo.cli", "--here", "evaluate", "--unet", "base"]
+    assert launched == [[sys.executable, *cli.launcher(8, given), *here]]
+    assert "--num_processes" not in launched[0]
+    monkeypatch.setattr(sys, "argv", ["sdpo", "evaluate", "--config", "16gpu"])
+    with pytest.raises(UserError, match="--config: there is no 16gpu; there are 1gpu, 2x8gpu"):
+        cli.main()
