@@ -84,7 +84,6 @@ def double_unet():
 @pytest.fixture(scope="session")
 def pairs(double_unet):
     """Three pairs at timesteps far apart, float64; a pair shares timestep, noise and caption."""
-    from sdpo.models.base import Conditioning
     from sdpo.models.forward import NoisedPairs
 
     g = torch.Generator().manual_seed(1)
@@ -98,19 +97,20 @@ def pairs(double_unet):
         noisy=torch.cat([noise + 0.5 * images[0], noise + 0.5 * images[1]]),
         timesteps=torch.tensor([30, 400, 900]).repeat(2),
         target=noise.repeat(2, 1, 1, 1),
-        conditioning=Conditioning(hidden.repeat(2, 1, 1)),
+        conditions={"hidden": hidden.repeat(2, 1, 1)},
     )
 
 
 @pytest.fixture
-def make_args(tiny_sd15, tiny_sdxl, pairs_dir, tmp_path):
-    """`make_args(flag=value, ...)`: `parse_args` with tiny defaults.
+def make_config(tiny_sd15, tiny_sdxl, pairs_dir, tmp_path):
+    """`make_config(flag=value, ...)`: a checked `TrainConfig` with tiny defaults.
 
     None and False leave a flag out, True gives a switch, a list gives several values.
     """
     from e2e.harness import as_argv
 
-    from sdpo.args import parse_args
+    from sdpo.config import parse_train
+    from sdpo.training.places import check_places
 
     def make(**overrides):
         flags = {
@@ -124,6 +124,8 @@ def make_args(tiny_sd15, tiny_sdxl, pairs_dir, tmp_path):
             "report_to": "none",
             **overrides,
         }
-        return parse_args(as_argv(flags))
+        config = parse_train(as_argv(flags))
+        check_places(config)
+        return config
 
     return make

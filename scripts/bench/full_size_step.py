@@ -58,6 +58,7 @@ def build_trainer(bench: argparse.Namespace, work: Path) -> Any:
     """A `Trainer` as train.py builds it, with full-size random models."""
     import torch
     from accelerate import Accelerator
+    from sdpo.training.accumulation import OwnAccumulation
     from true_size import build_sd15_frozen, build_unet
 
     from sdpo.args import build_parser
@@ -69,7 +70,6 @@ def build_trainer(bench: argparse.Namespace, work: Path) -> Any:
     from sdpo.models.encoding import ModelEncoder
     from sdpo.models.forward import make_reference
     from sdpo.tinyworld.pairs import write_pairs
-    from sdpo.training.accumulation import OwnAccumulation
     from sdpo.training.checkpoint import Progress
     from sdpo.training.optim import build_optimizer, build_scheduler
     from sdpo.training.run import Trainer

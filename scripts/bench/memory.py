@@ -127,7 +127,6 @@ class KeptBytes:
 def adapt(unet: Any, rank: int) -> Any:
     """`unet`, its weights frozen and train.py's default adapters around its attention."""
     from peft import LoraConfig
-
     from sdpo.weight_flags import LORA_TARGETS
 
     unet.requires_grad_(False)

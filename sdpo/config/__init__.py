@@ -43,7 +43,7 @@ class TrainConfig:
             UserError: naming the flag and what would be right.
         """
         config = from_flat(cls, fill_in(dict(values)))
-        check_rules(config)
+        check_rules(config.model, config.data, config.method, config.safeguard, config.optim)
         return config
 
     def flags(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from sdpo.common.flags import ABOVE_ZERO, NOT_NEGATIVE, SHARE, flag
 from sdpo.losses import FORMS, method_names
@@ -33,3 +34,9 @@ class MethodConfig:
         "scale of extra noise at the UNet's input that the target does not contain",
         check=NOT_NEGATIVE,
     )
+
+    def options(self, family: str) -> dict[str, Any]:
+        """Give the chosen method its own options; DSPO's form is the family's where none is
+        named."""
+        own = {"dmpo": {"alpha": self.dmpo_alpha}, "dspo": {"form": self.dspo_form or family}}
+        return own.get(self.train_method, {})

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sdpo.common.errors import UserError
-from sdpo.config.data import CACHE_FLAG, SourceConfig
+from sdpo.config.data import CACHE_FLAG, DataConfig, SourceConfig
 from sdpo.config.families import FAMILIES
-from sdpo.config.model import LORA_TARGETS
-
-if TYPE_CHECKING:
-    from sdpo.config import TrainConfig
+from sdpo.config.method import MethodConfig
+from sdpo.config.model import LORA_TARGETS, ModelConfig
+from sdpo.config.optim import OptimConfig
+from sdpo.config.safeguard import SafeguardConfig
 
 
 def fill_in(values: dict[str, Any]) -> dict[str, Any]:
@@ -27,30 +27,34 @@ def fill_in(values: dict[str, Any]) -> dict[str, Any]:
     return filled
 
 
-def check_rules(config: TrainConfig) -> None:
+def check_rules(
+    model: ModelConfig,
+    data: DataConfig,
+    method: MethodConfig,
+    safeguard: SafeguardConfig,
+    optim: OptimConfig,
+) -> None:
     """Refuse flags that contradict each other or have no meaning together.
 
     Raises:
         UserError: naming the flags and what would be right.
     """
-    _check_steps(config)
-    _check_method(config)
-    check_source(config.data)
-    _check_cache(config)
-    _check_optimizer(config)
-    _check_weights(config)
+    _check_steps(data, optim)
+    _check_method(method, safeguard)
+    check_source(data)
+    _check_cache(data)
+    _check_optimizer(optim)
+    _check_weights(model)
 
 
-def _check_steps(config: TrainConfig) -> None:
-    data, optim = config.data, config.optim
+def _check_steps(data: DataConfig, optim: OptimConfig) -> None:
     if data.streaming and optim.num_train_epochs is not None:
         raise UserError("--streaming does not know an epoch's length: give --max_train_steps")
     if data.streaming and data.dataloader_num_workers > 1:
         raise UserError("--streaming reads one stream: --dataloader_num_workers must be 0 or 1")
 
 
-def _check_method(config: TrainConfig) -> None:
-    method, guard = config.method, config.safeguard
+def _check_method(method: MethodConfig, guard: SafeguardConfig) -> None:
     if method.dspo_form and method.train_method != "dspo":
         raise UserError(f"--dspo_form has no meaning with --train_method {method.train_method}")
     fixed = guard.loser_scale_fixed is not None
@@ -93,8 +97,7 @@ def check_source(data: SourceConfig) -> None:
         raise UserError("--choice_weights has no meaning without --choice_model")
 
 
-def _check_cache(config: TrainConfig) -> None:
-    data = config.data
+def _check_cache(data: DataConfig) -> None:
     if data.cache_dir_latents is None:
         if data.verify_cache:
             raise UserError(f"--verify_cache has no meaning without {CACHE_FLAG}")
@@ -110,8 +113,7 @@ def _check_cache(config: TrainConfig) -> None:
         )
 
 
-def _check_optimizer(config: TrainConfig) -> None:
-    optim = config.optim
+def _check_optimizer(optim: OptimConfig) -> None:
     for given, name, what in (
         (optim.use_8bit_adam, "use_8bit_adam", "8-bit"),
         (optim.fused_optimizer, "fused_optimizer", "fused"),
@@ -125,8 +127,7 @@ def _check_optimizer(config: TrainConfig) -> None:
         raise UserError("--use_8bit_adam is always fused: leave --fused_optimizer out")
 
 
-def _check_weights(config: TrainConfig) -> None:
-    model = config.model
+def _check_weights(model: ModelConfig) -> None:
     if model.lora_rank and model.offload_reference:
         raise UserError(
             "--offload_reference has no meaning with --lora_rank: the reference is the trained "

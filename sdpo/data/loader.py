@@ -1,8 +1,7 @@
-"""From flags to an endless, resumable stream of `PairBatch`, with bad images counted."""
+"""From settings to an endless, resumable stream of `PairBatch`, with bad images counted."""
 
 from __future__ import annotations
 
-import argparse
 import logging
 import math
 from collections.abc import Iterator
@@ -11,6 +10,8 @@ from typing import TYPE_CHECKING
 from torch.utils.data import DataLoader
 
 from sdpo.common.errors import UserError
+from sdpo.config import TrainConfig
+from sdpo.data.latents.pairs import CachedPairs
 from sdpo.data.order import FIRST, Place, PlaceSampler
 from sdpo.data.own_shards import OwnShards
 from sdpo.data.pairs import BadRow, PairBatch, PairDataset, PairDecoder, collate
@@ -64,46 +65,49 @@ class PairLoader:
     def __init__(
         self,
         source: PairSource,
-        args: argparse.Namespace,
+        config: TrainConfig,
         rank: int,
         world_size: int,
         start: Place = FIRST,
         pin_memory: bool = False,
         cache: LatentCache | None = None,
     ) -> None:
-        self.rank, self.batch_size = rank, args.train_batch_size
+        data, seed = config.data, config.run.seed
+        self.rank, self.batch_size = rank, config.optim.train_batch_size
         self.stride = self.batch_size * world_size
-        self.counter = BadRowCounter(args.max_bad_fraction)
-        transform = PairTransform(args.resolution, args.random_crop, not args.no_hflip)
-        decoder = PairDecoder(source.columns, source.base, transform, args.proportion_empty_prompts)
+        self.counter = BadRowCounter(data.max_bad_fraction)
+        transform = PairTransform(data.resolution, data.random_crop, not data.no_hflip)
+        decoder = PairDecoder(source.columns, source.base, transform, data.proportion_empty_prompts)
         workers = {
-            "num_workers": args.dataloader_num_workers,
-            "persistent_workers": args.dataloader_num_workers > 0,
+            "num_workers": data.dataloader_num_workers,
+            "persistent_workers": data.dataloader_num_workers > 0,
             "pin_memory": pin_memory,
             "collate_fn": collate,
         }
+        self.source, self.cache = source, cache
         self.steps_per_epoch: int | None = None
-        if args.streaming:
-            kind = OwnShards if args.stream_shards == "own" else StreamingPairs
+        self._optim = config.optim
+        if data.streaming:
+            kind = OwnShards if data.stream_shards == "own" else StreamingPairs
             stream = kind(
                 source,
                 decoder,
-                args.seed,
+                seed,
                 self.batch_size,
                 rank,
                 world_size,
                 start,
-                args.max_train_samples,
-                args.dreamlike_pairs_only,
+                data.max_train_samples,
+                data.dreamlike_pairs_only,
             )
             self._loader = DataLoader(stream, batch_size=None, **workers)
             return
         sampler = PlaceSampler(len(source), self.batch_size, rank, world_size, start)
         self.steps_per_epoch = sampler.steps_per_epoch
         if cache is None:
-            dataset = PairDataset(source, decoder, args.seed)
+            dataset = PairDataset(source, decoder, seed)
         else:
-            dataset = cache.pairs(source, decoder, args.seed)
+            dataset = CachedPairs(cache, source, decoder, seed)
         workers["collate_fn"] = dataset.collate
         self._loader = DataLoader(dataset, batch_sampler=sampler, **workers)
 
@@ -117,6 +121,17 @@ class PairLoader:
                 raise UserError(str(error).rsplit("UserError: ", 1)[-1].strip()) from None
             self.counter.update(len(batch), batch.bad_rows)
             yield batch
+
+    @property
+    def max_train_steps(self) -> int:
+        """Optimizer steps of the run: as many as it names, or as its passes over the data make."""
+        optim = self._optim
+        if optim.max_train_steps:
+            return optim.max_train_steps
+        assert optim.num_train_epochs and self.steps_per_epoch
+        return steps_for_epochs(
+            optim.num_train_epochs, self.steps_per_epoch, optim.gradient_accumulation_steps
+        )
 
     def place_after(self, batch: PairBatch) -> Place:
         """Where the run stands once every process has taken its part of this step."""

@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sdpo.common.errors import UserError
+from sdpo.config import DataConfig, SourceConfig
+from sdpo.config.data import CACHE_FLAG
+from sdpo.models.locations import looks_local
 
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
 
@@ -47,3 +50,30 @@ def find_local_files(directory: Path, split: str, flag: str) -> LocalFiles:
             )
         chosen = parquet
     return LocalFiles("parquet", [str(p) for p in chosen], directory)
+
+
+def check_data_location(data: SourceConfig) -> None:
+    """Check that a local data directory exists and holds something that can be pairs.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    flag, name = data.location_flag, data.location
+    path = Path(name)
+    if path.is_dir():
+        find_local_files(path, data.split, flag)
+    elif path.is_file():
+        raise UserError(f"{flag}: {name} is a file; give the directory it lies in")
+    elif data.train_data_dir or looks_local(name):
+        raise UserError(f"{flag}: there is no directory {name}")
+
+
+def check_cache_location(data: DataConfig) -> None:
+    """Check that a cache of encodings is or can be a directory.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    path = Path(data.cache_dir_latents or ".")
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{CACHE_FLAG}: {path} is a file; give a directory")

@@ -6,7 +6,6 @@ place of jpg_0 and jpg_1. label_0 is 1 where image 0 is preferred, 0 where image
 
 from __future__ import annotations
 
-import argparse
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdpo.common.errors import UserError, first_line
 from sdpo.common.randomness import generator
+from sdpo.config import SourceConfig
 from sdpo.data.local import find_local_files
 
 if TYPE_CHECKING:
@@ -58,42 +58,41 @@ class PairSource:
         return row if self.labels is None else {**row, LABEL: float(self.labels[index])}
 
 
-def open_pairs(args: argparse.Namespace) -> PairSource:
-    """The pairs that train.py's data flags name.
+def open_pairs(data: SourceConfig, seed: int) -> PairSource:
+    """Open the pairs that a run's settings name; `seed` chooses those of --max_train_samples.
 
     Raises:
         UserError: not to be found, columns missing, no decided pair left.
     """
-    rows, base = _load(args)
-    columns = _find_columns(rows, args)
+    rows, base = _load(data)
+    columns = _find_columns(rows, data)
     needed = [columns.image_0, columns.image_1, LABEL, columns.caption]
-    needed += ["model_0", "model_1"] if args.dreamlike_pairs_only else []
+    needed += ["model_0", "model_1"] if data.dreamlike_pairs_only else []
     rows = _without_decoding(rows.select_columns(list(dict.fromkeys(needed))))
-    if args.streaming:
+    if data.streaming:
         return PairSource(rows, columns, base)
-    chosen, origin = _choose_rows(rows, args)
+    chosen, origin = _choose_rows(rows, data, seed)
     return PairSource(chosen, columns, base, origin, given=rows)
 
 
-def _load(args: argparse.Namespace) -> tuple[Any, Path | None]:
+def _load(data: SourceConfig) -> tuple[Any, Path | None]:
     import datasets
 
-    common = {"split": args.split, "streaming": args.streaming, "cache_dir": args.cache_dir}
-    flag = "--train_data_dir" if args.train_data_dir else "--dataset_name"
-    name = args.train_data_dir or args.dataset_name
+    common = {"split": data.split, "streaming": data.streaming, "cache_dir": data.cache_dir}
+    flag, name = data.location_flag, data.location
     local = Path(name).expanduser()
     try:
         if local.is_dir():
-            found = find_local_files(local, args.split, flag)
+            found = find_local_files(local, data.split, flag)
             common["split"] = "train"  # what load_dataset calls plain data_files
             rows = datasets.load_dataset(found.kind, data_files=found.files, **common)
             return rows, found.base
-        return datasets.load_dataset(name, args.dataset_config_name, **common), None
+        return datasets.load_dataset(name, data.dataset_config_name, **common), None
     except UserError:
         raise
     except ValueError as error:
         if "split" in str(error).lower():
-            raise UserError(f"--split: {name} has no split {args.split!r}: {error}") from None
+            raise UserError(f"--split: {name} has no split {data.split!r}: {error}") from None
         raise UserError(f"{flag}: cannot read {name}: {error}") from error
     # Hub and file errors come in many classes; all of them mean that the pairs are not there.
     except Exception as error:
@@ -103,7 +102,7 @@ def _load(args: argparse.Namespace) -> tuple[Any, Path | None]:
         ) from error
 
 
-def _find_columns(rows: Any, args: argparse.Namespace) -> Columns:
+def _find_columns(rows: Any, data: SourceConfig) -> Columns:
     names = list(rows.column_names or next(iter(rows)).keys())
 
     def pick(flag: str, *candidates: str) -> str:
@@ -115,15 +114,14 @@ def _find_columns(rows: Any, args: argparse.Namespace) -> Columns:
             f"{', '.join(names)}"
         )
 
-    data_flag = "--train_data_dir" if args.train_data_dir else "--dataset_name"
-    pick(data_flag, LABEL)
-    if args.dreamlike_pairs_only:
+    pick(data.location_flag, LABEL)
+    if data.dreamlike_pairs_only:
         pick("--dreamlike_pairs_only", "model_0")
         pick("--dreamlike_pairs_only", "model_1")
     return Columns(
-        image_0=pick(data_flag, "jpg_0", "image_0"),
-        image_1=pick(data_flag, "jpg_1", "image_1"),
-        caption=pick("--caption_column", args.caption_column),
+        image_0=pick(data.location_flag, "jpg_0", "image_0"),
+        image_1=pick(data.location_flag, "jpg_1", "image_1"),
+        caption=pick("--caption_column", data.caption_column),
     )
 
 
@@ -136,7 +134,7 @@ def _without_decoding(rows: Any) -> Any:
     return rows
 
 
-def _choose_rows(rows: datasets.Dataset, args: argparse.Namespace) -> tuple[Any, Any]:
+def _choose_rows(rows: datasets.Dataset, data: SourceConfig, seed: int) -> tuple[Any, Any]:
     """Drop ties and what else the flags exclude, in Arrow; images are not touched."""
     import numpy as np
     import pyarrow as pa
@@ -158,7 +156,7 @@ def _choose_rows(rows: datasets.Dataset, args: argparse.Namespace) -> tuple[Any,
         pc.sum(tie).as_py() or 0,
         labels.null_count,
     )
-    if args.dreamlike_pairs_only:
+    if data.dreamlike_pairs_only:
         for model in ("model_0", "model_1"):
             from_dreamlike = pc.match_substring(_arrow_column(rows, model), DREAMLIKE)
             keep = pc.and_(keep, pc.fill_null(from_dreamlike, False))
@@ -166,11 +164,11 @@ def _choose_rows(rows: datasets.Dataset, args: argparse.Namespace) -> tuple[Any,
     origin = np.flatnonzero(keep.to_numpy(zero_copy_only=False))
     if not len(origin):
         raise UserError("no pair is left to train on: all rows are ties or excluded by the flags")
-    if args.max_train_samples is not None and args.max_train_samples < len(origin):
+    if data.max_train_samples is not None and data.max_train_samples < len(origin):
         import torch
 
-        order = torch.randperm(len(origin), generator=generator(args.seed, "max_train_samples"))
-        origin = np.sort(origin[order[: args.max_train_samples].numpy()])
+        order = torch.randperm(len(origin), generator=generator(seed, "max_train_samples"))
+        origin = np.sort(origin[order[: data.max_train_samples].numpy()])
         log.info("--max_train_samples keeps %d of them", len(origin))
     return (rows if len(origin) == len(rows) else rows.select(origin)), origin
 

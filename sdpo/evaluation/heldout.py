@@ -9,23 +9,27 @@ measures the moving averages and writes RUN_DIR/heldout_ema.jsonl.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdpo.common.cli import Parser, at_least
 from sdpo.common.errors import UserError, run_main
 from sdpo.common.files import write_text
+from sdpo.common.flags import at_least, flag, from_flat, parse
+from sdpo.common.processes import quieten_libraries
+from sdpo.config import TrainConfig
 from sdpo.training.checkpoint_paths import EMA_FILE, UNET_FILE, list_checkpoints, step_of
+from sdpo.training.runlog import CONFIG_FILE
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from sdpo.data.source import PairSource
+    from sdpo.models.base import Family
     from sdpo.models.encoding import Encoder
     from sdpo.models.forward import NoisedPairs
 
@@ -33,142 +37,141 @@ HELDOUT_FILE = "heldout.jsonl"
 HELDOUT_EMA_FILE = "heldout_ema.jsonl"
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The program's flags.
+@dataclass(frozen=True)
+class HeldoutConfig:
+    """The program's flags."""
 
-    Raises:
-        UserError: on a run that is not there or holds no checkpoint.
-    """
-    args = parse_flags(argv)
-    if not (args.run / "config.json").is_file():
-        raise UserError(f"{args.run} is not a run: it has no config.json")
-    if not list_checkpoints(args.run):
-        raise UserError(f"{args.run} holds no complete checkpoint")
-    if args.ema and not (list_checkpoints(args.run)[-1] / EMA_FILE).is_file():
-        raise UserError(f"--ema: {args.run} holds no {EMA_FILE}; it was not run with --use_ema")
-    return args
+    run: Path = flag(None, "--output_dir of a run", positional=True)
+    dataset_name: str | None = flag(
+        None, "held-out pairs on the hub", metavar="ID_OR_DIR", shown="the run's own data"
+    )
+    train_data_dir: str | None = flag(
+        None, "held-out pairs on disk", metavar="DIR", shown="the run's own data"
+    )
+    split: str = flag("", "split to evaluate on, e.g. validation_unique", required=True)
+    max_pairs: int = flag(256, "pairs of it", check=at_least(1))
+    timesteps: int = flag(4, "timesteps per pair, stratified", check=at_least(1))
+    batch_size: int | None = flag(
+        None, "pairs at a time", check=at_least(1), shown="the run's --train_batch_size"
+    )
+    ema: bool = flag(False, "measure the averages of a run with --use_ema instead")
 
 
-def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
-    """The program's flags, checked as far as that goes before there is a run.
+def parse_config(argv: list[str]) -> HeldoutConfig:
+    """Parse the program's flags as far as that goes before there is a run.
 
     Raises:
         UserError: on a value out of range.
     """
-    args = build_parser().parse_args(argv)
-    at_least(args, 1, "max_pairs", "timesteps", "batch_size")
-    return args
+    return parse(HeldoutConfig, argv, "python -m sdpo.evaluation.heldout", __doc__)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The program's flags."""
-    parser = Parser("python -m sdpo.evaluation.heldout", __doc__)
-    add = parser.add_argument
-    add("run", type=Path, help="--output_dir of a run")
-    add("--dataset_name", help="held-out pairs on the hub (default: the run's own data)")
-    add("--train_data_dir", help="held-out pairs on disk (default: the run's own data)")
-    add("--split", required=True, help="split to evaluate on, e.g. validation_unique")
-    add("--max_pairs", type=int, default=256, help="default: 256")
-    add("--timesteps", type=int, default=4, help="timesteps per pair, stratified (default: 4)")
-    add("--batch_size", type=int, help="pairs at a time (default: the run's --train_batch_size)")
-    add("--ema", action="store_true", help="measure the averages of a run with --use_ema instead")
-    return parser
+def check_run(config: HeldoutConfig) -> None:
+    """Check that there is a run with what is to be measured.
+
+    Raises:
+        UserError: it is not there, or holds no checkpoint or no average.
+    """
+    run = config.run
+    if not (run / CONFIG_FILE).is_file():
+        raise UserError(f"{run} is not a run: it has no config.json")
+    if not list_checkpoints(run):
+        raise UserError(f"{run} holds no complete checkpoint")
+    if config.ema and not (list_checkpoints(run)[-1] / EMA_FILE).is_file():
+        raise UserError(f"--ema: {run} holds no {EMA_FILE}; it was not run with --use_ema")
 
 
 def main() -> int:
     """Evaluate every checkpoint of one run and write heldout.jsonl."""
-    args = parse_args(sys.argv[1:])
+    config = parse_config(sys.argv[1:])
+    check_run(config)
     import torch
     from accelerate import Accelerator
     from tqdm.auto import tqdm
 
-    from sdpo.common.processes import quieten_libraries
     from sdpo.data.source import open_pairs
-    from sdpo.models import get_family
-    from sdpo.models.base import ModelSource
+    from sdpo.models import open_base
     from sdpo.models.encoding import ModelEncoder
     from sdpo.models.loading import load_strictly, read_state_dict
 
     quieten_libraries()
-    run_args = _run_args(args)
+    train = run_config(config)
     device = Accelerator().device
-    family = get_family(run_args.sdxl)
-    source = ModelSource.from_args(run_args)
-    pairs = open_pairs(run_args)
+    family, source = open_base(train)
+    pairs = open_pairs(train.data, train.run.seed)
     frozen = family.load_frozen(source).to(device, torch.float32, torch.float32)
-    encoder = ModelEncoder(family, frozen, run_args.resolution, device)
+    assert train.data.resolution
+    encoder = ModelEncoder(family, frozen, train.data.resolution, device)
     unet = family.load_unet(source).to(device).eval()
-    inputs = list(heldout_inputs(encoder, pairs, run_args, args))
-    beta = run_args.beta_dpo
-    reference = pair_errors(unet, inputs, args.timesteps)
+    inputs = list(heldout_inputs(encoder, pairs, train, config))
+    beta = train.method.beta_dpo
+    reference = pair_errors(family, unet, inputs, config.timesteps)
     entries = [summarise(0, *reference, *reference, beta)]
-    checkpoints = list_checkpoints(args.run)
-    for path in tqdm(checkpoints, desc=f"held-out {args.run.name}", unit="checkpoint"):
-        weights = path / (EMA_FILE if args.ema else UNET_FILE)
+    checkpoints = list_checkpoints(config.run)
+    for path in tqdm(checkpoints, desc=f"held-out {config.run.name}", unit="checkpoint"):
+        weights = path / (EMA_FILE if config.ema else UNET_FILE)
         load_strictly(unet, read_state_dict(weights), str(weights))
-        errors = pair_errors(unet, inputs, args.timesteps)
+        errors = pair_errors(family, unet, inputs, config.timesteps)
         entries.append(summarise(step_of(path), *errors, *reference, beta))
     lines = "".join(json.dumps(entry) + "\n" for entry in entries)
-    write_text(args.run / (HELDOUT_EMA_FILE if args.ema else HELDOUT_FILE), lines)
+    write_text(config.run / (HELDOUT_EMA_FILE if config.ema else HELDOUT_FILE), lines)
     return 0
 
 
-def _run_args(args: argparse.Namespace) -> argparse.Namespace:
-    """The run's own flags, its data replaced by the held-out split, without augmentation."""
-    values = json.loads((args.run / "config.json").read_text(encoding="utf-8"))["args"]
-    if args.dataset_name or args.train_data_dir:
-        values["dataset_name"], values["train_data_dir"] = args.dataset_name, args.train_data_dir
+def run_config(config: HeldoutConfig) -> TrainConfig:
+    """Read the run's own settings, its data replaced by the held-out split, without augmentation.
+    Flags that an older run's config.json lacks have their defaults."""
+    values = json.loads((config.run / CONFIG_FILE).read_text(encoding="utf-8"))["args"]
+    if config.dataset_name or config.train_data_dir:
+        values["dataset_name"] = config.dataset_name
+        values["train_data_dir"] = config.train_data_dir
     values.update(
-        split=args.split,
-        max_train_samples=args.max_pairs,
+        split=config.split,
+        max_train_samples=config.max_pairs,
         # Reading a split of a dataset on the hub must not download the others.
         streaming=not Path(values["train_data_dir"] or values["dataset_name"]).is_dir(),
+        stream_shards="all",
         random_crop=False,
         no_hflip=True,
         proportion_empty_prompts=0.0,
     )
-    return argparse.Namespace(**values)
+    return from_flat(TrainConfig, values)
 
 
 def heldout_inputs(
-    encoder: Encoder,
-    pairs: PairSource,
-    run_args: argparse.Namespace,
-    args: argparse.Namespace,
+    encoder: Encoder, pairs: PairSource, train: TrainConfig, config: HeldoutConfig
 ) -> Iterator[NoisedPairs]:
-    """The same noised pairs for every checkpoint, at `args.timesteps` timesteps each.
+    """Noise the same pairs for every checkpoint, at `config.timesteps` timesteps each.
 
-    Timesteps are stratified: the i-th of k is drawn from the i-th k-th of the schedule.
+    Timesteps are stratified: the i-th of k is drawn from the i-th k-th of the noise process.
     """
-    import torch
-
     from sdpo.common import randomness
     from sdpo.data.pairs import PairDecoder, collate
     from sdpo.data.transforms import PairTransform, UndecodableImage
     from sdpo.models.forward import noise_pairs
 
-    transform = PairTransform(run_args.resolution, hflip=False)
+    assert train.data.resolution
+    transform = PairTransform(train.data.resolution, hflip=False)
     decode = PairDecoder(pairs.columns, pairs.base, transform, 0.0)
-    rows = first_rows(pairs, args.max_pairs)
-    batch_size = args.batch_size or run_args.train_batch_size
-    count = encoder.schedule.config.num_train_timesteps
-    for stratum in range(args.timesteps):
+    rows = first_rows(pairs, config.max_pairs)
+    batch_size = config.batch_size or train.optim.train_batch_size
+    for stratum in range(config.timesteps):
         for first in range(0, len(rows), batch_size):
             samples = []
             for i in range(first, min(first + batch_size, len(rows))):
                 number, row = rows[i]
                 try:
-                    samples.append(decode(row, (run_args.seed, stratum, i)))
+                    samples.append(decode(row, (train.run.seed, stratum, i)))
                 except UndecodableImage as error:
                     raise UserError(f"row {number} cannot be decoded: {error}") from None
             batch = collate(samples)
             draws = [randomness.uniform(*key, "stratum") for key in batch.keys]
-            timesteps = torch.tensor([int((stratum + d) / args.timesteps * count) for d in draws])
-            yield noise_pairs(encoder, batch, timesteps=timesteps)
+            shares = [(stratum + draw) / config.timesteps for draw in draws]
+            yield noise_pairs(encoder, batch, timesteps=encoder.process.times_at(shares))
 
 
 def first_rows(pairs: PairSource, count: int) -> list[tuple[int, dict[str, Any]]]:
-    """Up to `count` decided pairs, undecoded, with their rows' numbers.
+    """Take up to `count` decided pairs, undecoded, with their rows' numbers.
 
     Raises:
         UserError: there is none.
@@ -186,10 +189,10 @@ def first_rows(pairs: PairSource, count: int) -> list[tuple[int, dict[str, Any]]
 
 
 def pair_errors(
-    unet: nn.Module, inputs: list[NoisedPairs], timesteps: int
+    family: Family, unet: nn.Module, inputs: list[NoisedPairs], timesteps: int
 ) -> tuple[Tensor, Tensor]:
-    """Winners' and losers' errors, mean of squares over pixels, each (timesteps, pairs) float32 on
-    the CPU."""
+    """Compute winners' and losers' errors, mean of squares over pixels, each (timesteps, pairs)
+    float32 on the CPU."""
     import torch
 
     from sdpo.losses.terms import per_sample_mse
@@ -198,7 +201,9 @@ def pair_errors(
     winners, losers = [], []
     with torch.no_grad():
         for item in inputs:
-            error_w, error_l = per_sample_mse(predict(unet, item).float() - item.target).chunk(2)
+            error_w, error_l = per_sample_mse(
+                predict(family, unet, item).float() - item.target
+            ).chunk(2)
             winners.append(error_w.cpu())
             losers.append(error_l.cpu())
     return (
@@ -210,7 +215,7 @@ def pair_errors(
 def summarise(
     step: int, winner: Tensor, loser: Tensor, ref_winner: Tensor, ref_loser: Tensor, beta: float
 ) -> dict[str, float]:
-    """One checkpoint's line, from errors (timesteps, pairs). Drifts are given in percent of the
+    """Make one checkpoint's line from errors (timesteps, pairs). Drifts are given in percent of the
     reference's mean error too, the winner's with its standard error over pairs."""
     drift_w, drift_l = winner - ref_winner, loser - ref_loser
     margin = drift_w - drift_l
@@ -235,7 +240,7 @@ def summarise(
 
 
 def read_heldout(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's heldout.jsonl; [] where there is none."""
+    """Read the lines of a run's heldout.jsonl; [] where there is none."""
     path = run / HELDOUT_FILE
     if not path.is_file():
         return []

@@ -1,10 +1,10 @@
-"""Preference losses, one file per method; which there are is read from the folder, so that `--help`
-needs no torch.
+"""Preference losses, one file per method; which there are is read from the folder, so that
+`--help` needs no torch.
 
 A method is a module of this package that defines `loss(terms: PairTerms) -> Tensor` (a scalar, the
-mean over pairs). It is known by its file name: `diffusion_dpo.py` is `diffusion-dpo`. Adding one is
-adding that file. A module may also set `USES_LOSERS = False` when losers get no gradient, and
-`OPTIONS`, the names of the options it takes and their defaults.
+mean over pairs); options that it alone takes are keyword-only parameters of that function with
+defaults. It is known by its file name: `diffusion_dpo.py` is `diffusion-dpo`. Adding one is
+adding that file. A module may also set `USES_LOSERS = False` when losers get no gradient.
 """
 
 from __future__ import annotations
@@ -18,6 +18,6 @@ _NOT_METHODS = {"__init__", "preference", "safeguard", "terms"}
 
 
 def method_names() -> list[str]:
-    """The methods in `sdpo/losses/`, sorted: `diffusion_dpo.py` is "diffusion-dpo"."""
+    """List the methods in `sdpo/losses/`, sorted: `diffusion_dpo.py` is "diffusion-dpo"."""
     stems = (path.stem for path in METHODS_DIR.glob("*.py"))
     return sorted(stem.replace("_", "-") for stem in stems if stem not in _NOT_METHODS)

@@ -13,5 +13,5 @@ from sdpo.losses.terms import PairTerms
 
 
 def loss(terms: PairTerms) -> Tensor:
-    """-log sigmoid(u), mean over pairs, ()."""
+    """Compute -log sigmoid(u), mean over pairs, ()."""
     return -F.logsigmoid(terms.u).mean()

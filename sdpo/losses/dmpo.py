@@ -20,10 +20,10 @@ from sdpo.losses.terms import PairTerms
 Q_MARGIN = 1e-6
 
 
-def loss(terms: PairTerms) -> Tensor:
-    """KL(p || q), mean over pairs, ()."""
+def loss(terms: PairTerms, *, alpha: float = 0.0) -> Tensor:
+    """Compute KL(p || q), mean over pairs, (); `alpha` smooths the target distribution."""
     u = terms.u
-    q = min(max(1.0 - terms.alpha, Q_MARGIN), 1.0 - Q_MARGIN)
+    q = min(max(1.0 - alpha, Q_MARGIN), 1.0 - Q_MARGIN)
     log_p, log_not_p = -F.softplus(-u), -F.softplus(u)
     won = torch.sigmoid(u) * (log_p - math.log(q))
     lost = torch.sigmoid(-u) * (log_not_p - math.log1p(-q))

@@ -17,18 +17,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sdpo.losses import FORMS
 from sdpo.losses.terms import PairTerms
 
 SDXL_SWITCH = 0.1
 
 
-def loss(terms: PairTerms) -> Tensor:
-    """The form that `terms.form` names, mean over pairs, ()."""
+def loss(terms: PairTerms, *, form: str = "sd15") -> Tensor:
+    """Compute the form of the loss that `form` names, mean over pairs, ().
+
+    Raises:
+        ValueError: there is no such form.
+    """
+    if form not in FORMS:
+        raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
     # sigmoid(-u) is 1 - sigmoid(u) without the cancellation at large u.
     weight = torch.sigmoid(-terms.u)
     d = terms.pred_w - terms.ref_w
     per_pixel = weight.reshape(-1, *[1] * (d.ndim - 1))
-    if terms.form == "sd15":
+    if form == "sd15":
         return (terms.residual_w - terms.beta * per_pixel * d).square().mean()
     # Both branches are evaluated and one is chosen on the device: no synchronisation.
     far = (per_pixel * d).square().mean()

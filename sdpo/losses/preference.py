@@ -1,16 +1,12 @@
-"""Preference losses, one file per method, and the function that trainers call.
-
-A method is a module of this package that defines `loss(terms: PairTerms) -> Tensor` (a scalar, the
-mean over pairs). It is known by its file name: `diffusion_dpo.py` is `diffusion-dpo`. Adding one is
-adding that file. A module may also set `USES_LOSERS = False` when losers get no gradient.
-"""
+"""The function that trainers call: a preference loss over pairs, with or without the safeguard."""
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sdpo.losses import method_names
 
@@ -19,14 +15,12 @@ if TYPE_CHECKING:
 
     from sdpo.losses.safeguard import Scope
 
-FORMS = ("sd15", "sdxl")
-
 
 @dataclass(frozen=True)
 class LossOutput:
-    """`loss`: the scalar to backpropagate. The others are detached: `metrics`, scalars for the log;
-    `per_pair`, winner_drift, loser_drift and loser_scale of each pair, (B,); `scale`, the loser's
-    scale as it was taken, () or (B,)."""
+    """What `preference_loss` gives: `loss`, the scalar to backpropagate. The others are detached:
+    `metrics`, scalars for the log; `per_pair`, winner_drift, loser_drift and loser_scale of each
+    pair, (B,); `scale`, the loser's scale as it was taken, () or (B,)."""
 
     loss: Tensor
     metrics: dict[str, Tensor]
@@ -35,7 +29,7 @@ class LossOutput:
 
 
 def get_method(name: str) -> ModuleType:
-    """The module of a method.
+    """Import the module of a method.
 
     Raises:
         ValueError: no file of that name in `sdpo/losses/`.
@@ -43,6 +37,30 @@ def get_method(name: str) -> ModuleType:
     if name not in method_names():
         raise ValueError(f"unknown method {name!r}; known: {', '.join(method_names())}")
     return import_module(f"sdpo.losses.{name.replace('-', '_')}")
+
+
+def trains_losers(name: str) -> bool:
+    """Say whether a method's losers get a gradient.
+
+    Raises:
+        ValueError: there is no method of that name.
+    """
+    return bool(getattr(get_method(name), "USES_LOSERS", True))
+
+
+def _options_of(module: ModuleType) -> set[str]:
+    """The keyword-only parameters of a method's loss."""
+    parameters = inspect.signature(module.loss).parameters.values()
+    return {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def _own_options(module: ModuleType, options: dict[str, Any]) -> dict[str, Any]:
+    own = _options_of(module)
+    if options.keys() - own:
+        known = set().union(*(_options_of(get_method(name)) for name in method_names()))
+        if unknown := options.keys() - known:
+            raise TypeError(f"no method takes {', '.join(sorted(unknown))}")
+    return {name: value for name, value in options.items() if name in own}
 
 
 def preference_loss(
@@ -55,10 +73,9 @@ def preference_loss(
     mu: float | None = None,
     scope: Scope = "batch",
     fixed_scale: float | Tensor | None = None,
-    alpha: float = 0.0,
-    form: str = "sd15",
+    **options: Any,
 ) -> LossOutput:
-    """A preference loss over B pairs, with or without the winner-preserving safeguard.
+    """Compute a preference loss over B pairs, with or without the winner-preserving safeguard.
 
     Args:
         method: "diffusion-dpo", "dspo", "dmpo", "sft", or any other file of `sdpo/losses/`.
@@ -72,8 +89,8 @@ def preference_loss(
         scope: of the safeguard, "batch" or "pair" (see `sdpo.loser_scale`).
         fixed_scale: instead of `mu`, the loser's scale itself, in [0, 1] (a tensor's values are not
             looked at): a number or () for all pairs, (B,) for each.
-        alpha: DMPO's smoothing of the target distribution; the other methods ignore it.
-        form: "sd15" or "sdxl": the form of DSPO; the other methods ignore it.
+        options: what one method alone takes and the others ignore: DMPO's `alpha` (smoothing of the
+            target distribution, default 0), DSPO's `form` ("sd15", the default, or "sdxl").
 
     Returns:
         The loss, and metrics: loss, winner_mse, loser_mse, ref_winner_mse, ref_loser_mse,
@@ -83,6 +100,7 @@ def preference_loss(
     Raises:
         ValueError: shapes that differ or are not pairs, an unknown method, scope or form, mu or
             a number for fixed_scale outside [0, 1], or both of them given.
+        TypeError: an option that no method takes.
     """
     import torch
 
@@ -90,8 +108,7 @@ def preference_loss(
     from sdpo.losses.terms import PairTerms, as_accumulated, per_sample_mse
 
     module = get_method(method)
-    if form not in FORMS:
-        raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
+    own = _own_options(module, options)
     if not model_pred.shape == ref_pred.shape == target.shape:
         raise ValueError(
             "model_pred, ref_pred and target must have equal shapes, got "
@@ -128,10 +145,8 @@ def preference_loss(
         ref_error_w=ref_error_w,
         ref_error_l=ref_error_l,
         beta=beta,
-        alpha=alpha,
-        form=form,
     )
-    loss = module.loss(terms)
+    loss = module.loss(terms, **own)
     with torch.no_grad():
         winner_drift, loser_drift = error_w - ref_error_w, error_l - ref_error_l
         metrics = {

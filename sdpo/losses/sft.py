@@ -13,5 +13,5 @@ USES_LOSERS = False
 
 
 def loss(terms: PairTerms) -> Tensor:
-    """Mean of r_w^2 over pixels and pairs, ()."""
+    """Compute the mean of r_w^2 over pixels and pairs, ()."""
     return terms.error_w.mean()

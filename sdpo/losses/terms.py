@@ -24,8 +24,6 @@ class PairTerms:
     ref_error_w: Tensor  # (B,)
     ref_error_l: Tensor  # (B,)
     beta: float
-    alpha: float
-    form: str  # "sd15" or "sdxl": DSPO has one form per base model
 
     @property
     def margin(self) -> Tensor:

@@ -1,15 +1,24 @@
-"""Model families: `get_family(sdxl)` is the object that knows all that differs between them."""
+"""Base models: a file for each family, and what all of them share. Adding a family is adding its
+file and its line in `get_family` and `sdpo/config/families.py`."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from sdpo.models.base import Family
+    from sdpo.config import TrainConfig
+    from sdpo.models.base import Family, ModelSource
+
+
+class Base(NamedTuple):
+    """A base pipeline: what kind it is, and where its parts lie."""
+
+    family: Family
+    source: ModelSource
 
 
 def get_family(sdxl: bool) -> Family:
-    """The family that train.py's --sdxl selects."""
+    """Give the family that train.py's --sdxl selects."""
     if sdxl:
         from sdpo.models.sdxl import SDXL
 
@@ -17,3 +26,16 @@ def get_family(sdxl: bool) -> Family:
     from sdpo.models.sd15 import SD15
 
     return SD15()
+
+
+def open_base(config: TrainConfig) -> Base:
+    """Open the base that a run's settings name; no weights are read.
+
+    Raises:
+        UserError: its UNet's configuration is not to be had, or of another family.
+    """
+    from sdpo.models.base import ModelSource
+
+    base = Base(get_family(config.model.sdxl), ModelSource.of(config))
+    base.family.load_unet_config(base.source)
+    return base

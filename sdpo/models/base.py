@@ -1,12 +1,12 @@
-"""What a model family answers: what to load, how captions are encoded, what the UNet takes."""
+"""What a model family answers: what to load, how captions are encoded, how its model is called."""
 
 from __future__ import annotations
 
-import argparse
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,10 @@ from sdpo.models.loading import (
     read_state_dict,
 )
 from sdpo.models.locations import check_family
+from sdpo.models.noise import Diffusion, NoiseProcess
+
+if TYPE_CHECKING:
+    from sdpo.config import TrainConfig
 
 BASE_FLAG = "--pretrained_model_name_or_path"
 VAE_FLAG = "--pretrained_vae_model_name_or_path"
@@ -41,34 +45,18 @@ class Frozen:
         return self
 
 
-@dataclass
-class Conditioning:
-    """What the UNet is told about B captions: `hidden` (B, tokens, width), and, where the family
-    has it, `added` as diffusers' `added_cond_kwargs`, each (B, ...)."""
+# What a model is told besides x_t and t, of B captions: tensors (B, ...) by the family's names.
+Conditions = dict[str, Tensor]
 
-    hidden: Tensor
-    added: dict[str, Tensor] = field(default_factory=dict)
 
-    def repeat(self, times: int) -> Conditioning:
-        """The same conditions `times` over, (times * B, ...): winners, then losers."""
-        return Conditioning(
-            self.hidden.repeat(times, 1, 1),
-            {k: v.repeat(times, *[1] * (v.ndim - 1)) for k, v in self.added.items()},
-        )
+def repeat(conditions: Conditions, times: int) -> Conditions:
+    """Repeat conditions `times` over, (times * B, ...): winners, then losers."""
+    return {k: v.repeat(times, *[1] * (v.ndim - 1)) for k, v in conditions.items()}
 
-    def followed_by(self, other: Conditioning) -> Conditioning:
-        """These B conditions, then the other's, as one batch."""
-        return Conditioning(
-            torch.cat([self.hidden, other.hidden]),
-            {k: torch.cat([v, other.added[k]]) for k, v in self.added.items()},
-        )
 
-    def unet_kwargs(self) -> dict[str, Any]:
-        """Keyword arguments of `UNet2DConditionModel.forward`."""
-        kwargs: dict[str, Any] = {"encoder_hidden_states": self.hidden}
-        if self.added:
-            kwargs["added_cond_kwargs"] = self.added
-        return kwargs
+def joined(parts: Sequence[Conditions]) -> Conditions:
+    """Join the conditions of several batches to those of one."""
+    return {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
 
 
 @dataclass(frozen=True)
@@ -85,14 +73,15 @@ class ModelSource:
     unet_flag: str = "--unet_init"
 
     @classmethod
-    def from_args(cls, args: argparse.Namespace) -> ModelSource:
-        """What train.py's flags name."""
+    def of(cls, config: TrainConfig) -> ModelSource:
+        """Name the places that a run's settings name."""
+        model = config.model
         return cls(
-            base=args.pretrained_model_name_or_path,
-            vae=args.pretrained_vae_model_name_or_path,
-            revision=args.revision,
-            unet_init=args.unet_init,
-            cache_dir=args.cache_dir,
+            base=model.pretrained_model_name_or_path,
+            vae=model.pretrained_vae_model_name_or_path,
+            revision=model.revision,
+            unet_init=model.unet_init,
+            cache_dir=config.data.cache_dir,
         )
 
 
@@ -237,13 +226,44 @@ class Family(ABC):
         family has it, `pooled` (B, width)."""
 
     @abstractmethod
-    def conditioning(self, text: dict[str, Tensor], resolution: int) -> Conditioning:
-        """From `encode_text`'s output to what the UNet takes, for training at `resolution` pixels
+    def conditions(self, text: dict[str, Tensor], resolution: int) -> Conditions:
+        """Make the model's conditions of `encode_text`'s output, for images of `resolution` pixels
         square."""
 
-    def encode_captions(self, frozen: Frozen, captions: list[str], resolution: int) -> Conditioning:
-        """Captions to what the UNet takes, for training at `resolution` pixels square."""
-        return self.conditioning(self.encode_text(frozen, captions), resolution)
+    def encode_captions(self, frozen: Frozen, captions: list[str], resolution: int) -> Conditions:
+        """Make the model's conditions of B captions, for images of `resolution` pixels square."""
+        return self.conditions(self.encode_text(frozen, captions), resolution)
+
+    @abstractmethod
+    def predict(self, model: Any, x_t: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
+        """Call the model on B noised latents.
+
+        Args:
+            model: the trained model, the frozen reference, or whatever is called like them.
+            x_t: (B, C, h, w).
+            t: (B,), or () for all of them.
+            conditions: as `conditions` gives them.
+
+        Returns:
+            Its output, (B, C, h, w), in the direction and scale of the noise process's target.
+        """
+
+    def process(self, schedule: Any) -> NoiseProcess:
+        """Give the noise process of a base with this training schedule."""
+        return Diffusion(schedule)
+
+    def normalise(self, latents: Tensor, vae: Mapping[str, Any]) -> Tensor:
+        """Bring the VAE's latents to the scale that the model is trained on.
+
+        Args:
+            latents: (N, C, r, r).
+            vae: the VAE's configuration, of which scaling_factor and shift_factor count.
+        """
+        return (latents - (vae["shift_factor"] or 0.0)) * vae["scaling_factor"]
+
+    def denormalise(self, latents: Tensor, vae: Mapping[str, Any]) -> Tensor:
+        """Bring the model's latents, (N, C, r, r), to the VAE's scale: undo `normalise`."""
+        return latents / vae["scaling_factor"] + (vae["shift_factor"] or 0)
 
     @abstractmethod
     def pipeline(self, unet: nn.Module, frozen: Frozen, source: ModelSource) -> Any:
@@ -255,9 +275,20 @@ class Family(ABC):
 
         `noise` (N, C, r, r), standard normal, draws the sample from the VAE's posterior.
         """
-        config = frozen.vae.config
         mean, std = self.encode_posterior(frozen, pixels)
-        return sample_posterior(mean, std, noise, config.scaling_factor, config.shift_factor)
+        return self.sample_posterior(mean, std, noise, frozen.vae.config)
+
+    def sample_posterior(
+        self, mean: Tensor, std: Tensor, noise: Tensor, vae: Mapping[str, Any]
+    ) -> Tensor:
+        """Draw normalised latents (N, C, r, r), float32, from a VAE's posterior.
+
+        Args:
+            mean, std: of the posterior, (N, C, r, r) each.
+            noise: standard normal, same shape.
+            vae: see `normalise`.
+        """
+        return self.normalise(mean.float() + std.float() * noise, vae).contiguous()
 
     @torch.no_grad()
     def encode_posterior(self, frozen: Frozen, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -296,14 +327,6 @@ def load_frozen_as(
     """
     frozen = family.load_frozen(source)
     return frozen.to(device, dtype, family.vae_dtype(frozen.vae, dtype))
-
-
-def sample_posterior(
-    mean: Tensor, std: Tensor, noise: Tensor, scaling_factor: float, shift_factor: float | None
-) -> Tensor:
-    """Scaled latents (N, C, r, r), float32, from a VAE's posterior and standard normal noise."""
-    sample = mean.float() + std.float() * noise
-    return ((sample - (shift_factor or 0.0)) * scaling_factor).contiguous()
 
 
 def tokenize(tokenizer: Any, captions: list[str], device: torch.device) -> Tensor:

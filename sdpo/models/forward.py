@@ -1,45 +1,37 @@
-"""From a batch of pairs to the UNet's inputs, and from those to predictions."""
+"""From a batch of pairs to the model's inputs, and from those to predictions."""
 
 from __future__ import annotations
 
-import copy
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sdpo.common import randomness
-from sdpo.models.base import Conditioning
+from sdpo.models.base import Conditions, Family, repeat
 from sdpo.models.encoding import Encoder
 
 
 @dataclass(frozen=True)
 class NoisedPairs:
-    """The UNet's inputs for B pairs, winners first; both branches share timestep and noise."""
+    """The model's inputs for B pairs, winners first; both branches share time and noise."""
 
-    noisy: Tensor  # (2B, C, h, w)
-    timesteps: Tensor  # (2B,)
-    target: Tensor  # (2B, C, h, w), the noise
-    conditioning: Conditioning  # of 2B samples
+    noisy: Tensor  # x_t, (2B, C, h, w)
+    timesteps: Tensor  # t, (2B,)
+    target: Tensor  # (2B, C, h, w)
+    conditions: Conditions  # of 2B samples
 
     def half(self, which: int) -> NoisedPairs:
-        """The winners (0) or the losers (1) alone."""
+        """Take the winners (0) or the losers (1) alone."""
         middle = len(self.noisy) // 2
         return self.samples(slice(0, middle) if which == 0 else slice(middle, None))
 
     def samples(self, keep: slice) -> NoisedPairs:
-        """Some of the 2B samples, of one branch or of both."""
-        return NoisedPairs(
-            self.noisy[keep],
-            self.timesteps[keep],
-            self.target[keep],
-            Conditioning(
-                self.conditioning.hidden[keep],
-                {k: v[keep] for k, v in self.conditioning.added.items()},
-            ),
-        )
+        """Take some of the 2B samples, of one branch or of both."""
+        conditions = {name: value[keep] for name, value in self.conditions.items()}
+        return NoisedPairs(self.noisy[keep], self.timesteps[keep], self.target[keep], conditions)
 
 
 @torch.no_grad()
@@ -58,7 +50,7 @@ def noise_pairs(
         input_perturbation: scale of an extra draw per pixel, part of the input but not the target.
         timesteps: (B,) in place of drawn ones.
     """
-    shape, device = encoder.latent_shape, encoder.device
+    shape, device, process = encoder.latent_shape, encoder.device, encoder.process
 
     def draw(stream: str, size: tuple[int, ...] = shape) -> Tensor:
         return randomness.normal(size, batch.keys, stream).to(device)
@@ -71,53 +63,34 @@ def noise_pairs(
     mixed_in = noise
     if input_perturbation:
         mixed_in = noise + input_perturbation * draw("input-perturbation")
-    schedule = encoder.schedule
     if timesteps is None:
-        timesteps = randomness.timesteps(schedule.config.num_train_timesteps, batch.keys)
+        timesteps = process.draw_times(batch.keys)
     twice = timesteps.to(device).repeat(2)
     return NoisedPairs(
-        noisy=schedule.add_noise(latents, mixed_in.repeat(2, 1, 1, 1), twice),
+        noisy=process.noised(latents, mixed_in.repeat(2, 1, 1, 1), twice),
         timesteps=twice,
-        target=noise.repeat(2, 1, 1, 1),
-        conditioning=encoder.conditioning(batch).repeat(2),
+        target=process.target(latents, noise.repeat(2, 1, 1, 1), twice),
+        conditions=repeat(encoder.conditions(batch), 2),
     )
 
 
-def predict(unet: nn.Module, inputs: NoisedPairs) -> Tensor:
-    """The UNet's output, same shape as `inputs.noisy`."""
-    kwargs = inputs.conditioning.unet_kwargs()
-    return unet(inputs.noisy, inputs.timesteps, return_dict=False, **kwargs)[0]
-
-
-def predict_winners_only(unet: nn.Module, inputs: NoisedPairs) -> Tensor:
-    """As `predict`, the losers without gradient: for methods that do not train on them."""
-    with torch.no_grad():
-        losers = predict(unet, inputs.half(1))
-    return torch.cat([predict(unet, inputs.half(0)), losers])
-
-
-def make_reference(unet: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A frozen copy of `unet` that takes the memory of `dtype`.
-
-    Only the weights of convolutions and linear layers are cast: autocast casts those anyway, so the
-    copy's output under autocast is that of the float32 original, and a run starts at margin zero.
-    """
-    reference = copy.deepcopy(unet).requires_grad_(False).eval()
-    hold_frozen_products(reference, dtype)
-    return reference
-
-
-def hold_frozen_products(module: nn.Module, dtype: torch.dtype) -> None:
-    """Cast the convolutions and linear layers below `module` that are not trained, in place."""
-    for part in module.modules():
-        if isinstance(part, nn.Linear | nn.Conv2d) and not part.weight.requires_grad:
-            part.to(dtype)
+def predict(family: Family, model: Any, inputs: NoisedPairs) -> Tensor:
+    """Call a model of the family on the pairs; its output, same shape as `inputs.noisy`."""
+    return family.predict(model, inputs.noisy, inputs.timesteps, inputs.conditions)
 
 
 @torch.no_grad()
 def predict_reference(
-    reference: nn.Module, inputs: NoisedPairs, autocast: AbstractContextManager
+    family: Family, reference: Any, inputs: NoisedPairs, autocast: AbstractContextManager[None]
 ) -> Tensor:
-    """The frozen reference's output."""
+    """Call the frozen reference on the pairs, without gradient."""
     with autocast:
-        return predict(reference, inputs)
+        return predict(family, reference, inputs)
+
+
+def predict_winners_only(family: Family, model: Any, inputs: NoisedPairs) -> Tensor:
+    """Call a model on the pairs, on the losers without gradient: for methods that do not train on
+    them."""
+    with torch.no_grad():
+        losers = predict(family, model, inputs.half(1))
+    return torch.cat([predict(family, model, inputs.half(0)), losers])

@@ -9,19 +9,21 @@ The reference is the same UNet with its adapters off, so that a run holds one UN
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from sdpo.common.errors import UserError
+from sdpo.common.precision import hold_frozen_products
 from sdpo.common.randomness import Key, generator
-from sdpo.models.forward import hold_frozen_products
 from sdpo.models.loading import read_state_dict
+
+if TYPE_CHECKING:
+    from sdpo.config import ModelConfig
 
 # diffusers' own name, which `load_lora_weights` looks for in a directory.
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -30,7 +32,7 @@ _PREFIX = "unet."
 
 
 def add_adapters(
-    unet: nn.Module, args: argparse.Namespace, dtype: torch.dtype, device: torch.device
+    unet: nn.Module, config: ModelConfig, seed: int, dtype: torch.dtype, device: torch.device
 ) -> None:
     """Freeze `unet`, hold it in `dtype`, give it float32 adapters and move it, all in place.
 
@@ -42,19 +44,19 @@ def add_adapters(
     """
     from peft import LoraConfig
 
-    _check_targets(unet, args.lora_target_modules, args.use_dora)
-    alpha = args.lora_alpha
-    config = LoraConfig(
-        r=args.lora_rank,
+    _check_targets(unet, config.lora_target_modules, config.use_dora)
+    alpha = config.lora_alpha
+    lora = LoraConfig(
+        r=config.lora_rank,
         # As an integer where it is one: that is how other programs write it.
         lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
-        lora_dropout=args.lora_dropout,
-        target_modules=list(args.lora_target_modules),
-        use_dora=args.use_dora,
+        lora_dropout=config.lora_dropout,
+        target_modules=list(config.lora_target_modules),
+        use_dora=config.use_dora,
     )
     unet.requires_grad_(False)
-    unet.add_adapter(config, adapter_name=_ADAPTER)
-    rng = generator(args.seed, "lora")
+    unet.add_adapter(lora, adapter_name=_ADAPTER)
+    rng = generator(seed, "lora")
     for layer in adapter_layers(unet):
         down = layer.lora_A[_ADAPTER].weight
         # Kaiming's uniform bound at slope sqrt(5), peft's choice, is 1 / sqrt(inputs of a row).
@@ -64,7 +66,7 @@ def add_adapters(
     hold_frozen_products(unet, dtype)
     unet.to(device)
     for layer in adapter_layers(unet):
-        if args.use_dora:
+        if config.use_dora:
             _start_at_own_length(layer)
         else:
             # Autocast casts what needs it. peft would widen each input to the adapter's float32

@@ -1,25 +1,28 @@
-"""What a run is held against: the UNet it started from, in one of three forms."""
+"""The frozen reference: the model that a run started from, in one of three forms."""
 
 from __future__ import annotations
 
-import argparse
+import copy
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from sdpo.models.forward import make_reference
+from sdpo.common.precision import hold_frozen_products
 from sdpo.models.lora import AdaptersOff, add_adapters
+
+if TYPE_CHECKING:
+    from sdpo.config import ModelConfig
 
 # Called like a UNet, under no_grad.
 Reference = Callable[..., Any]
 
 
 def build_reference(
-    unet: nn.Module, args: argparse.Namespace, dtype: torch.dtype, device: torch.device
+    unet: nn.Module, config: ModelConfig, seed: int, dtype: torch.dtype, device: torch.device
 ) -> Reference:
-    """The reference of a run, made from the UNet that it starts from; puts `unet` on `device`.
+    """Make a run's reference from the UNet that it starts from; puts `unet` on `device`.
 
     With --lora_rank, `unet` is given its adapters and the reference is itself without them; with
     --offload_reference it is a copy that lives on the CPU; else a copy on the device.
@@ -27,14 +30,25 @@ def build_reference(
     Raises:
         UserError: a name of --lora_target_modules fits no layer.
     """
-    if args.lora_rank:
-        add_adapters(unet, args, dtype, device)
+    if config.lora_rank:
+        add_adapters(unet, config, seed, dtype, device)
         return AdaptersOff(unet)
-    if args.offload_reference:
+    if config.offload_reference:
         reference = Offloaded(make_reference(unet.to("cpu"), dtype), device)
         unet.to(device)
         return reference
     return make_reference(unet.to(device), dtype)
+
+
+def make_reference(unet: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Make a frozen copy of `unet` that takes the memory of `dtype`.
+
+    Only the weights of convolutions and linear layers are cast: autocast casts those anyway, so the
+    copy's output under autocast is that of the float32 original, and a run starts at margin zero.
+    """
+    reference = copy.deepcopy(unet).requires_grad_(False).eval()
+    hold_frozen_products(reference, dtype)
+    return reference
 
 
 class Offloaded:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sdpo.config.families import FAMILIES
-from sdpo.models.base import Conditioning, Family, Frozen, ModelSource, tokenize
+from sdpo.models.base import Conditions, Family, Frozen, ModelSource, tokenize
 
 
 class SD15(Family):
@@ -34,9 +34,16 @@ class SD15(Family):
         ids = tokenize(tokenizer, captions, encoder.device)
         return {"hidden": encoder(ids).last_hidden_state}
 
-    def conditioning(self, text: dict[str, Tensor], resolution: int) -> Conditioning:
-        """Hidden states (B, tokens, width); the resolution plays no part."""
-        return Conditioning(text["hidden"])
+    def conditions(self, text: dict[str, Tensor], resolution: int) -> Conditions:
+        """Give `hidden` (B, tokens, width); the resolution plays no part."""
+        return {"hidden": text["hidden"]}
+
+    def predict(self, model: Any, x_t: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
+        """Call the UNet; see `Family.predict`."""
+        output: Tensor = model(
+            x_t, t, encoder_hidden_states=conditions["hidden"], return_dict=False
+        )[0]
+        return output
 
     def pipeline(self, unet: nn.Module, frozen: Frozen, source: ModelSource) -> Any:
         """A `StableDiffusionPipeline` without a safety checker."""

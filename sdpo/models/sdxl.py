@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sdpo.config.families import FAMILIES
-from sdpo.models.base import Conditioning, Family, Frozen, ModelSource, tokenize
+from sdpo.models.base import Conditions, Family, Frozen, ModelSource, tokenize
 
 
 class SDXL(Family):
@@ -44,18 +44,30 @@ class SDXL(Family):
             hidden.append(output.hidden_states[-2])
         return {"hidden": torch.cat(hidden, dim=-1), "pooled": output.text_embeds}
 
-    def conditioning(self, text: dict[str, Tensor], resolution: int) -> Conditioning:
-        """Hidden states, pooled text and time ids."""
+    def conditions(self, text: dict[str, Tensor], resolution: int) -> Conditions:
+        """Give `hidden` (B, tokens, width), `text_embeds` (B, width) and `time_ids` (B, 6)."""
         pooled = text["pooled"]
         time_ids = torch.tensor(
             [[resolution, resolution, 0, 0, resolution, resolution]],
             dtype=pooled.dtype,
             device=pooled.device,
         )
-        return Conditioning(
-            text["hidden"],
-            {"text_embeds": pooled, "time_ids": time_ids.repeat(len(pooled), 1)},
-        )
+        return {
+            "hidden": text["hidden"],
+            "text_embeds": pooled,
+            "time_ids": time_ids.repeat(len(pooled), 1),
+        }
+
+    def predict(self, model: Any, x_t: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
+        """Call the UNet; see `Family.predict`."""
+        output: Tensor = model(
+            x_t,
+            t,
+            encoder_hidden_states=conditions["hidden"],
+            added_cond_kwargs={name: conditions[name] for name in ("text_embeds", "time_ids")},
+            return_dict=False,
+        )[0]
+        return output
 
     def pipeline(self, unet: nn.Module, frozen: Frozen, source: ModelSource) -> Any:
         """A `StableDiffusionXLPipeline` without a watermarker."""

@@ -1,27 +1,50 @@
-"""Checkpoints of a run: written beside and renamed, so that one that is there is whole."""
+"""Checkpoints of a run and what its end leaves: written beside and renamed, so that one that is
+there is whole.
+
+checkpoint-N/ holds      always                       with --lora_rank
+                         unet.pth, optimizer.pt,      pytorch_lora_weights.safetensors
+                         state.json
+with --use_ema also      unet_ema.pth                 pytorch_lora_weights_ema.safetensors
+
+The .pth files are plain state dicts of a UNet, adapters computed in. A run ends with pipeline/,
+with --use_ema pipeline_ema/, and beside them the files of the second column.
+"""
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 
 from sdpo.common.errors import UserError
-from sdpo.common.files import rename_complete, write_json
+from sdpo.common.files import rename_complete, replace_directory, write_json, written_beside
 from sdpo.data.order import Place
 from sdpo.models.loading import load_strictly, read_state_dict
-from sdpo.training.checkpoint_paths import STATE_FILE, UNET_FILE, checkpoint_dir, list_checkpoints
+from sdpo.models.lora import LORA_FILE, has_adapters, load_adapters, merged_state, save_adapters
+from sdpo.training.checkpoint_paths import (
+    EMA_FILE,
+    STATE_FILE,
+    UNET_FILE,
+    checkpoint_dir,
+    list_checkpoints,
+)
+from sdpo.training.state import Models, Progress
+
+if TYPE_CHECKING:
+    from sdpo.config import TrainConfig
+    from sdpo.models import Base
+    from sdpo.models.ema import Ema
 
 log = logging.getLogger(__name__)
 
 OPTIMIZER_FILE = "optimizer.pt"
+_EMA = "_ema"
+EMA_LORA_FILE = f"{Path(LORA_FILE).stem}{_EMA}.safetensors"
 # A checkpoint made under other values of these is of another run.
 SAME_RUN = (
     "train_method",
@@ -38,46 +61,33 @@ SAME_RUN = (
     "use_dora",
     "use_ema",
 )
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run stands: optimizer steps done and the next place in its data."""
-
-    step: int
-    place: Place
+_MAY_DIFFER = {"resume_from_checkpoint", "max_train_steps", "num_train_epochs", "output_dir"}
 
 
 def save_checkpoint(
-    output_dir: Path,
-    progress: Progress,
-    unet: dict[str, torch.Tensor] | Callable[[], dict[str, torch.Tensor]],
-    training: dict[str, Any],
-    args: argparse.Namespace,
-    limit: int | None,
-    write_more: Callable[[Path], None] | None = None,
+    config: TrainConfig, progress: Progress, models: Models, training: dict[str, Any]
 ) -> Path:
-    """Write `checkpoint-N/` (by one process alone) and delete what is beyond `limit`.
+    """Write `checkpoint-N/` (by one process alone) and delete what is beyond
+    --checkpoints_total_limit; one that is there is left as it is.
 
     Args:
-        unet: the plain state dict, saved as unet.pth, or what gives it (asked only where the
-            checkpoint is not there yet).
+        models: with the UNet unwrapped and whole, as `sdpo.training.sharding.gathered` gives them.
         training: state dicts of optimizer, scheduler and, in fp16, gradient scaler.
-        write_more: writes further files into the directory that it is given.
     """
+    output_dir, limit = Path(config.run.output_dir), config.run.checkpoints_total_limit
     final = checkpoint_dir(output_dir, progress.step)
     if final.exists():
         return final
     beside = final.with_name(final.name + ".tmp")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
-    state_dict = unet() if callable(unet) else unet
-    plain = {k: v.detach().cpu().contiguous() for k, v in state_dict.items()}
-    torch.save(plain, beside / UNET_FILE)
-    if write_more is not None:
-        write_more(beside)
+    _save_weights(models, beside, UNET_FILE, LORA_FILE)
+    if models.ema is not None:
+        training = {**training, "ema": {"steps": models.ema.steps}}
+        with models.ema.applied():
+            _save_weights(models, beside, EMA_FILE, EMA_LORA_FILE)
     torch.save(training, beside / OPTIMIZER_FILE)
-    state = {"step": progress.step, "place": list(progress.place), "args": vars(args)}
+    state = {"step": progress.step, "place": list(progress.place), "args": config.flags()}
     write_json(beside / STATE_FILE, state)
     rename_complete(beside, final)
     log.info("saved %s", final)
@@ -85,6 +95,27 @@ def save_checkpoint(
         for old in list_checkpoints(output_dir)[:-limit]:
             _remove(old)
     return final
+
+
+def _save_weights(models: Models, directory: Path, plain: str, adapters: str) -> None:
+    state = {k: v.detach().cpu().contiguous() for k, v in plain_state(models).items()}
+    torch.save(state, directory / plain)
+    if has_adapters(models.unet):
+        save_adapters(models.unet, directory / adapters)
+
+
+def plain_state(models: Models) -> dict[str, Tensor]:
+    """The state dict of a plain UNet that computes what that of `models` does.
+
+    Adapters are computed into the weights that the run started from, read again in float32 where
+    the run holds them in half precision.
+    """
+    unet = models.unet
+    if not has_adapters(unet):
+        return unet.state_dict()
+    if all(p.dtype == torch.float32 for p in unet.parameters()):
+        return merged_state(unet)
+    return merged_state(unet, models.base.family.load_unet(models.base.source).state_dict())
 
 
 def _remove(path: Path) -> None:
@@ -103,11 +134,11 @@ def clear_unfinished(output_dir: Path) -> None:
 
 def read_progress(
     path: Path,
-    args: argparse.Namespace,
+    config: TrainConfig,
     flag: str = "--resume_from_checkpoint",
     instead: str = "give another --output_dir, or the same flag",
 ) -> Progress:
-    """Where a checkpoint stands, checked to be of the same run.
+    """Read where a checkpoint stands, checked to be of the same run.
 
     Args:
         flag: the one that named the checkpoint, and `instead` what to do if it does not fit.
@@ -116,7 +147,7 @@ def read_progress(
         UserError: it was made with other flags than a resumed run can have.
     """
     state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
-    now, then = vars(args), state["args"]
+    now, then = config.flags(), state["args"]
     for name in SAME_RUN:
         # A flag that the program did not have yet was off.
         if (then.get(name) or None) != (now[name] or None):
@@ -131,20 +162,38 @@ def read_progress(
     return Progress(state["step"], Place(*state["place"]))
 
 
-_MAY_DIFFER = {"resume_from_checkpoint", "max_train_steps", "num_train_epochs", "output_dir"}
-
-
-def load_unet(path: Path, unet: torch.nn.Module, name: str = UNET_FILE) -> None:
-    """Load a checkpoint's UNet, its file `name`, in place.
+def load_weights(checkpoint: Path, unet: nn.Module) -> None:
+    """Load what is trained, in place, to the bit as it was saved.
 
     Raises:
-        UserError: it does not fit.
+        UserError: a file of the checkpoint is unreadable or does not fit.
     """
-    load_strictly(unet, read_state_dict(path / name), str(path / name))
+    if has_adapters(unet):
+        load_adapters(unet, checkpoint / LORA_FILE)
+    else:
+        _load_unet(checkpoint / UNET_FILE, unet)
+
+
+def load_ema(checkpoint: Path, training: dict[str, Any], unet: nn.Module, ema: Ema) -> None:
+    """Load the average and its count of steps.
+
+    Raises:
+        UserError: a file of the checkpoint is unreadable or does not fit.
+    """
+    with ema.applied():
+        if has_adapters(unet):
+            load_adapters(unet, checkpoint / EMA_LORA_FILE)
+        else:
+            _load_unet(checkpoint / EMA_FILE, unet)
+    ema.steps = training["ema"]["steps"]
+
+
+def _load_unet(path: Path, unet: nn.Module) -> None:
+    load_strictly(unet, read_state_dict(path), str(path))
 
 
 def load_training(path: Path) -> dict[str, Any]:
-    """The state dicts that `save_checkpoint` was given as `training`.
+    """Read the state dicts that `save_checkpoint` was given as `training`.
 
     Raises:
         UserError: unreadable.
@@ -153,3 +202,48 @@ def load_training(path: Path) -> dict[str, Any]:
         return torch.load(path / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UserError(f"cannot read {path / OPTIMIZER_FILE}: {error}") from None
+
+
+def export_run(output_dir: Path, models: Models) -> list[Path]:
+    """Write what a finished run leaves at the top of `output_dir`; the UNet ends on the CPU.
+
+    Args:
+        models: as for `save_checkpoint`.
+
+    Returns: the paths, the pipeline first.
+    """
+    written = []
+    if models.ema is not None:
+        with models.ema.applied():
+            written += _export(output_dir, models, _EMA)
+    return _export(output_dir, models, "") + written
+
+
+def _export(output_dir: Path, models: Models, suffix: str) -> list[Path]:
+    written = []
+    unet = plain = models.unet
+    if has_adapters(unet) or suffix:
+        plain = models.base.family.load_unet(models.base.source)
+        plain.load_state_dict(plain_state(models))
+    if has_adapters(unet):
+        path = output_dir / (EMA_LORA_FILE if suffix else LORA_FILE)
+        with written_beside(path) as beside:
+            save_adapters(unet, beside)
+        written.append(path)
+    name = f"pipeline{suffix}"
+    return [export_pipeline(output_dir / name, models.base, plain), *written]
+
+
+def export_pipeline(path: Path, base: Base, unet: nn.Module) -> Path:
+    """Write `unet` and the base's other parts as a whole diffusers pipeline, float32 safetensors,
+    for anyone's `from_pretrained`.
+
+    The other parts are loaded afresh, since the run may hold them in half precision.
+    """
+    family, source = base
+    pipeline = family.pipeline(unet.to("cpu"), family.load_frozen(source), source)
+    beside = path.with_name(path.name + ".tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    pipeline.save_pretrained(beside, safe_serialization=True)
+    replace_directory(beside, path)
+    return path

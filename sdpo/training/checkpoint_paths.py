@@ -9,6 +9,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from sdpo.common.errors import UserError
+from sdpo.common.files import check_directory
+from sdpo.config import RunConfig
+
 STATE_FILE = "state.json"
 UNET_FILE = "unet.pth"
 EMA_FILE = "unet_ema.pth"
@@ -48,3 +52,40 @@ def latest_checkpoint(output_dir: Path) -> Path | None:
     """The newest complete checkpoint of a run, or None."""
     found = list_checkpoints(output_dir)
     return found[-1] if found else None
+
+
+def check_output_dir(run: RunConfig) -> None:
+    """Check that --output_dir is usable and that --resume_from_checkpoint names something there.
+
+    Raises:
+        UserError: otherwise.
+    """
+    from sdpo.training.checkpoint_paths import (
+        is_complete,
+        latest_checkpoint,
+        list_checkpoints,
+        step_of,
+    )
+
+    output = Path(run.output_dir)
+    check_directory(output, "--output_dir")
+    wanted = run.resume_from_checkpoint
+    if wanted == "none":
+        if list_checkpoints(output):
+            raise UserError(
+                f"--resume_from_checkpoint none: {output} already holds checkpoints; give another "
+                "--output_dir, or `latest` to go on from them"
+            )
+    elif wanted != "latest":
+        named, newest = Path(wanted), latest_checkpoint(output)
+        if not is_complete(named):
+            raise UserError(
+                f"--resume_from_checkpoint: {wanted} is not a complete checkpoint directory; give "
+                "one like output/train/checkpoint-500, `latest` or `none`"
+            )
+        # They would be neither overwritten nor told apart from those of the new course.
+        if newest is not None and step_of(newest) > step_of(named):
+            raise UserError(
+                f"--resume_from_checkpoint: {output} already holds {newest.name}, which is later "
+                f"than {wanted}; give another --output_dir, or `latest` to go on from the newest"
+            )

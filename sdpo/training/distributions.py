@@ -1,15 +1,14 @@
-"""How drift and scale of a step's pairs are spread: by timestep, and over [0, 1]."""
+"""Drift and scale of a step's pairs by timestep, and a histogram of the scales."""
 
 from __future__ import annotations
 
-import math
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from sdpo.losses.preference import LossOutput
+    from sdpo.models.noise import NoiseProcess
 
 BINS = 10
 BY_TIMESTEP = ("winner_drift", "loser_drift", "loser_scale")
@@ -19,17 +18,17 @@ HISTOGRAM_KEY = "loser_scale_histogram"
 
 
 class Distributions:
-    """Sums a step's pairs on the device: `BY_TIMESTEP` in ten equal parts of the schedule, and a
+    """Sums a step's pairs on the device: `BY_TIMESTEP` in ten equal parts of the process, and a
     histogram of the scales in twenty equal buckets of [0, 1], the last one closed."""
 
-    def __init__(self, timesteps: int) -> None:
-        """`timesteps`: of the noise schedule, 0 to timesteps - 1."""
-        self.timesteps = timesteps
+    def __init__(self, process: NoiseProcess) -> None:
+        """`process`: whose times the pairs have."""
+        self.process = process
         self._binned: Tensor | None = None  # (1 + 3, BINS): numbers of pairs, and sums
         self._histogram: Tensor | None = None  # (SCALE_BUCKETS,)
 
     def add(self, output: LossOutput, timesteps: Tensor, count_scales: bool = True) -> None:
-        """One micro-batch of B pairs at `timesteps`, (B,).
+        """Add one micro-batch of B pairs at `timesteps`, (B,).
 
         Without `count_scales` it leaves the histogram alone: its scale was counted before.
         """
@@ -37,9 +36,8 @@ class Distributions:
 
         values = torch.stack([output.per_pair[name].float() for name in BY_TIMESTEP])
         values = torch.cat([torch.ones_like(values[:1]), values])
-        here = (timesteps * BINS // self.timesteps)[:, None] == torch.arange(
-            BINS, device=timesteps.device
-        )
+        bins = torch.arange(BINS, device=timesteps.device)
+        here = self.process.bin_of(timesteps, BINS)[:, None] == bins
         # Chosen, not multiplied: what is not finite stays in its own bin.
         binned = torch.where(here, values[:, :, None], 0.0).sum(1)
         buckets = (output.scale.float().reshape(-1, 1) * SCALE_BUCKETS).floor()
@@ -53,15 +51,15 @@ class Distributions:
             self._binned, self._histogram = self._binned + binned, self._histogram + histogram
 
     def sums(self) -> Tensor:
-        """All of it as one vector, whose sum over processes `read` takes."""
+        """Give all of it as one vector, whose sum over processes `read` takes."""
         import torch
 
         return torch.cat([self._binned.flatten(), self._histogram.to(self._binned)])
 
     @staticmethod
     def read(sums: Tensor) -> dict[str, Any]:
-        """A metrics.jsonl line's part: numbers of pairs and means a bin (None in an empty one), and
-        the histogram's counts."""
+        """Make a metrics.jsonl line's part: numbers of pairs and means a bin (None in an empty
+        one), and the histogram's counts."""
         numbers = sums.double().tolist()
         rows = [numbers[i * BINS : (i + 1) * BINS] for i in range(1 + len(BY_TIMESTEP))]
         pairs = [int(n) for n in rows[0]]
@@ -71,10 +69,3 @@ class Distributions:
             by_timestep[name] = [total / n if n else None for total, n in means]
         counts = [int(n) for n in numbers[-SCALE_BUCKETS:]]
         return {TIMESTEPS_KEY: by_timestep, HISTOGRAM_KEY: counts}
-
-
-def bin_names(timesteps: int) -> list[str]:
-    """The ten bins' first and last timestep: 000-099, ..., 900-999 of 1000."""
-    starts = [math.ceil(k * timesteps / BINS) for k in range(BINS + 1)]
-    digits = len(str(timesteps - 1))
-    return [f"{first:0{digits}d}-{end - 1:0{digits}d}" for first, end in pairwise(starts)]

@@ -16,7 +16,7 @@ class StepMetrics:
         self._names: list[str] = []
         self._total: Tensor | None = None
         self._least: Tensor | None = None
-        self._count = 0
+        self.count = 0
 
     def add(self, metrics: dict[str, Tensor]) -> None:
         """One micro-step's detached scalars; the names must stay the same."""
@@ -24,14 +24,14 @@ class StepMetrics:
         self._names = list(metrics)
         self._total = values if self._total is None else self._total + values
         self._least = values if self._least is None else torch.minimum(self._least, values)
-        self._count += 1
+        self.count += 1
 
     def reduce(
         self, accelerator: Accelerator, extra: dict[str, float], more: Tensor
     ) -> tuple[dict[str, float], dict[str, float], Tensor]:
         """Means over micro-steps and processes (minima for `MINIMA`), and sums over processes of
         `extra` and of `more`, (n,), the last on the CPU. Called by every process."""
-        row = torch.cat([self._total / self._count, self._least])
+        row = torch.cat([self._total / self.count, self._least])
         own = torch.tensor(list(extra.values()), device=row.device, dtype=row.dtype)
         gathered = accelerator.gather(torch.cat([row, own, more.to(row)])[None]).cpu()
         n = len(self._names)

@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
-import argparse
+import logging
 from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from sdpo.common.errors import UserError, first_line
+from sdpo.config import OptimConfig
 from sdpo.training.sharding import divided_state
-from sdpo.training.speed import build_adamw, follow_layout
+
+log = logging.getLogger(__name__)
 
 
 def build_optimizer(
-    parameters: Iterable[nn.Parameter], args: argparse.Namespace, learning_rate: float
+    parameters: Iterable[nn.Parameter], config: OptimConfig, learning_rate: float
 ) -> torch.optim.Optimizer:
-    """AdamW, or with --use_adafactor Adafactor at a fixed rate (no relative step, no scaling by the
-    parameters, clip threshold 1.0)."""
+    """Build AdamW, or with --use_adafactor Adafactor at a fixed rate (no relative step, no scaling
+    by the parameters, clip threshold 1.0)."""
     parameters = list(parameters)
-    if args.use_adafactor:
+    if config.use_adafactor:
         return _adafactor_class(parameters)(
             parameters,
             lr=learning_rate,
-            weight_decay=args.adam_weight_decay,
+            weight_decay=config.adam_weight_decay,
             clip_threshold=1.0,
             scale_parameter=False,
             relative_step=False,
             warmup_init=False,
         )
-    return build_adamw(parameters, args, learning_rate)
+    return build_adamw(parameters, config, learning_rate)
 
 
 def _adafactor_class(parameters: list[nn.Parameter]) -> type[torch.optim.Optimizer]:
@@ -44,25 +47,85 @@ def _adafactor_class(parameters: list[nn.Parameter]) -> type[torch.optim.Optimiz
     return Adafactor
 
 
-def scaled_learning_rate(args: argparse.Namespace, num_processes: int) -> float:
-    """The rate to train at: with --scale_lr, --learning_rate is meant per pair."""
-    if not args.scale_lr:
-        return args.learning_rate
-    pairs = num_processes * args.train_batch_size * args.gradient_accumulation_steps
-    return args.learning_rate * pairs
+def build_adamw(
+    parameters: list[nn.Parameter], config: OptimConfig, learning_rate: float
+) -> torch.optim.Optimizer:
+    """Build AdamW: torch's own, its fused kernel, or bitsandbytes' 8-bit one.
+
+    Raises:
+        UserError: bitsandbytes cannot be imported, or cannot train on this device.
+    """
+    settings: dict[str, Any] = {
+        "lr": learning_rate,
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "weight_decay": config.adam_weight_decay,
+        "eps": config.adam_epsilon,
+    }
+    if config.use_8bit_adam:
+        return _adamw_8bit(parameters, settings)
+    if config.fused_optimizer:
+        try:
+            return torch.optim.AdamW(parameters, fused=True, **settings)
+        except RuntimeError as error:
+            log.warning("--fused_optimizer: AdamW without it (%s)", first_line(error))
+    return torch.optim.AdamW(parameters, **settings)
+
+
+def _adamw_8bit(parameters: list[nn.Parameter], settings: dict[str, Any]) -> Any:
+    # Its libraries are chosen and loaded on import: whatever fails there is the installation's.
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except Exception as error:
+        raise UserError(
+            f"--use_8bit_adam: bitsandbytes cannot be imported ({first_line(error)}); mend its "
+            "installation or leave the flag out"
+        ) from error
+    return AdamW8bit(parameters, **settings)
+
+
+def follow_layout(optimizer: torch.optim.Optimizer) -> None:
+    """Give an optimizer's state the memory order of its weights, in place.
+
+    A state that was saved without --channels_last and is loaded with it (or the other way round)
+    has another order, and fused kernels take weights and state for equally ordered.
+
+    Raises:
+        UserError: on 8-bit moments, which are scaled by block of memory and so keep their order.
+    """
+    for weight, state in optimizer.state.items():
+        for name, value in state.items():
+            if not isinstance(value, Tensor) or value.shape != weight.shape:
+                continue
+            if value.stride() == weight.stride():
+                continue
+            if value.dtype == torch.uint8:
+                raise UserError(
+                    "--use_8bit_adam: the checkpoint's 8-bit moments are in the order of a run "
+                    "with the other setting of --channels_last: resume with that one"
+                )
+            ordered = torch.empty_like(weight, dtype=value.dtype, device=value.device)
+            state[name] = ordered.copy_(value)
+
+
+def scaled_learning_rate(config: OptimConfig, num_processes: int) -> float:
+    """Compute the rate to train at: with --scale_lr, --learning_rate is meant per pair."""
+    if not config.scale_lr:
+        return config.learning_rate
+    pairs = num_processes * config.train_batch_size * config.gradient_accumulation_steps
+    return config.learning_rate * pairs
 
 
 def build_scheduler(
-    optimizer: torch.optim.Optimizer, args: argparse.Namespace, max_train_steps: int
+    optimizer: torch.optim.Optimizer, config: OptimConfig, max_train_steps: int
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    """--lr_scheduler over optimizer steps; it is stepped once for each, whatever the number of
-    processes."""
+    """Build --lr_scheduler over optimizer steps; it is stepped once for each, whatever the number
+    of processes."""
     from diffusers.optimization import get_scheduler
 
     return get_scheduler(
-        args.lr_scheduler,
+        config.lr_scheduler,
         optimizer=optimizer,
-        num_warmup_steps=args.lr_warmup_steps,
+        num_warmup_steps=config.lr_warmup_steps,
         num_training_steps=max_train_steps,
     )
 
@@ -72,7 +135,7 @@ def restore(
     scheduler: torch.optim.lr_scheduler.LambdaLR,
     training: dict[str, Any],
 ) -> None:
-    """Load what `Trainer.save` stored of both. Learning rate, weight decay and the like stay those
+    """Load what a checkpoint stored of both. Learning rate, weight decay and the like stay those
     of this run's flags: where they were changed on resuming, the new ones count."""
     groups = optimizer.state_dict()["param_groups"]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from sdpo.common.randomness import Key
 from sdpo.losses.safeguard import scale_from_products
 from sdpo.losses.terms import as_accumulated, per_sample_mse
+from sdpo.models.base import Family
 from sdpo.models.forward import NoisedPairs, predict
 from sdpo.models.lora import seed_dropout
 
@@ -58,9 +59,14 @@ class BranchGradients:
     """
 
     def __init__(
-        self, accelerator: Accelerator, unet: nn.Module, mu: float, dropout: bool = False
+        self,
+        family: Family,
+        accelerator: Accelerator,
+        unet: nn.Module,
+        mu: float,
+        dropout: bool = False,
     ) -> None:
-        self.accelerator, self.mu = accelerator, mu
+        self.family, self.accelerator, self.mu = family, accelerator, mu
         # The module itself: nothing is accumulated in .grad, and no hook of DDP exchanges anything.
         self.unet = accelerator.unwrap_model(unet)
         self.parameters = [p for p in self.unet.parameters() if p.requires_grad]
@@ -113,7 +119,7 @@ class BranchGradients:
 
     def _sample_errors(self, inputs: NoisedPairs) -> Tensor:
         with self.accelerator.autocast():
-            prediction = predict(self.unet, inputs)
+            prediction = predict(self.family, self.unet, inputs)
         return per_sample_mse(as_accumulated(prediction) - inputs.target)
 
     def _gradient(self, error: Tensor) -> Gradients:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
+import json
+import math
 import platform
 import resource
 import subprocess
@@ -11,21 +12,22 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdpo.common.files import write_json
-from sdpo.common.jsonl import JsonLines
+from sdpo.common.files import write_json, write_text
 
 if TYPE_CHECKING:
     import torch
+
+    from sdpo.config import TrainConfig
 
 PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "accelerate", "datasets", "peft")
 METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "config.json"
 
 
-def describe_run(args: argparse.Namespace, resolved: dict[str, Any]) -> dict[str, Any]:
-    """Every flag, what was resolved from them, package versions and the git revision."""
+def describe_run(config: TrainConfig, resolved: dict[str, Any]) -> dict[str, Any]:
+    """Describe a run: every flag, what was resolved from them, versions and the git revision."""
     return {
-        "args": vars(args),
+        "args": config.flags(),
         "resolved": resolved,
         "command": sys.argv,
         "git_revision": _git_revision(),
@@ -69,17 +71,54 @@ def peak_memory_gib(device: torch.device) -> float:
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-class RunLog(JsonLines):
-    """Appends to metrics.jsonl, one line per optimizer step.
+class RunLog:
+    """Appends to metrics.jsonl; one line per optimizer step, flushed as it is written.
 
-    On resuming after `keep_steps` steps, the lines of later steps (which will be done again) are
-    dropped.
+    On resuming after `keep_steps` steps, the lines of later steps (which will be done again) and a
+    line that was cut off by a kill are dropped.
     """
 
     def __init__(self, output_dir: Path, keep_steps: int) -> None:
-        super().__init__(output_dir / METRICS_FILE, lambda entry: entry["step"] <= keep_steps)
+        self.path = output_dir / METRICS_FILE
+        kept = [line for line in read_metrics(self.path) if line["step"] <= keep_steps]
+        write_text(self.path, "".join(_line(entry) for entry in kept))
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
+
+    def write(self, entry: dict[str, Any]) -> None:
+        """Append one step."""
+        self._file.write(_line(entry))
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
 
 
 def write_config(output_dir: Path, config: dict[str, Any]) -> None:
     """Write config.json."""
     write_json(output_dir / CONFIG_FILE, config)
+
+
+def _line(entry: dict[str, Any]) -> str:
+    # JSON has no NaN or infinity.
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        if isinstance(value, list):
+            return [plain(v) for v in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(plain(entry)) + "\n"
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a metrics.jsonl; [] where there is none."""
+    if not path.is_file():
+        return []
+    entries = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            entries.append(json.loads(line))
+        except ValueError:
+            break
+    return entries

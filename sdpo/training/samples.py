@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import nn
 
+    from sdpo.config import TrainConfig
     from sdpo.training.state import Models
 
 SAMPLE_STEPS = 25
@@ -71,19 +71,20 @@ def save_image(image: Image.Image, path: Path, **options: Any) -> None:
 
 
 def draw_grid(
-    args: argparse.Namespace, models: Models, unet: nn.Module, accelerator: Accelerator, step: int
+    config: TrainConfig, models: Models, unet: nn.Module, accelerator: Accelerator, step: int
 ) -> Path:
     """Sample --validation_prompts from `unet`, write `samples/step-N.png` and log it."""
-    pipeline = models.family.pipeline(unet, models.encoder.frozen_parts(), models.source)
+    family, source = models.base
+    pipeline = family.pipeline(unet, models.encoder.frozen_parts(), source)
     images = sample(
         pipeline,
-        args.validation_prompts,
-        args.seed,
-        args.resolution,
-        models.family.sample_guidance,
+        config.run.validation_prompts,
+        config.run.seed,
+        config.data.resolution,
+        family.sample_guidance,
     )
     sheet = grid(images, columns=math.ceil(math.sqrt(len(images))))
-    path = Path(args.output_dir) / "samples" / f"step-{step:06d}.png"
+    path = Path(config.run.output_dir) / "samples" / f"step-{step:06d}.png"
     save_image(sheet, path)
     pixels = np.asarray(sheet)
     for tracker in accelerator.trackers:

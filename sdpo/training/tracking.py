@@ -12,32 +12,31 @@ from sdpo.training.distributions import (
     HISTOGRAM_KEY,
     SCALE_BUCKETS,
     TIMESTEPS_KEY,
-    bin_names,
 )
 
 _NOT_SCALARS = ("step", "epoch", TIMESTEPS_KEY, HISTOGRAM_KEY)
 
 
-def track(accelerator: Accelerator, entry: dict[str, Any], timesteps: int) -> None:
+def track(accelerator: Accelerator, entry: dict[str, Any], bins: list[str]) -> None:
     """Give one metrics.jsonl line to all trackers.
 
     Args:
         entry: a step of one's own may leave the distributions out.
-        timesteps: of the noise schedule; names the bins.
+        bins: their names, by timestep.
     """
-    accelerator.log(scalars(entry, timesteps), step=entry["step"])
+    accelerator.log(scalars(entry, bins), step=entry["step"])
     for tracker in accelerator.trackers:
         if tracker.name in _HISTOGRAMS and HISTOGRAM_KEY in entry:
             _HISTOGRAMS[tracker.name](tracker.tracker, entry[HISTOGRAM_KEY], entry["step"])
 
 
-def scalars(entry: dict[str, Any], timesteps: int) -> dict[str, float]:
-    """The line's numbers, those by timestep as NAME_by_timestep/FIRST-LAST; empty bins are left
-    out."""
+def scalars(entry: dict[str, Any], bins: list[str]) -> dict[str, float]:
+    """Pick the line's numbers, those by timestep as NAME_by_timestep/FIRST-LAST; empty bins are
+    left out."""
     numbers = {k: v for k, v in entry.items() if k not in _NOT_SCALARS}
     by_timestep = entry.get(TIMESTEPS_KEY, {})
     for name in by_timestep.keys() & set(BY_TIMESTEP):
-        values = zip(bin_names(timesteps), by_timestep[name], strict=True)
+        values = zip(bins, by_timestep[name], strict=True)
         numbers |= {f"{name}_by_timestep/{bin}": v for bin, v in values if v is not None}
     return numbers
 

@@ -9,9 +9,10 @@ import sys
 
 import pytest
 
-from sdpo.args import build_parser, parse_args
 from sdpo.common.errors import UserError
-from sdpo.losses.preference import method_names
+from sdpo.common.flags import build_parser
+from sdpo.config import TrainConfig, parse_train
+from sdpo.losses import method_names
 
 FLAGS = [
     "--pretrained_model_name_or_path",
@@ -95,14 +96,18 @@ def run(repo, *arguments):
 
 @pytest.fixture(scope="module")
 def help_text(repo):
-    answer = run(repo, "-m", "sdpo.args", "--help")
+    answer = run(repo, "train.py", "--help")
     assert answer.returncode == 0
     return answer.stdout
 
 
 @pytest.mark.parametrize("flag", FLAGS)
 def test_flag_exists_and_is_listed(flag, help_text):
-    known = {s for action in build_parser()._actions for s in action.option_strings}
+    known = {
+        s
+        for action in build_parser(TrainConfig, "train.py")._actions
+        for s in action.option_strings
+    }
     assert flag in known
     assert re.search(rf"{flag}\b", help_text)
 
@@ -112,24 +117,28 @@ def test_methods_are_listed(help_text):
     assert {"diffusion-dpo", "dspo", "dmpo", "sft"} <= set(method_names())
 
 
-def test_train_py_answers_help_with_the_same_text(repo, help_text):
-    assert run(repo, "train.py", "--help").stdout == help_text
+def test_the_old_name_answers_help_with_the_same_text(repo, help_text):
+    assert run(repo, "-m", "sdpo.args", "--help").stdout == help_text
 
 
 def test_parsing_imports_no_torch(repo, tiny_sdxl, pairs_dir, tmp_path):
     program = """
 import json, sys
-from sdpo.args import parse_args
+import train
 from sdpo.common.errors import UserError
-args = parse_args(json.loads(sys.argv[1]))
+from sdpo.config import parse_train
+from sdpo.training.places import check_places
+config = parse_train(json.loads(sys.argv[1]))
+check_places(config)
 try:
-    parse_args(["--pretrained_model_name_or_path", "./none", "--seed", "-1"])
+    where = ["--pretrained_model_name_or_path", "./none", "--train_data_dir", "x"]
+    check_places(parse_train(where))
 except UserError:
     pass
 else:
     raise SystemExit("not refused")
 heavy = {"torch", "numpy", "datasets", "diffusers", "transformers", "accelerate"}
-print(json.dumps([args.resolution, sorted(heavy & set(sys.modules))]))
+print(json.dumps([config.data.resolution, sorted(heavy & set(sys.modules))]))
 """
     argv = ["--pretrained_model_name_or_path", str(tiny_sdxl), "--sdxl"]
     argv += ["--train_data_dir", str(pairs_dir), "--output_dir", str(tmp_path)]
@@ -140,28 +149,36 @@ print(json.dumps([args.resolution, sorted(heavy & set(sys.modules))]))
 
 def test_defaults(tiny_sd15, pairs_dir, tmp_path):
     where = ["--pretrained_model_name_or_path", str(tiny_sd15), "--output_dir", str(tmp_path)]
-    args = parse_args([*where, "--train_data_dir", str(pairs_dir)])
-    assert args.resolution == 512
-    assert args.max_train_steps == 2000
-    assert args.train_method == "diffusion-dpo"
-    assert (args.use_winner_preserving, args.winner_preserving_scope) == (False, "batch")
-    assert (args.winner_preserving_space, args.loser_scale_fixed) == ("output", None)
-    assert args.resume_from_checkpoint == "latest"
-    assert args.validation_prompts == []
+    config = parse_train([*where, "--train_data_dir", str(pairs_dir)])
+    assert config.data.resolution == 512
+    assert config.optim.max_train_steps == 2000
+    assert config.method.train_method == "diffusion-dpo"
+    assert (config.safeguard.use_winner_preserving, config.safeguard.winner_preserving_scope) == (
+        False,
+        "batch",
+    )
+    assert (config.safeguard.winner_preserving_space, config.safeguard.loser_scale_fixed) == (
+        "output",
+        None,
+    )
+    assert config.run.resume_from_checkpoint == "latest"
+    assert config.run.validation_prompts == ()
 
 
-def test_the_last_of_two_flags_that_exclude_each_other_counts(make_args, pairs_dir):
-    args = make_args(num_train_epochs=3)
-    assert (args.num_train_epochs, args.max_train_steps) == (3, None)
-    args = make_args(dataset_name=str(pairs_dir))
-    assert (args.dataset_name, args.train_data_dir) == (str(pairs_dir), None)
+def test_the_last_of_two_flags_that_exclude_each_other_counts(make_config, pairs_dir):
+    config = make_config(num_train_epochs=3)
+    assert (config.optim.num_train_epochs, config.optim.max_train_steps) == (3, None)
+    config = make_config(dataset_name=str(pairs_dir))
+    assert (config.data.dataset_name, config.data.train_data_dir) == (str(pairs_dir), None)
 
 
 def test_a_switch_can_be_taken_back(tiny_sd15, pairs_dir, tmp_path):
     argv = ["--pretrained_model_name_or_path", str(tiny_sd15), "--train_data_dir", str(pairs_dir)]
     argv += ["--output_dir", str(tmp_path), "--use_winner_preserving"]
-    assert parse_args(argv).use_winner_preserving is True
-    assert parse_args([*argv, "--no-use_winner_preserving"]).use_winner_preserving is False
+    assert parse_train(argv).safeguard.use_winner_preserving is True
+    assert (
+        parse_train([*argv, "--no-use_winner_preserving"]).safeguard.use_winner_preserving is False
+    )
 
 
 BAD = [
@@ -226,105 +243,108 @@ BAD = [
 
 
 @pytest.mark.parametrize(("name", "value"), BAD)
-def test_bad_value_is_refused_naming_its_flag(make_args, name, value):
+def test_bad_value_is_refused_naming_its_flag(make_config, name, value):
     with pytest.raises(UserError) as caught:
-        make_args(**{name: value})
+        make_config(**{name: value})
     message = str(caught.value)
     assert f"--{name}" in message
     assert "\n" not in message
 
 
-def test_bad_combinations(make_args, tiny_sd15, tmp_path):
+def test_bad_combinations(make_config, tiny_sd15, tmp_path):
     with pytest.raises(UserError, match=r"--use_winner_preserving .* sft"):
-        make_args(train_method="sft", use_winner_preserving=True)
+        make_config(train_method="sft", use_winner_preserving=True)
     with pytest.raises(UserError, match=r"--loser_scale_fixed .* sft"):
-        make_args(train_method="sft", loser_scale_fixed=0)
+        make_config(train_method="sft", loser_scale_fixed=0)
     with pytest.raises(UserError, match=r"--loser_scale_fixed .* --use_winner_preserving"):
-        make_args(loser_scale_fixed=0.5, use_winner_preserving=True)
+        make_config(loser_scale_fixed=0.5, use_winner_preserving=True)
     with pytest.raises(UserError, match=r"--winner_preserving_space .* --use_winner_preserving"):
-        make_args(winner_preserving_space="parameter")
+        make_config(winner_preserving_space="parameter")
     with pytest.raises(UserError, match=r"--streaming .* --max_train_steps"):
-        make_args(streaming=True, num_train_epochs=1)
+        make_config(streaming=True, num_train_epochs=1)
     with pytest.raises(UserError, match="--dataloader_num_workers must be 0 or 1"):
-        make_args(streaming=True, dataloader_num_workers=2)
+        make_config(streaming=True, dataloader_num_workers=2)
     with pytest.raises(UserError, match="--dataset_name or --train_data_dir"):
-        make_args(train_data_dir=None)
+        make_config(train_data_dir=None)
     with pytest.raises(UserError, match="unrecognized arguments: --made_up"):
-        make_args(made_up=1)
+        make_config(made_up=1)
     with pytest.raises(UserError, match="--pretrained_model_name_or_path"):
-        parse_args(["--train_data_dir", str(tmp_path)])
+        parse_train(["--train_data_dir", str(tmp_path)])
 
 
-def test_paths_of_the_wrong_kind(make_args, tmp_path):
+def test_paths_of_the_wrong_kind(make_config, tmp_path):
     file, empty = tmp_path / "file", tmp_path / "empty"
     file.write_text("x")
     empty.mkdir()
     for name in ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"):
         with pytest.raises(UserError, match=f"--{name}: .* is a file"):
-            make_args(**{name: file})
+            make_config(**{name: file})
         with pytest.raises(UserError, match=f"--{name}: .* no .*config.json"):
-            make_args(**{name: empty})
+            make_config(**{name: empty})
     with pytest.raises(UserError, match=r"--train_data_dir: .* is a file"):
-        make_args(train_data_dir=file)
+        make_config(train_data_dir=file)
     with pytest.raises(UserError, match=r"--train_data_dir: .* neither parquet files nor metadata"):
-        make_args(train_data_dir=empty)
+        make_config(train_data_dir=empty)
     with pytest.raises(UserError, match=r"--output_dir: .* not a directory"):
-        make_args(output_dir=file)
+        make_config(output_dir=file)
     broken = tmp_path / "broken" / "unet"
     broken.mkdir(parents=True)
     (broken / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"cannot read .*config\.json"):
-        make_args(pretrained_model_name_or_path=broken.parent)
+        make_config(pretrained_model_name_or_path=broken.parent)
 
 
-def test_family_and_sdxl_flag_must_agree(make_args, tiny_sd15, tiny_sdxl):
+def test_family_and_sdxl_flag_must_agree(make_config, tiny_sd15, tiny_sdxl):
     with pytest.raises(UserError, match=r"SDXL UNet: add --sdxl"):
-        make_args(pretrained_model_name_or_path=tiny_sdxl)
+        make_config(pretrained_model_name_or_path=tiny_sdxl)
     with pytest.raises(UserError, match=r"SD1\.5 UNet: leave --sdxl out"):
-        make_args(pretrained_model_name_or_path=tiny_sd15, sdxl=True)
-    assert make_args(sdxl=True).sdxl is True
-    assert make_args().sdxl is False
+        make_config(pretrained_model_name_or_path=tiny_sd15, sdxl=True)
+    assert make_config(sdxl=True).model.sdxl is True
+    assert make_config().model.sdxl is False
 
 
-def test_resume_none_refuses_an_output_dir_with_checkpoints(make_args, tmp_path):
+def test_resume_none_refuses_an_output_dir_with_checkpoints(make_config, tmp_path):
     done = tmp_path / "run" / "checkpoint-5"
     done.mkdir(parents=True)
-    assert make_args(resume_from_checkpoint="none").resume_from_checkpoint == "none"
+    assert make_config(resume_from_checkpoint="none").run.resume_from_checkpoint == "none"
     (done / "state.json").write_text("{}")
     with pytest.raises(UserError, match=r"--resume_from_checkpoint none: .* already holds"):
-        make_args(resume_from_checkpoint="none")
-    assert make_args(resume_from_checkpoint=done).resume_from_checkpoint == str(done)
+        make_config(resume_from_checkpoint="none")
+    assert make_config(resume_from_checkpoint=done).run.resume_from_checkpoint == str(done)
 
 
-def test_resuming_from_before_the_newest_checkpoint_is_refused(make_args, tmp_path):
+def test_resuming_from_before_the_newest_checkpoint_is_refused(make_config, tmp_path):
     for step in (5, 10):
         (tmp_path / f"run/checkpoint-{step}").mkdir(parents=True)
         (tmp_path / f"run/checkpoint-{step}/state.json").write_text("{}")
     early, late = tmp_path / "run/checkpoint-5", tmp_path / "run/checkpoint-10"
     with pytest.raises(UserError, match=r"--resume_from_checkpoint: .* holds checkpoint-10, "):
-        make_args(resume_from_checkpoint=early)
-    assert make_args(resume_from_checkpoint=late).resume_from_checkpoint == str(late)
-    elsewhere = make_args(resume_from_checkpoint=early, output_dir=tmp_path / "new")
-    assert elsewhere.resume_from_checkpoint == str(early)
+        make_config(resume_from_checkpoint=early)
+    assert make_config(resume_from_checkpoint=late).run.resume_from_checkpoint == str(late)
+    elsewhere = make_config(resume_from_checkpoint=early, output_dir=tmp_path / "new")
+    assert elsewhere.run.resume_from_checkpoint == str(early)
 
 
-def test_home_is_expanded_in_paths(make_args, tmp_path, monkeypatch):
+def test_home_is_expanded_in_paths(make_config, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert make_args(output_dir="~/out").output_dir == str(tmp_path / "out")
+    assert make_config(output_dir="~/out").run.output_dir == str(tmp_path / "out")
     with pytest.raises(UserError, match=f"--train_data_dir: .*{tmp_path}/none"):
-        make_args(train_data_dir="~/none")
+        make_config(train_data_dir="~/none")
     with pytest.raises(UserError, match=r"--train_data_dir: .*~nobody-of-that-name/none"):
-        make_args(train_data_dir="~nobody-of-that-name/none")
+        make_config(train_data_dir="~nobody-of-that-name/none")
 
 
-def test_validation_prompts_from_a_file(make_args, tmp_path):
+def test_validation_prompts_from_a_file(make_config, tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text("a red square\n\n  spaced \n", encoding="utf-8")
-    assert make_args(validation_prompts=path).validation_prompts == ["a red square", "  spaced "]
-    assert make_args(validation_prompts=["a", "b"]).validation_prompts == ["a", "b"]
+    assert make_config(validation_prompts=path).run.validation_prompts == (
+        "a red square",
+        "  spaced ",
+    )
+    assert make_config(validation_prompts=["a", "b"]).run.validation_prompts == ("a", "b")
     path.write_text("\n \n")
     with pytest.raises(UserError, match="holds no prompt"):
-        make_args(validation_prompts=path)
+        make_config(validation_prompts=path)
 
 
 @pytest.mark.parametrize("program", [["-m", "sdpo.args"], ["train.py"]])

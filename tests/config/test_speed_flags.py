@@ -6,33 +6,33 @@ import importlib.util
 
 import pytest
 
-from sdpo import speed_flags
 from sdpo.common.errors import UserError
+from sdpo.training import places
 
 NAMES = ("channels_last", "compile", "fused_optimizer", "use_8bit_adam")
 
 
-def test_all_are_off_by_default_and_can_be_taken_back(make_args, monkeypatch):
-    args = make_args()
-    assert [getattr(args, name) for name in NAMES] == [False] * len(NAMES)
-    args = make_args(**{name: True for name in NAMES[:3]})
-    assert [getattr(args, name) for name in NAMES[:3]] == [True] * 3
+def test_all_are_off_by_default_and_can_be_taken_back(make_config, monkeypatch):
+    optim = make_config().optim
+    assert [getattr(optim, name) for name in NAMES] == [False] * len(NAMES)
+    optim = make_config(**{name: True for name in NAMES[:3]}).optim
+    assert [getattr(optim, name) for name in NAMES[:3]] == [True] * 3
 
 
 @pytest.mark.parametrize("name", ["use_8bit_adam", "fused_optimizer"])
-def test_adafactor_is_another_optimizer(make_args, name):
+def test_adafactor_is_another_optimizer(make_config, name):
     with pytest.raises(UserError, match=f"--{name} .* --use_adafactor"):
-        make_args(use_adafactor=True, **{name: True})
+        make_config(use_adafactor=True, **{name: True})
 
 
-def test_eight_bit_is_fused_already(make_args):
+def test_eight_bit_is_fused_already(make_config):
     with pytest.raises(UserError, match="leave --fused_optimizer out"):
-        make_args(use_8bit_adam=True, fused_optimizer=True)
+        make_config(use_8bit_adam=True, fused_optimizer=True)
 
 
-def test_a_missing_bitsandbytes_is_named(make_args, monkeypatch):
+def test_a_missing_bitsandbytes_is_named(make_config, monkeypatch):
     found = importlib.util.find_spec
     absent = lambda name: None if name == "bitsandbytes" else found(name)  # noqa: E731
-    monkeypatch.setattr(speed_flags, "find_spec", absent)
+    monkeypatch.setattr(places, "find_spec", absent)
     with pytest.raises(UserError, match="pip install bitsandbytes"):
-        make_args(use_8bit_adam=True)
+        make_config(use_8bit_adam=True)

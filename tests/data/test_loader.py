@@ -16,13 +16,13 @@ from sdpo.data.source import open_pairs
 
 
 @pytest.fixture
-def make_loader(make_args):
+def make_loader(make_config):
     """`make_loader(directory, rank=0, world=1, start=FIRST, **flags)`."""
 
     def make(directory, rank=0, world=1, start=FIRST, **flags):
         flags = {"resolution": 16, "max_bad_fraction": 0.5, **flags}
-        args = make_args(train_data_dir=directory, **flags)
-        return PairLoader(open_pairs(args), args, rank, world, start)
+        config = make_config(train_data_dir=directory, **flags)
+        return PairLoader(open_pairs(config.data, config.run.seed), config, rank, world, start)
 
     return make
 

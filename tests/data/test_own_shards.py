@@ -14,13 +14,13 @@ from sdpo.data.source import open_pairs
 
 
 @pytest.fixture
-def loader(make_args):
+def loader(make_config):
     """`loader(directory, rank, world, start=FIRST, **flags)`."""
 
     def make(directory, rank=0, world=1, start=FIRST, **flags):
         flags = {"resolution": 16, "max_bad_fraction": 0.5, "stream_shards": "own", **flags}
-        args = make_args(train_data_dir=directory, streaming=True, **flags)
-        return PairLoader(open_pairs(args), args, rank, world, start)
+        config = make_config(train_data_dir=directory, streaming=True, **flags)
+        return PairLoader(open_pairs(config.data, config.run.seed), config, rank, world, start)
 
     return make
 
@@ -84,7 +84,7 @@ def test_alone_it_reads_all(loader, make_rows, make_parquet, rows_of):
     assert sorted(rows(islice(iter(loader(directory)), 6), rows_of)) == list(range(12))
 
 
-def test_refusals(loader, make_args, make_rows, make_parquet):
+def test_refusals(loader, make_config, make_rows, make_parquet):
     directory = make_parquet(make_rows(4), shards=2)
     with pytest.raises(UserError, match="2 files cannot be shared out to 3 processes"):
         loader(directory, 0, 3)
@@ -92,6 +92,6 @@ def test_refusals(loader, make_args, make_rows, make_parquet):
     with pytest.raises(UserError, match="no usable pair in the files of process 0"):
         next(iter(loader(ties, 0, 2)))
     with pytest.raises(UserError, match="without --streaming"):
-        make_args(stream_shards="own")
+        make_config(stream_shards="own")
     with pytest.raises(UserError, match="--max_train_samples"):
-        make_args(stream_shards="own", streaming=True, max_train_samples=3)
+        make_config(stream_shards="own", streaming=True, max_train_samples=3)

@@ -17,9 +17,14 @@ def kept(source):
 
 
 @pytest.fixture
-def opened(make_args):
+def opened(make_config):
     """`opened(directory, **flags)`: the pairs of a local directory."""
-    return lambda directory, **flags: open_pairs(make_args(train_data_dir=directory, **flags))
+
+    def open_them(directory, **flags):
+        config = make_config(train_data_dir=directory, **flags)
+        return open_pairs(config.data, config.run.seed)
+
+    return open_them
 
 
 def test_parquet_shards_and_splits(opened, pairs_dir):
@@ -39,9 +44,9 @@ def test_parquet_shards_and_splits(opened, pairs_dir):
     assert len(decided("train")[2]) < 64, "this test wants ties"
 
 
-def test_dataset_name_may_be_a_local_directory(make_args, pairs_dir):
-    by_name = open_pairs(make_args(dataset_name=str(pairs_dir)))
-    by_dir = open_pairs(make_args(train_data_dir=pairs_dir))
+def test_dataset_name_may_be_a_local_directory(make_config, pairs_dir):
+    by_name = open_pairs(make_config(dataset_name=str(pairs_dir)).data, 0)
+    by_dir = open_pairs(make_config(train_data_dir=pairs_dir).data, 0)
     assert by_name.rows["caption"][:] == by_dir.rows["caption"][:]
 
 
@@ -57,9 +62,9 @@ def test_one_file_without_a_split_in_its_name(opened, make_rows, make_parquet):
     assert kept(opened(directory)) == [0, 1, 2, 3, 4]
 
 
-def test_unknown_split_names_those_there_are(make_args, pairs_dir):
+def test_unknown_split_names_those_there_are(make_config, pairs_dir):
     with pytest.raises(UserError, match=r"--split: .*'test'.*heldout, train"):
-        make_args(split="test")
+        make_config(split="test")
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
@@ -168,10 +173,10 @@ def test_max_train_samples_is_a_choice_by_the_seed(opened, make_rows, make_parqu
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_hub_id_without_a_network_is_one_sentence(make_args, streaming):
-    args = make_args(dataset_name="somebody/no-such-pairs", streaming=streaming)
+def test_a_hub_id_without_a_network_is_one_sentence(make_config, streaming):
+    config = make_config(dataset_name="somebody/no-such-pairs", streaming=streaming)
     with pytest.raises(UserError) as caught:
-        open_pairs(args)
+        open_pairs(config.data, 0)
     message = str(caught.value)
     assert message.startswith("--dataset_name: cannot ")
     assert "somebody/no-such-pairs" in message
@@ -197,7 +202,7 @@ def test_image_features_are_not_decoded(opened, make_rows, tmp_path):
     assert value["bytes"].startswith(b"\x89PNG")
 
 
-def test_what_is_asked_of_the_hub(make_args, make_rows, monkeypatch):
+def test_what_is_asked_of_the_hub(make_config, make_rows, monkeypatch):
     import datasets
 
     asked = []
@@ -208,7 +213,7 @@ def test_what_is_asked_of_the_hub(make_args, make_rows, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     flags = {"dataset_name": "someone/pairs", "dataset_config_name": "large", "split": "test"}
-    source = open_pairs(make_args(**flags, cache_dir="/some/cache"))
+    source = open_pairs(make_config(**flags, cache_dir="/some/cache").data, 0)
     assert len(source) == 4
     options = {"split": "test", "streaming": False, "cache_dir": "/some/cache"}
     assert asked == [(("someone/pairs", "large"), options)]

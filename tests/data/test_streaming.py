@@ -13,13 +13,13 @@ from sdpo.data.source import open_pairs
 
 
 @pytest.fixture
-def stream(make_args):
+def stream(make_config):
     """`stream(directory, count, rank=0, world=1, **flags)`: the first batches of a stream."""
 
     def batches(directory, count, rank=0, world=1, **flags):
         flags = {"resolution": 16, "max_bad_fraction": 0.5, **flags}
-        args = make_args(train_data_dir=directory, streaming=True, **flags)
-        loader = PairLoader(open_pairs(args), args, rank, world)
+        config = make_config(train_data_dir=directory, streaming=True, **flags)
+        loader = PairLoader(open_pairs(config.data, config.run.seed), config, rank, world)
         found = list(islice(iter(loader), count))
         found_rows.append(loader.counter.rows)
         return found

@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.util import find_spec
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -44,9 +43,6 @@ FLAGS = {
     "lr_scheduler": "linear",
     "lr_warmup_steps": 2,
 }
-needs_deepspeed = pytest.mark.skipif(
-    find_spec("deepspeed") is None, reason="needs deepspeed, an optional package"
-)
 
 
 @dataclass(frozen=True)

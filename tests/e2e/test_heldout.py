@@ -116,7 +116,7 @@ def test_values(run, train, pairs_dir):
 def test_mistakes(train, tmp_path):
     nothing = evaluate(Run(tmp_path), "--split", "heldout")
     assert nothing.returncode == 2
-    assert nothing.stderr.splitlines()[-1].startswith("sdpo.evaluation.heldout: error: ")
+    assert nothing.stderr.splitlines()[-1].startswith("sdpo.heldout: error: ")
     assert len(nothing.stderr.splitlines()) == 1
     run = train(tmp_path / "run", max_train_steps=1)
     before = files(run.out)

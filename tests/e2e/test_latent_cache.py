@@ -96,7 +96,7 @@ def test_neither_vae_nor_text_encoders_are_loaded(trained, train, tmp_path, monk
     import diffusers
     import transformers
 
-    import sdpo.training.saving
+    import sdpo.training.checkpoint
 
     def loaded(cls, *args, **kwargs):
         raise AssertionError(f"{cls.__name__} was loaded")
@@ -110,7 +110,7 @@ def test_neither_vae_nor_text_encoders_are_loaded(trained, train, tmp_path, monk
     with pytest.raises(UserError, match="AutoencoderKL was loaded"):
         train(tmp_path / "export", **flags)
     # Its end apart, which writes a whole pipeline: there is no other use of them.
-    monkeypatch.setattr(sdpo.training.saving, "export_pipeline", lambda *args: None)
+    monkeypatch.setattr(sdpo.training.checkpoint, "export_pipeline", lambda *args: None)
     assert identical(train(tmp_path / "run", **flags).unet(), found.unet())
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
@@ -13,8 +12,8 @@ from safetensors.torch import load_file
 
 from sdpo.common.errors import UserError
 from sdpo.models.lora import LORA_FILE
-from sdpo.training.saving import EMA_LORA_FILE
-from sdpo.training.sharding import Sharding, check_sharding
+from sdpo.training.checkpoint import EMA_LORA_FILE
+from sdpo.training.sharding import Sharding, hide_from_accelerate, launched_sharding
 
 from .harness import (
     FLAGS,
@@ -25,7 +24,6 @@ from .harness import (
     check_close,
     distance,
     identical,
-    needs_deepspeed,
     resumed_copy,
 )
 
@@ -190,7 +188,6 @@ def test_adapters_and_average_are_resumed_either_way(train, adapters, tmp_path):
     [
         ("fsdp2", "FSDP2"),
         ("zero2", "FSDP2"),
-        pytest.param("deepspeed", "DeepSpeed", marks=needs_deepspeed),
     ],
 )
 def test_the_configurations_ask_for_it(train, tmp_path, name, engine):
@@ -220,11 +217,12 @@ def test_the_configurations_ask_for_it(train, tmp_path, name, engine):
 
 
 @pytest.mark.parametrize("reshard", ["true", "false"])
-def test_what_the_configurations_mean(make_args, monkeypatch, reshard):
+def test_what_the_configurations_mean(make_config, monkeypatch, reshard):
     environment = {**ASKED, "WORLD_SIZE": "2", "FSDP_RESHARD_AFTER_FORWARD": reshard}
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert check_sharding(make_args()) == Sharding(reshard == "true")
+    assert launched_sharding(make_config()) == Sharding(reshard == "true")
+    hide_from_accelerate()
     # Accelerate is to take the processes for ordinary ones.
     assert "ACCELERATE_USE_FSDP" not in os.environ
 
@@ -242,26 +240,35 @@ def test_what_the_configurations_mean(make_args, monkeypatch, reshard):
         ),
     ],
 )
-def test_what_it_does_not_serve(make_args, monkeypatch, flags, sentence):
+def test_what_it_does_not_serve(make_config, monkeypatch, flags, sentence):
     for name, value in ASKED.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("sdpo.training.places.find_spec", lambda name: name)
     with pytest.raises(UserError, match=sentence):
-        check_sharding(argparse.Namespace(**{**vars(make_args()), **flags}))
+        make_config(**flags)
 
 
-def test_first_version_and_single_processes_are_refused(train, tmp_path, make_args, monkeypatch):
+def test_first_version_and_single_processes_are_refused(train, tmp_path, make_config, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "1")
     with pytest.raises(UserError, match="fsdp_version: 2"):
-        check_sharding(make_args())
+        make_config()
     monkeypatch.setenv("FSDP_VERSION", "2")
     monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
     with pytest.raises(UserError, match=r"fsdp_offload_params in .* not served"):
-        check_sharding(make_args())
+        make_config()
     monkeypatch.delenv("FSDP_OFFLOAD_PARAMS")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
-    assert check_sharding(make_args()) is None
+    assert launched_sharding(make_config()) is None
     fork = train.fork(tmp_path / "run", ASKED)
     assert fork.wait() == 2, fork.stderr
     assert "more than one process" in fork.stderr
+
+
+def test_deepspeeds_own_engine_is_refused(make_config, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(
+        UserError, match=r"DeepSpeed's own engine is not served: use --config zero2"
+    ):
+        make_config()

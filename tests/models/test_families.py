@@ -12,7 +12,7 @@ import torch
 from sdpo.common.errors import UserError
 from sdpo.config.families import family_of_config
 from sdpo.models import get_family
-from sdpo.models.base import Conditioning, ModelSource
+from sdpo.models.base import ModelSource, joined, repeat
 
 CAPTIONS = ["a red square on a blue background", "", "word " * 60, "Ünïcode  and spaces "]
 
@@ -43,15 +43,15 @@ def test_captions_are_encoded_as_the_pipeline_does(loaded):
     encoded = pipeline.encode_prompt(
         CAPTIONS, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
     )
-    torch.testing.assert_close(found.hidden, encoded[0])
-    assert not found.hidden.requires_grad
+    torch.testing.assert_close(found["hidden"], encoded[0])
+    assert not found["hidden"].requires_grad
     if family.sdxl:
-        torch.testing.assert_close(found.added["text_embeds"], encoded[2])
+        torch.testing.assert_close(found["text_embeds"], encoded[2])
     else:
-        assert found.added == {}
+        assert set(found) == {"hidden"}
     apart = family.encode_captions(frozen, CAPTIONS[3:], 64)
-    torch.testing.assert_close(apart.hidden, found.hidden[3:], rtol=1e-4, atol=1e-5)
-    assert (found.hidden[0] - found.hidden[1]).abs().max() > 1e-3
+    torch.testing.assert_close(apart["hidden"], found["hidden"][3:], rtol=1e-4, atol=1e-5)
+    assert (found["hidden"][0] - found["hidden"][1]).abs().max() > 1e-3
 
 
 def test_time_ids(tiny_sdxl):
@@ -59,7 +59,7 @@ def test_time_ids(tiny_sdxl):
 
     family, source = get_family(True), ModelSource(str(tiny_sdxl))
     frozen = family.load_frozen(source)
-    found = family.encode_captions(frozen, CAPTIONS, 1024).added["time_ids"]
+    found = family.encode_captions(frozen, CAPTIONS, 1024)["time_ids"]
     assert found.tolist() == [[1024, 1024, 0, 0, 1024, 1024]] * 4
     pipeline = diffusers.StableDiffusionXLPipeline.from_pretrained(tiny_sdxl)
     size = (1024, 1024)
@@ -69,13 +69,44 @@ def test_time_ids(tiny_sdxl):
     torch.testing.assert_close(found[:1].float(), want)
 
 
-def test_conditioning_repeats_winners_then_losers():
-    condition = Conditioning(torch.arange(2.0).reshape(2, 1, 1), {"x": torch.arange(2.0)})
-    twice = condition.repeat(2)
-    assert twice.hidden.flatten().tolist() == [0, 1, 0, 1]
-    assert twice.added["x"].tolist() == [0, 1, 0, 1]
-    assert set(twice.unet_kwargs()) == {"encoder_hidden_states", "added_cond_kwargs"}
-    assert set(Conditioning(condition.hidden).unet_kwargs()) == {"encoder_hidden_states"}
+def test_conditions_repeat_winners_then_losers():
+    condition = {"hidden": torch.arange(2.0).reshape(2, 1, 1), "x": torch.arange(2.0)}
+    twice = repeat(condition, 2)
+    assert twice["hidden"].flatten().tolist() == [0, 1, 0, 1]
+    assert twice["x"].tolist() == [0, 1, 0, 1]
+    both = joined([condition, twice])
+    assert both["hidden"].flatten().tolist() == [0, 1, 0, 1, 0, 1]
+    assert both["x"].tolist() == [0, 1, 0, 1, 0, 1]
+
+
+def test_predict_calls_the_model_with_the_conditions(loaded):
+    family, _, frozen, _ = loaded
+    given = family.encode_captions(frozen, CAPTIONS[:2], 64)
+    x_t, t = torch.zeros(2, 4, 16, 16), torch.tensor([1, 2])
+    asked = {}
+
+    def model(*args, **kwargs):
+        asked.update(kwargs, args=args)
+        return (x_t,)
+
+    assert family.predict(model, x_t, t, given) is x_t
+    assert asked.pop("args") == (x_t, t)
+    assert asked.pop("return_dict") is False
+    extra = {"added_cond_kwargs"} if family.sdxl else set()
+    assert set(asked) == {"encoder_hidden_states"} | extra
+    assert asked["encoder_hidden_states"] is given["hidden"]
+
+
+def test_denormalise_undoes_normalise(loaded):
+    family = loaded[0]
+    latents = torch.randn(2, 4, 8, 8, dtype=torch.float64)
+    shifted = {"scaling_factor": 1.5, "shift_factor": 0.6}
+    for vae in ({"scaling_factor": 0.18, "shift_factor": None}, shifted):
+        there = family.normalise(latents, vae)
+        torch.testing.assert_close(
+            there, (latents - (vae["shift_factor"] or 0)) * vae["scaling_factor"]
+        )
+        torch.testing.assert_close(family.denormalise(there, vae), latents)
 
 
 def test_latents(loaded):

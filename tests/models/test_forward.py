@@ -13,12 +13,12 @@ from sdpo.models import get_family
 from sdpo.models.base import ModelSource
 from sdpo.models.encoding import ModelEncoder
 from sdpo.models.forward import (
-    make_reference,
     noise_pairs,
     predict,
     predict_reference,
     predict_winners_only,
 )
+from sdpo.models.reference import make_reference
 
 CPU = torch.device("cpu")
 
@@ -63,11 +63,11 @@ def test_both_branches_share_timestep_noise_and_condition(models):
     assert torch.equal(inputs.target[:3], inputs.target[3:])
     assert inputs.target[:3].std().item() == pytest.approx(1, abs=0.1)
     assert not torch.equal(inputs.target[0], inputs.target[1])
-    condition = inputs.conditioning
-    for tensor in (condition.hidden, *condition.added.values()):
+    for tensor in inputs.conditions.values():
         assert len(tensor) == 6
         assert torch.equal(tensor[:3], tensor[3:])
-    assert set(condition.added) == ({"text_embeds", "time_ids"} if models[0].sdxl else set())
+    extra = {"text_embeds", "time_ids"} if models[0].sdxl else set()
+    assert set(inputs.conditions) == {"hidden"} | extra
 
 
 def test_noisy_latents_are_the_posteriors_samples_noised(models):
@@ -127,21 +127,20 @@ def test_input_perturbation_is_not_part_of_the_target(models):
 
 def test_no_input_carries_a_gradient(models):
     inputs = noised(models, make_batch())
-    assert not any(
-        x.requires_grad for x in (inputs.noisy, inputs.target, inputs.conditioning.hidden)
-    )
+    tensors = (inputs.noisy, inputs.target, *inputs.conditions.values())
+    assert not any(x.requires_grad for x in tensors)
 
 
 def test_predict_is_the_unets_output(models):
     inputs = noised(models, make_batch())
-    added = inputs.conditioning.added
+    added = {k: v for k, v in inputs.conditions.items() if k != "hidden"}
     want = models[1](
         inputs.noisy,
         inputs.timesteps,
-        encoder_hidden_states=inputs.conditioning.hidden,
+        encoder_hidden_states=inputs.conditions["hidden"],
         **({"added_cond_kwargs": added} if added else {}),
     ).sample
-    assert torch.equal(predict(models[1], inputs), want)
+    assert torch.equal(predict(models[0], models[1], inputs), want)
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
@@ -152,7 +151,7 @@ def test_predicting_winners_only_gives_the_same_with_no_gradient_for_losers(mode
     def gradients(forward):
         unet.zero_grad()
         with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
-            prediction = forward(unet, inputs)
+            prediction = forward(models[0], unet, inputs)
         loss = preference_loss("sft", prediction, prediction, inputs.target, beta=1.0).loss
         loss.backward()
         found = {k: None if p.grad is None else p.grad.clone() for k, p in unet.named_parameters()}
@@ -167,11 +166,11 @@ def test_predicting_winners_only_gives_the_same_with_no_gradient_for_losers(mode
     for name, gradient in want_grad.items():
         difference = (found_grad[name] - gradient).norm()
         assert difference <= (0.05 if dtype else 1e-3) * gradient.norm() + 1e-6, name
-    leaf = predict_winners_only(unet, inputs)
+    leaf = predict_winners_only(models[0], unet, inputs)
     (gradient,) = torch.autograd.grad(leaf[2:].sum(), [unet.conv_in.weight], allow_unused=True)
     assert gradient is None or gradient.abs().max() == 0
     (gradient,) = torch.autograd.grad(
-        predict_winners_only(unet, inputs)[:2].sum(), [unet.conv_in.weight]
+        predict_winners_only(models[0], unet, inputs)[:2].sum(), [unet.conv_in.weight]
     )
     assert gradient.abs().max() > 0
 
@@ -186,16 +185,16 @@ def test_a_run_starts_at_margin_zero(models, dtype):
     def autocast():
         return torch.autocast("cpu", torch.bfloat16, enabled=half)
 
-    frozen = predict_reference(reference, inputs, autocast())
+    frozen = predict_reference(models[0], reference, inputs, autocast())
     with autocast():
-        prediction = predict(unet, inputs)
+        prediction = predict(models[0], unet, inputs)
     assert torch.equal(prediction, frozen)
     output = preference_loss("diffusion-dpo", prediction, frozen, inputs.target, beta=5000.0)
     for name in ("margin", "winner_drift", "loser_drift", "implicit_acc"):
         assert output.metrics[name].item() == 0.0
     assert output.loss.item() == pytest.approx(0.693147, rel=1e-5)
     if half:
-        exact = predict(unet, inputs)
+        exact = predict(models[0], unet, inputs)
         assert not torch.equal(exact, prediction.float()), "autocast should have had an effect"
 
 

@@ -14,7 +14,7 @@ from sdpo.data.pairs import PairBatch
 from sdpo.models import get_family
 from sdpo.models.base import ModelSource
 from sdpo.models.encoding import ModelEncoder
-from sdpo.models.forward import make_reference, noise_pairs, predict, predict_reference
+from sdpo.models.forward import noise_pairs, predict, predict_reference
 from sdpo.models.lora import (
     LORA_FILE,
     AdaptersOff,
@@ -26,6 +26,7 @@ from sdpo.models.lora import (
     save_adapters,
     seed_dropout,
 )
+from sdpo.models.reference import make_reference
 
 CPU = torch.device("cpu")
 RANK, ALPHA = 4, 6.0
@@ -44,13 +45,13 @@ def base(request, tiny_sd15, tiny_sdxl):
 
 
 @pytest.fixture
-def adapted(base, make_args):
+def adapted(base, make_config):
     """`adapted(dtype, ...flags)`: a copy of the UNet with adapters, as a run starts."""
 
     def make(dtype=torch.float32, **flags):
         unet = copy.deepcopy(base[2])
-        args = make_args(sdxl=base[0].sdxl, **{"lora_rank": RANK, "lora_alpha": ALPHA, **flags})
-        add_adapters(unet, args, dtype, CPU)
+        config = make_config(sdxl=base[0].sdxl, **{"lora_rank": RANK, "lora_alpha": ALPHA, **flags})
+        add_adapters(unet, config.model, config.run.seed, dtype, CPU)
         return unet.train()
 
     return make
@@ -102,10 +103,12 @@ def test_losses_are_those_of_the_full_unet_with_the_product_added(base, adapted,
     family, _, start, inputs = base
     unet = trained(adapted(**flags))
     full = merged(base, unet).train()
-    reference = predict_reference(make_reference(start, torch.float32), inputs, nullcontext())
-    found_reference = predict_reference(AdaptersOff(unet), inputs, nullcontext())
+    reference = predict_reference(
+        family, make_reference(start, torch.float32), inputs, nullcontext()
+    )
+    found_reference = predict_reference(family, AdaptersOff(unet), inputs, nullcontext())
     assert torch.equal(found_reference, reference)
-    prediction, found = predict(full, inputs), predict(unet, inputs)
+    prediction, found = predict(family, full, inputs), predict(family, unet, inputs)
     assert (prediction - reference).abs().max() > 0.01
     for method, options in LOSSES:
         want = preference_loss(
@@ -128,9 +131,14 @@ def test_gradients_are_the_chain_rules(base, adapted, checkpointing):
     if checkpointing:
         unet.enable_gradient_checkpointing()
     for model in (unet, full):
-        reference = predict_reference(AdaptersOff(unet), inputs, nullcontext())
+        reference = predict_reference(base[0], AdaptersOff(unet), inputs, nullcontext())
         output = preference_loss(
-            "diffusion-dpo", predict(model, inputs), reference, inputs.target, beta=5.0, mu=0.9
+            "diffusion-dpo",
+            predict(base[0], model, inputs),
+            reference,
+            inputs.target,
+            beta=5.0,
+            mu=0.9,
         )
         output.loss.backward()
     checked = 0
@@ -157,16 +165,16 @@ def test_a_run_starts_at_margin_zero_to_the_bit(base, adapted, dtype, dora):
         return torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
 
     with autocast():
-        prediction = predict(unet, inputs)
-    reference = predict_reference(AdaptersOff(unet), inputs, autocast())
+        prediction = predict(base[0], unet, inputs)
+    reference = predict_reference(base[0], AdaptersOff(unet), inputs, autocast())
     assert torch.equal(prediction, reference)
     # And it is the very output of the copy that a run without adapters is held against.
-    copied = predict_reference(make_reference(base[2], dtype), inputs, autocast())
+    copied = predict_reference(base[0], make_reference(base[2], dtype), inputs, autocast())
     assert torch.equal(reference, copied)
     trained(unet)
-    assert torch.equal(predict_reference(AdaptersOff(unet), inputs, autocast()), copied)
+    assert torch.equal(predict_reference(base[0], AdaptersOff(unet), inputs, autocast()), copied)
     with autocast():
-        assert not torch.equal(predict(unet, inputs), prediction)
+        assert not torch.equal(predict(base[0], unet, inputs), prediction)
 
 
 def test_the_reference_leaves_no_trace(base, adapted):
@@ -176,7 +184,7 @@ def test_the_reference_leaves_no_trace(base, adapted):
     modes = [m.training for m in unet.modules()]
     seen = []
     handle = unet.conv_in.register_forward_hook(lambda *_: seen.append(unet.training))
-    output = predict_reference(reference, base[3], nullcontext())
+    output = predict_reference(base[0], reference, base[3], nullcontext())
     handle.remove()
     assert seen == [False]
     assert not output.requires_grad
@@ -233,7 +241,7 @@ def test_autocast_does_what_widening_the_inputs_would(base, adapted):
             layer.cast_input_dtype_enabled = widen
         unet.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
-            prediction = predict(unet, base[3])
+            prediction = predict(base[0], unet, base[3])
         prediction.float().square().mean().backward()
         results.append([prediction, *(p.grad for p in unet.parameters() if p.requires_grad)])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -276,10 +284,10 @@ def test_diffusers_loads_the_file(base, adapted, tmp_path, flags):
     save_adapters(unet, tmp_path / LORA_FILE)
     assert [p.name for p in tmp_path.iterdir()] == [LORA_FILE]
     pipeline = family.pipeline(family.load_unet(source), family.load_frozen(source), source)
-    before = predict(pipeline.unet, inputs)
+    before = predict(family, pipeline.unet, inputs)
     pipeline.load_lora_weights(tmp_path)
     with torch.no_grad():
-        found, want = predict(pipeline.unet, inputs), predict(unet, inputs)
+        found, want = predict(family, pipeline.unet, inputs), predict(family, unet, inputs)
     torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
     assert (want - before).abs().max() > 0.01
 
@@ -320,7 +328,7 @@ def test_dropout_is_a_function_of_the_micro_batch(base, adapted):
 
     def output(key):
         seed_dropout([key, (9, 9, 9)])
-        return predict(unet, base[3])
+        return predict(base[0], unet, base[3])
 
     first = output((0, 0, 4))
     torch.rand(3)
@@ -344,13 +352,13 @@ def test_dropout_is_a_function_of_the_micro_batch(base, adapted):
         ({"ema_decay": 1.0}, "--ema_decay must be at least 0 and below 1"),
     ],
 )
-def test_flags(make_args, flags, said):
+def test_flags(make_config, flags, said):
     with pytest.raises(UserError, match=said):
-        make_args(**flags)
+        make_config(**flags)
 
 
-def test_defaults(make_args):
-    args = make_args(lora_rank=16)
-    assert args.lora_alpha == 16
-    assert args.lora_target_modules == ["to_q", "to_k", "to_v", "to_out.0"]
-    assert make_args().lora_rank is None
+def test_defaults(make_config):
+    model = make_config(lora_rank=16).model
+    assert model.lora_alpha == 16
+    assert model.lora_target_modules == ("to_q", "to_k", "to_v", "to_out.0")
+    assert make_config().model.lora_rank is None

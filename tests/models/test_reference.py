@@ -31,12 +31,14 @@ def base(request, tiny_sd15, tiny_sdxl):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_all_forms_predict_the_same_to_the_bit(base, make_args, dtype):
+def test_all_forms_predict_the_same_to_the_bit(base, make_config, dtype):
     family, start, inputs = base
     outputs = []
     for flags in FORMS:
         unet = copy.deepcopy(start)
-        reference = build_reference(unet, make_args(sdxl=family.sdxl, **flags), dtype, CPU)
+        reference = build_reference(
+            unet, make_config(sdxl=family.sdxl, **flags).model, 0, dtype, CPU
+        )
         # A run moves what it trains; the reference stays.
         with torch.no_grad():
             for parameter in unet.parameters():
@@ -45,17 +47,17 @@ def test_all_forms_predict_the_same_to_the_bit(base, make_args, dtype):
         for _ in range(2):
             half = dtype == torch.bfloat16
             autocast = torch.autocast("cpu", torch.bfloat16, enabled=half)
-            outputs.append(predict_reference(reference, inputs, autocast))
+            outputs.append(predict_reference(family, reference, inputs, autocast))
     assert not any(output.requires_grad for output in outputs)
     assert all(torch.equal(output, outputs[0]) for output in outputs)
 
 
-def test_which_form_is_built(base, make_args):
+def test_which_form_is_built(base, make_config):
     kinds = []
     for flags in FORMS:
         unet = copy.deepcopy(base[1])
-        args = make_args(sdxl=base[0].sdxl, **flags)
-        reference = build_reference(unet, args, torch.float32, CPU)
+        args = make_config(sdxl=base[0].sdxl, **flags)
+        reference = build_reference(unet, args.model, 0, torch.float32, CPU)
         kinds.append(type(reference))
         held = reference.module if isinstance(reference, Offloaded) else reference
         if isinstance(reference, AdaptersOff):

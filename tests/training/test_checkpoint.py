@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,10 +13,9 @@ import sdpo.training.checkpoint as checkpoint
 from sdpo.common.errors import UserError
 from sdpo.data.order import Place
 from sdpo.training.checkpoint import (
-    Progress,
     clear_unfinished,
     load_training,
-    load_unet,
+    load_weights,
     read_progress,
     save_checkpoint,
 )
@@ -26,12 +26,13 @@ from sdpo.training.checkpoint_paths import (
     list_checkpoints,
     step_of,
 )
+from sdpo.training.state import Models, Progress
 
 
 @pytest.fixture
-def run(make_args, tmp_path):
-    """(args, model, optimizer, save): a model trained a little; `save(step)` saves it."""
-    args = make_args()
+def run(make_config, tmp_path):
+    """(config, model, optimizer, save): a model trained a little; `save(step)` saves it."""
+    config = make_config(output_dir=tmp_path)
     torch.manual_seed(0)
     model = torch.nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
@@ -43,21 +44,23 @@ def run(make_args, tmp_path):
     def save(step, limit=None):
         progress = Progress(step, Place(1, 12))
         training = {"optimizer": optimizer.state_dict()}
-        return save_checkpoint(tmp_path, progress, model.state_dict(), training, args, limit)
+        models = Models(base=None, unet=model, reference=None, encoder=None)
+        limited = replace(config, run=replace(config.run, checkpoints_total_limit=limit))
+        return save_checkpoint(limited, progress, models, training)
 
-    return args, model, optimizer, save
+    return config, model, optimizer, save
 
 
 def test_round_trip(run, tmp_path):
-    args, model, optimizer, save = run
+    config, model, optimizer, save = run
     path = save(7)
     assert path == checkpoint_dir(tmp_path, 7) == tmp_path / "checkpoint-7"
     assert sorted(p.name for p in path.iterdir()) == ["optimizer.pt", "state.json", "unet.pth"]
-    assert read_progress(path, args) == Progress(7, Place(1, 12))
-    assert isinstance(read_progress(path, args).place, Place)
+    assert read_progress(path, config) == Progress(7, Place(1, 12))
+    assert isinstance(read_progress(path, config).place, Place)
 
     other = torch.nn.Linear(3, 2)
-    load_unet(path, other)
+    load_weights(path, other)
     restored = torch.optim.AdamW(other.parameters(), lr=0.5)
     restored.load_state_dict(load_training(path)["optimizer"])
     x = torch.randn(4, 3)
@@ -77,11 +80,11 @@ def test_unet_pth_is_a_plain_state_dict(run):
 
 
 def test_state_holds_the_flags(run):
-    args, _, _, save = run
+    config, _, _, save = run
     state = json.loads((save(1) / "state.json").read_text())
     assert state["step"] == 1
-    assert state["args"]["beta_dpo"] == args.beta_dpo
-    assert set(state["args"]) == set(vars(args))
+    assert state["args"]["beta_dpo"] == config.method.beta_dpo
+    assert set(state["args"]) == set(config.flags())
 
 
 def test_only_whole_checkpoints_are_listed(run, tmp_path):
@@ -186,18 +189,18 @@ def test_saving_the_same_step_again_keeps_the_first(run):
         ("sdxl", True),
     ],
 )
-def test_a_checkpoint_of_another_run_is_refused(run, make_args, flag, value):
+def test_a_checkpoint_of_another_run_is_refused(run, make_config, flag, value):
     path = run[3](1)
     with pytest.raises(UserError, match=rf"--resume_from_checkpoint: .*--{flag} .* has {value}"):
-        read_progress(path, make_args(**{flag: value}))
+        read_progress(path, make_config(**{flag: value}))
 
 
-def test_changed_flags_are_named(run, make_args, caplog):
+def test_changed_flags_are_named(run, make_config, caplog):
     path = run[3](1)
     with caplog.at_level(logging.WARNING, "sdpo"):
-        read_progress(path, make_args(max_train_steps=99))
+        read_progress(path, make_config(max_train_steps=99))
         assert caplog.text == ""
-        read_progress(path, make_args(beta_dpo=7.0, learning_rate=0.5))
+        read_progress(path, make_config(beta_dpo=7.0, learning_rate=0.5))
     assert "--beta_dpo 5000.0 -> 7.0" in caplog.text
     assert "--learning_rate 1e-08 -> 0.5" in caplog.text
 
@@ -206,7 +209,7 @@ def test_unreadable_parts_are_one_sentence(run):
     path = run[3](1)
     for name, load in (
         ("optimizer.pt", lambda: load_training(path)),
-        ("unet.pth", lambda: load_unet(path, torch.nn.Linear(3, 2))),
+        ("unet.pth", lambda: load_weights(path, torch.nn.Linear(3, 2))),
     ):
         (path / name).write_bytes(b"garbage")
         with pytest.raises(UserError, match=f"cannot read .*{name}"):
@@ -215,7 +218,7 @@ def test_unreadable_parts_are_one_sentence(run):
 
 def test_a_unet_of_another_shape_is_refused(run):
     with pytest.raises(UserError, match="does not fit this UNet"):
-        load_unet(run[3](1), torch.nn.Linear(4, 2))
+        load_weights(run[3](1), torch.nn.Linear(4, 2))
 
 
 def test_step_of():

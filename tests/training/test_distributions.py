@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from sdpo.losses.preference import LossOutput
-from sdpo.training.distributions import Distributions, bin_names
+from sdpo.models.noise import Diffusion
+from sdpo.training.distributions import Distributions
+
+
+def process(count):
+    return Diffusion(SimpleNamespace(config=SimpleNamespace(num_train_timesteps=count)))
 
 
 def output(pairs, scale, seed=0):
@@ -26,7 +32,7 @@ def output(pairs, scale, seed=0):
 def test_means_by_timestep_over_micro_batches_and_processes():
     timesteps = [[0, 99, 100, 555], [999, 50, 900, 559], [3, 4, 120, 899]]
     outputs = [output(4, torch.rand(4), seed=i) for i in range(3)]
-    here, other = Distributions(1000), Distributions(1000)
+    here, other = Distributions(process(1000)), Distributions(process(1000))
     for spread, i in ((here, 0), (here, 1), (other, 2)):
         spread.add(outputs[i], torch.tensor(timesteps[i]))
     found = Distributions.read(here.sums() + other.sums())["by_timestep"]
@@ -46,7 +52,7 @@ def test_means_by_timestep_over_micro_batches_and_processes():
 
 
 def test_histogram_has_closed_ends():
-    spread = Distributions(1000)
+    spread = Distributions(process(1000))
     scales = [0.0, 0.049, 0.05, 0.5, 0.95, 0.999, 1.0, 1.0]
     spread.add(output(8, scales), torch.zeros(8, dtype=torch.long))
     spread.add(output(3, 0.12), torch.zeros(3, dtype=torch.long))
@@ -61,7 +67,7 @@ def test_histogram_has_closed_ends():
 
 
 def test_what_is_not_finite_stays_in_its_bin_and_out_of_the_histogram():
-    spread = Distributions(1000)
+    spread = Distributions(process(1000))
     bad = output(2, [float("nan"), 0.5])
     bad.per_pair["winner_drift"][0] = float("inf")
     spread.add(bad, torch.tensor([10, 500]))
@@ -75,9 +81,9 @@ def test_what_is_not_finite_stays_in_its_bin_and_out_of_the_histogram():
 
 @pytest.mark.parametrize("count", [1000, 50, 37])
 def test_names_are_the_bins_first_and_last_timestep(count):
-    names = bin_names(count)
+    names = process(count).bin_names(10)
     assert len(names) == 10
     for k, name in enumerate(names):
         first, last = map(int, name.split("-"))
         assert [t for t in range(count) if t * 10 // count == k] == [*range(first, last + 1)]
-    assert bin_names(1000)[0] == "000-099"
+    assert process(1000).bin_names(10)[0] == "000-099"

@@ -14,33 +14,37 @@ def parameter():
     return torch.nn.Parameter(torch.ones(3, 4))
 
 
-def test_scaled_rate_is_per_pair(make_args):
+def test_scaled_rate_is_per_pair(make_config):
     recipe = {"train_batch_size": 8, "gradient_accumulation_steps": 32, "learning_rate": 1e-8}
-    assert scaled_learning_rate(make_args(**recipe, scale_lr=True), 8) == pytest.approx(2048e-8)
-    assert scaled_learning_rate(make_args(**recipe), 8) == 1e-8
+    assert scaled_learning_rate(make_config(**recipe, scale_lr=True).optim, 8) == pytest.approx(
+        2048e-8
+    )
+    assert scaled_learning_rate(make_config(**recipe).optim, 8) == 1e-8
 
 
-def test_adamw_takes_the_flags(make_args):
-    args = make_args(adam_beta1=0.8, adam_beta2=0.95, adam_weight_decay=0.3, adam_epsilon=1e-6)
-    optimizer = build_optimizer(iter([parameter()]), args, 0.25)
+def test_adamw_takes_the_flags(make_config):
+    config = make_config(
+        adam_beta1=0.8, adam_beta2=0.95, adam_weight_decay=0.3, adam_epsilon=1e-6
+    ).optim
+    optimizer = build_optimizer(iter([parameter()]), config, 0.25)
     (group,) = optimizer.param_groups
     assert type(optimizer) is torch.optim.AdamW
     assert (group["lr"], group["betas"]) == (0.25, (0.8, 0.95))
     assert (group["weight_decay"], group["eps"]) == (0.3, 1e-6)
 
 
-def test_adamw_first_step(make_args):
+def test_adamw_first_step(make_config):
     # Bias correction makes the first step lr * sign(gradient), after decay by lr * weight_decay.
     weight = parameter()
-    optimizer = build_optimizer([weight], make_args(adam_weight_decay=0.1), 0.01)
+    optimizer = build_optimizer([weight], make_config(adam_weight_decay=0.1).optim, 0.01)
     weight.grad = torch.full_like(weight, -5.0)
     optimizer.step()
     torch.testing.assert_close(weight.detach(), torch.full((3, 4), 1 - 0.001 + 0.01))
 
 
-def test_adafactor_settings(make_args):
-    args = make_args(use_adafactor=True, adam_weight_decay=0.3)
-    optimizer = build_optimizer([parameter()], args, 0.25)
+def test_adafactor_settings(make_config):
+    config = make_config(use_adafactor=True, adam_weight_decay=0.3).optim
+    optimizer = build_optimizer([parameter()], config, 0.25)
     (group,) = optimizer.param_groups
     assert type(optimizer).__name__ == "Adafactor"
     want = {
@@ -54,12 +58,12 @@ def test_adafactor_settings(make_args):
     assert {k: group[k] for k in want} == want
 
 
-def test_adafactor_steps_at_the_rate_given_whatever_the_parameters_size(make_args):
+def test_adafactor_steps_at_the_rate_given_whatever_the_parameters_size(make_config):
     # Clipped at root mean square 1, a uniform gradient moves every weight by the rate.
     for size in (1.0, 100.0):
         weight = torch.nn.Parameter(torch.full((3, 4), size))
-        args = make_args(use_adafactor=True, adam_weight_decay=0)
-        optimizer = build_optimizer([weight], args, 0.01)
+        config = make_config(use_adafactor=True, adam_weight_decay=0).optim
+        optimizer = build_optimizer([weight], config, 0.01)
         weight.grad = torch.full_like(weight, 7.0)
         optimizer.step()
         torch.testing.assert_close(
@@ -67,9 +71,9 @@ def test_adafactor_steps_at_the_rate_given_whatever_the_parameters_size(make_arg
         )
 
 
-def rates(args, steps, total):
-    optimizer = build_optimizer([parameter()], args, 1.0)
-    scheduler = build_scheduler(optimizer, args, total)
+def rates(config, steps, total):
+    optimizer = build_optimizer([parameter()], config, 1.0)
+    scheduler = build_scheduler(optimizer, config, total)
     found = []
     for _ in range(steps):
         found.append(scheduler.get_last_lr()[0])
@@ -78,30 +82,30 @@ def rates(args, steps, total):
     return found
 
 
-def test_warmup_counts_optimizer_steps(make_args):
-    args = make_args(lr_scheduler="constant_with_warmup", lr_warmup_steps=4)
-    assert rates(args, 7, 100) == pytest.approx([0, 0.25, 0.5, 0.75, 1, 1, 1])
+def test_warmup_counts_optimizer_steps(make_config):
+    config = make_config(lr_scheduler="constant_with_warmup", lr_warmup_steps=4).optim
+    assert rates(config, 7, 100) == pytest.approx([0, 0.25, 0.5, 0.75, 1, 1, 1])
     # Neither processes nor accumulation change it.
-    args = make_args(lr_warmup_steps=4, gradient_accumulation_steps=8, train_batch_size=4)
-    assert rates(args, 5, 100) == pytest.approx([0, 0.25, 0.5, 0.75, 1])
+    config = make_config(lr_warmup_steps=4, gradient_accumulation_steps=8, train_batch_size=4).optim
+    assert rates(config, 5, 100) == pytest.approx([0, 0.25, 0.5, 0.75, 1])
 
 
-def test_schedules_end_with_the_run(make_args):
-    linear = rates(make_args(lr_scheduler="linear"), 11, 10)
+def test_schedules_end_with_the_run(make_config):
+    linear = rates(make_config(lr_scheduler="linear").optim, 11, 10)
     assert linear == pytest.approx([1 - i / 10 for i in range(11)])
-    cosine = rates(make_args(lr_scheduler="cosine"), 11, 10)
+    cosine = rates(make_config(lr_scheduler="cosine").optim, 11, 10)
     assert cosine[5] == pytest.approx(0.5)
     assert cosine[10] == pytest.approx(0, abs=1e-12)
-    assert rates(make_args(lr_scheduler="constant"), 3, 10) == [1.0] * 3
+    assert rates(make_config(lr_scheduler="constant").optim, 3, 10) == [1.0] * 3
 
 
 @pytest.mark.parametrize("adafactor", [False, True])
-def test_state_round_trip_goes_on_identically(make_args, adafactor):
-    args = make_args(use_adafactor=adafactor, lr_scheduler="linear")
+def test_state_round_trip_goes_on_identically(make_config, adafactor):
+    config = make_config(use_adafactor=adafactor, lr_scheduler="linear").optim
 
     def make(weight):
-        optimizer = build_optimizer([weight], args, 0.1)
-        return optimizer, build_scheduler(optimizer, args, 10)
+        optimizer = build_optimizer([weight], config, 0.1)
+        return optimizer, build_scheduler(optimizer, config, 10)
 
     def step(weight, optimizer, scheduler, i):
         weight.grad = torch.sin(torch.arange(12.0).reshape(3, 4) + i)

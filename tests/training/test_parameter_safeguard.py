@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from sdpo import loser_scale
-from sdpo.models.base import Conditioning
+from sdpo.config import ModelConfig
 from sdpo.models.forward import NoisedPairs, predict
 from sdpo.models.lora import add_adapters, seed_dropout
+from sdpo.models.sd15 import SD15
 from sdpo.training.parameter_safeguard import BranchGradients, gradient_scale, inner_product
 
 KEYS = [(0, 0, 4), (0, 0, 5), (0, 0, 6)]
@@ -32,7 +33,7 @@ def flat_gradients(unet, inputs, keys=None, only=None):
     over all samples, as in the loss."""
     if keys:
         seed_dropout(keys)
-    errors = (predict(unet, inputs) - inputs.target).square().mean((1, 2, 3)).reshape(2, -1)
+    errors = (predict(SD15(), unet, inputs) - inputs.target).square().mean((1, 2, 3)).reshape(2, -1)
     found = []
     for branch in errors:
         value = branch.mean() if only is None else branch[only]
@@ -56,25 +57,25 @@ def step_scale(space, *parts):
 def test_one_scale_of_a_step(double_unet, pairs):
     want = expected(*flat_gradients(double_unet, pairs))
     assert 0 < want < 1
-    found = step_scale(BranchGradients(alone(), double_unet, MU), (pairs, KEYS))
+    found = step_scale(BranchGradients(SD15(), alone(), double_unet, MU), (pairs, KEYS))
     assert found.shape == ()
     assert found.dtype == torch.float64
     assert found.item() == pytest.approx(want, rel=1e-9)
     assert not found.requires_grad
     # It is another one than at the output.
-    residual = (predict(double_unet, pairs) - pairs.target).detach()
+    residual = (predict(SD15(), double_unet, pairs) - pairs.target).detach()
     assert abs(loser_scale(*residual.chunk(2), MU).item() - want) > 1e-3 * want
 
 
 def test_one_scale_per_pair(double_unet, pairs):
     want = [expected(*flat_gradients(double_unet, pairs, only=i)) for i in range(3)]
-    found = BranchGradients(alone(), double_unet, MU).pair_scales(pairs, KEYS)
+    found = BranchGradients(SD15(), alone(), double_unet, MU).pair_scales(pairs, KEYS)
     assert found.tolist() == pytest.approx(want, rel=1e-9)
     assert max(want) - min(want) > 1e-3
 
 
 def test_micro_batches_do_not_matter(double_unet, pairs):
-    space = BranchGradients(alone(), double_unet, MU)
+    space = BranchGradients(SD15(), alone(), double_unet, MU)
     whole = step_scale(space, (pairs, KEYS))
     # Pair i and its loser are three samples apart.
     single = [(pairs.samples(slice(i, None, 3)), KEYS[i : i + 1]) for i in range(3)]
@@ -88,7 +89,8 @@ def test_processes_do_not_matter(double_unet, pairs):
     """Two processes with half of the samples each see what one sees with all of them."""
     inputs = pairs.samples(slice(0, None, 3)), pairs.samples(slice(1, None, 3))
     want = step_scale(
-        BranchGradients(alone(), double_unet, MU), *zip(inputs, (KEYS[:1], KEYS[1:2]), strict=True)
+        BranchGradients(SD15(), alone(), double_unet, MU),
+        *zip(inputs, (KEYS[:1], KEYS[1:2]), strict=True),
     )
     # `reduce` of the other process's gradients, in the order in which they are asked for.
     others = flat_gradients(double_unet, inputs[1])
@@ -99,7 +101,7 @@ def test_processes_do_not_matter(double_unet, pairs):
         assert how == "mean"
         return (gradient + next(waiting).reshape(gradient.shape)) / 2
 
-    space = BranchGradients(alone(num_processes=2, reduce=reduce), double_unet, MU)
+    space = BranchGradients(SD15(), alone(num_processes=2, reduce=reduce), double_unet, MU)
     found = step_scale(space, (inputs[0], KEYS[:1]))
     assert next(waiting, None) is None
     torch.testing.assert_close(found, want, rtol=1e-9, atol=0)
@@ -111,7 +113,7 @@ def test_the_winners_error_falls_by_its_share(double_unet, pairs, scope, mu):
     """Its derivative along -(G_w - lam G_l), by central differences, is -mu |G_w|^2 where lam is
     between 0 and 1, and at most that where it is 1."""
     only = None if scope == "batch" else 1
-    space = BranchGradients(alone(), double_unet, mu)
+    space = BranchGradients(SD15(), alone(), double_unet, mu)
     if scope == "batch":
         scale = step_scale(space, (pairs, KEYS))
     else:
@@ -126,7 +128,7 @@ def test_the_winners_error_falls_by_its_share(double_unet, pairs, scope, mu):
     def winners_error(along):
         nn.utils.vector_to_parameters(start + along * direction, moved.parameters())
         with torch.no_grad():
-            errors = (predict(moved, pairs) - pairs.target)[:3].square().mean((1, 2, 3))
+            errors = (predict(SD15(), moved, pairs) - pairs.target)[:3].square().mean((1, 2, 3))
         return errors.mean() if only is None else errors[only]
 
     slope = ((winners_error(h) - winners_error(-h)) / (2 * h)).item()
@@ -159,20 +161,20 @@ def test_an_orthonormal_jacobian_gives_the_scale_at_the_output(scope):
     target = target.repeat(2, 1, 1, 1)
     shared = 0.5 * torch.randn(6, 2, 2, 2, generator=g, dtype=torch.float64)
     inputs = NoisedPairs(
-        target + shared + 0.4, torch.arange(3).repeat(2), target, Conditioning(torch.zeros(6, 1, 1))
+        target + shared + 0.4, torch.arange(3).repeat(2), target, {"hidden": torch.zeros(6, 1, 1)}
     )
     model = Rotated(3, 8)
-    residual = (predict(model, inputs) - target).detach()
+    residual = (predict(SD15(), model, inputs) - target).detach()
     want = loser_scale(*residual.chunk(2), 0.8, scope)
     assert 0 < want.min() < 1
-    space = BranchGradients(alone(), model, 0.8)
+    space = BranchGradients(SD15(), alone(), model, 0.8)
     found = (
         step_scale(space, (inputs, KEYS)) if scope == "batch" else space.pair_scales(inputs, KEYS)
     )
     torch.testing.assert_close(found, want)
     # Were the map no isometry, it would be another.
     model.rotation *= torch.linspace(0.2, 2, 8, dtype=torch.float64)
-    residual = (predict(model, inputs) - target).detach()
+    residual = (predict(SD15(), model, inputs) - target).detach()
     stretched = space.pair_scales(inputs, KEYS)
     assert (stretched - loser_scale(*residual.chunk(2), 0.8, "pair")).abs().max() > 1e-2
 
@@ -184,8 +186,9 @@ def adapted(double_unet):
     def make(dropout):
         unet = copy.deepcopy(double_unet)
         flags = {"lora_rank": 2, "lora_alpha": 2, "lora_dropout": dropout, "use_dora": False}
-        targets = {"lora_target_modules": ["to_q", "to_v", "conv1"], "seed": 0}
-        add_adapters(unet, SimpleNamespace(**flags, **targets), torch.float64, torch.device("cpu"))
+        targets = {"lora_target_modules": ("to_q", "to_v", "conv1")}
+        config = ModelConfig(**flags, **targets)
+        add_adapters(unet, config, 0, torch.float64, torch.device("cpu"))
         rng = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for p in (p for p in unet.parameters() if p.requires_grad):
@@ -199,7 +202,7 @@ def adapted(double_unet):
 def test_of_adapters_alone(adapted, pairs, dropout):
     unet = adapted(dropout)
     keys = KEYS if dropout else None
-    space = BranchGradients(alone(), unet, MU, dropout > 0)
+    space = BranchGradients(SD15(), alone(), unet, MU, dropout > 0)
     trained = sum(p.numel() for p in space.parameters)
     winner, loser = flat_gradients(unet, pairs, keys)
     assert len(winner) == trained < 0.5 * sum(p.numel() for p in unet.parameters())
@@ -214,7 +217,7 @@ def test_of_adapters_alone(adapted, pairs, dropout):
 
 @pytest.mark.parametrize("dropout", [False, True])
 def test_leaves_no_gradients_behind(double_unet, pairs, dropout):
-    space = BranchGradients(alone(), double_unet, MU, dropout)
+    space = BranchGradients(SD15(), alone(), double_unet, MU, dropout)
     step_scale(space, (pairs, KEYS))
     space.pair_scales(pairs, KEYS)
     assert all(p.grad is None for p in double_unet.parameters())
@@ -232,7 +235,7 @@ def test_holds_few_gradients_at_a_time(double_unet, pairs, monkeypatch):
         return gradients
 
     monkeypatch.setattr(torch.autograd, "grad", watched)
-    space = BranchGradients(alone(), double_unet, MU)
+    space = BranchGradients(SD15(), alone(), double_unet, MU)
     step_scale(space, *[(pairs, KEYS)] * 3)
     # The first two are the sums, until others take their place.
     assert alive == [0, 1, 2, 1, 0, 0]
@@ -245,8 +248,8 @@ def test_holds_few_gradients_at_a_time(double_unet, pairs, monkeypatch):
 def test_gradient_checkpointing_and_channels_last_change_nothing(double_unet, pairs, dropout):
     unet = copy.deepcopy(double_unet).to(memory_format=torch.channels_last).train()
     unet.enable_gradient_checkpointing()
-    spaces = [BranchGradients(alone(), double_unet, MU)]
-    spaces.append(BranchGradients(alone(), unet, MU, dropout))
+    spaces = [BranchGradients(SD15(), alone(), double_unet, MU)]
+    spaces.append(BranchGradients(SD15(), alone(), unet, MU, dropout))
     scales = [step_scale(space, *[(pairs, KEYS)] * 2) for space in spaces]
     torch.testing.assert_close(scales[1], scales[0], rtol=1e-9, atol=0)
 
@@ -255,10 +258,10 @@ def test_in_half_precision(double_unet, pairs):
     """bf16 autocast of float32 weights; and fp16's gradient scaler, which cancels."""
     want = expected(*flat_gradients(double_unet, pairs))
     unet = copy.deepcopy(double_unet).float()
-    condition = Conditioning(pairs.conditioning.hidden.float())
+    condition = {"hidden": pairs.conditions["hidden"].float()}
     inputs = NoisedPairs(pairs.noisy.float(), pairs.timesteps, pairs.target.float(), condition)
     half = alone(autocast=lambda: torch.autocast("cpu", torch.bfloat16))
-    found = step_scale(BranchGradients(half, unet, MU), (inputs, KEYS))
+    found = step_scale(BranchGradients(SD15(), half, unet, MU), (inputs, KEYS))
     assert found.dtype == torch.float32
     assert found.item() == pytest.approx(want, rel=0.05)
     scaled = []
@@ -268,9 +271,11 @@ def test_in_half_precision(double_unet, pairs):
         return 1024 * error
 
     scaler = alone(scaler=SimpleNamespace(scale=scale))
-    plain = step_scale(BranchGradients(alone(), unet, MU), (inputs, KEYS))
+    plain = step_scale(BranchGradients(SD15(), alone(), unet, MU), (inputs, KEYS))
     assert plain.item() == pytest.approx(want, rel=1e-4)
-    torch.testing.assert_close(step_scale(BranchGradients(scaler, unet, MU), (inputs, KEYS)), plain)
+    torch.testing.assert_close(
+        step_scale(BranchGradients(SD15(), scaler, unet, MU), (inputs, KEYS)), plain
+    )
     assert len(scaled) == 2
 
 
@@ -283,4 +288,4 @@ def test_products_are_sums_over_all_tensors():
 
 def test_mu_outside_its_range_is_refused(double_unet, pairs):
     with pytest.raises(ValueError, match="mu must lie"):
-        BranchGradients(alone(), double_unet, 1.5).pair_scales(pairs, KEYS)
+        BranchGradients(SD15(), alone(), double_unet, 1.5).pair_scales(pairs, KEYS)

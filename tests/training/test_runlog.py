@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from sdpo.common import files
-from sdpo.common.jsonl import read_lines
-from sdpo.training.runlog import RunLog, describe_run, peak_memory_gib, write_config
+from sdpo.training.runlog import RunLog, describe_run, peak_memory_gib, read_metrics, write_config
 
 
 def entries(path):
@@ -57,17 +56,17 @@ def test_a_fresh_run_forgets_an_older_log(tmp_path):
 
 def test_reading_metrics(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    assert read_lines(path) == []
+    assert read_metrics(path) == []
     path.write_text('{"step": 1, "x": null}\n{"step": 2}\n{"st')
-    assert read_lines(path) == [{"step": 1, "x": None}, {"step": 2}]
+    assert read_metrics(path) == [{"step": 1, "x": None}, {"step": 2}]
 
 
-def test_config_holds_flags_versions_and_revision(make_args, tmp_path):
-    args = make_args(beta_dpo=123.0)
-    write_config(tmp_path, describe_run(args, {"pairs": 5}))
+def test_config_holds_flags_versions_and_revision(make_config, tmp_path):
+    settings = make_config(beta_dpo=123.0)
+    write_config(tmp_path, describe_run(settings, {"pairs": 5}))
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["args"]["beta_dpo"] == 123.0
-    assert set(config["args"]) == set(vars(args))
+    assert set(config["args"]) == set(settings.flags())
     assert config["resolved"] == {"pairs": 5}
     assert config["packages"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert "git_revision" in config

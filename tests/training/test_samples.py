@@ -21,8 +21,7 @@ PROMPTS = ["a red square", "a blue circle", "a green triangle"]
 def models(tiny_sd15):
     family, source = get_family(False), ModelSource(str(tiny_sd15))
     return SimpleNamespace(
-        family=family,
-        source=source,
+        base=(family, source),
         unet=family.load_unet(source).eval(),
         encoder=ModelEncoder(family, family.load_frozen(source), 64, torch.device("cpu")),
     )
@@ -33,7 +32,8 @@ def pixels(image):
 
 
 def test_a_prompts_image_depends_on_seed_and_place_alone(models):
-    pipeline = models.family.pipeline(models.unet, models.encoder.frozen, models.source)
+    family, source = models.base
+    pipeline = family.pipeline(models.unet, models.encoder.frozen, source)
 
     def images(prompts, seed=0, batch_size=8):
         return sample(pipeline, prompts, seed, 64, 7.5, steps=2, batch_size=batch_size)
@@ -75,12 +75,12 @@ def test_saving_replaces_whole_files(tmp_path, monkeypatch):
     assert np.asarray(Image.open(path)).max() == 9
 
 
-def test_draw_grid_writes_and_logs(models, make_args, tmp_path):
+def test_draw_grid_writes_and_logs(models, make_config, tmp_path):
     logged = []
     writer = SimpleNamespace(add_image=lambda *args, **kwargs: logged.append((args, kwargs)))
     accelerator = SimpleNamespace(trackers=[SimpleNamespace(name="tensorboard", writer=writer)])
-    args = make_args(validation_prompts=PROMPTS)
-    path = draw_grid(args, models, models.unet, accelerator, 7)
+    config = make_config(validation_prompts=PROMPTS)
+    path = draw_grid(config, models, models.unet, accelerator, 7)
     assert path == tmp_path / "run/samples/step-000007.png"
     sheet = np.asarray(Image.open(path))
     assert sheet.shape == (130, 130, 3)

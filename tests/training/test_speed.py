@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import sys
 import types
 
@@ -15,9 +16,9 @@ from sdpo.common.errors import UserError
 from sdpo.models import get_family
 from sdpo.models.base import ModelSource
 from sdpo.models.encoding import ModelEncoder
-from sdpo.models.forward import make_reference
-from sdpo.training.optim import build_optimizer, restore
-from sdpo.training.speed import build_adamw, compile_forward, follow_layout, to_channels_last
+from sdpo.models.reference import make_reference
+from sdpo.training.build import compile_forward, to_channels_last
+from sdpo.training.optim import build_adamw, build_optimizer, follow_layout, restore
 
 CPU = torch.device("cpu")
 
@@ -28,13 +29,15 @@ def loaded(request, tiny_sd15, tiny_sdxl):
     family = get_family(request.param == "sdxl")
     source = ModelSource(str(tiny_sdxl if family.sdxl else tiny_sd15))
     frozen = family.load_frozen(source)
-    conditioning = family.encode_captions(frozen, ["a red square", "", "x", "y"], 64)
+    conditions = family.encode_captions(frozen, ["a red square", "", "x", "y"], 64)
     draw = torch.Generator().manual_seed(0)
     inputs = {
         "sample": torch.randn(4, 4, 16, 16, generator=draw),
         "timestep": torch.tensor([3, 900, 500, 40]),
-        **conditioning.unet_kwargs(),
+        "encoder_hidden_states": conditions.pop("hidden"),
     }
+    if conditions:
+        inputs["added_cond_kwargs"] = conditions
     return family.load_unet(source), ModelEncoder(family, frozen, 64, CPU), inputs
 
 
@@ -144,10 +147,10 @@ def run(optimizer, parameters, first, last):
         optimizer.step()
 
 
-def test_fused_adamw_is_adamw(make_args):
+def test_fused_adamw_is_adamw(make_config):
     plain, fused = weights(), weights()
-    run(build_adamw(plain, make_args(), 1e-2), plain, 0, 10)
-    optimizer = build_adamw(fused, make_args(fused_optimizer=True), 1e-2)
+    run(build_adamw(plain, make_config().optim, 1e-2), plain, 0, 10)
+    optimizer = build_adamw(fused, make_config(fused_optimizer=True).optim, 1e-2)
     assert optimizer.defaults["fused"] is True
     run(optimizer, fused, 0, 10)
     for a, b in zip(plain, fused, strict=True):
@@ -155,7 +158,7 @@ def test_fused_adamw_is_adamw(make_args):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
 
-def test_without_a_fused_kernel_the_plain_one_is_used(make_args, monkeypatch, caplog):
+def test_without_a_fused_kernel_the_plain_one_is_used(make_config, monkeypatch, caplog):
     adamw = torch.optim.AdamW
 
     def refuses(parameters, fused=False, **settings):
@@ -164,7 +167,7 @@ def test_without_a_fused_kernel_the_plain_one_is_used(make_args, monkeypatch, ca
         return adamw(parameters, **settings)
 
     monkeypatch.setattr(torch.optim, "AdamW", refuses)
-    optimizer = build_adamw(weights(), make_args(fused_optimizer=True), 1e-2)
+    optimizer = build_adamw(weights(), make_config(fused_optimizer=True).optim, 1e-2)
     assert type(optimizer) is adamw and not optimizer.defaults["fused"]
     assert "--fused_optimizer: AdamW without it" in caplog.text
 
@@ -174,10 +177,10 @@ def scheduler_of(optimizer):
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_resuming_in_another_memory_order(make_args, fused):
-    args = make_args(fused_optimizer=fused)
+def test_resuming_in_another_memory_order(make_config, fused):
+    config = make_config(fused_optimizer=fused).optim
     whole = weights()
-    optimizer = build_optimizer(whole, args, 1e-2)
+    optimizer = build_optimizer(whole, config, 1e-2)
     run(optimizer, whole, 0, 3)
     saved = {
         "optimizer": copy.deepcopy(optimizer.state_dict()),
@@ -185,7 +188,7 @@ def test_resuming_in_another_memory_order(make_args, fused):
     }
     resumed = [nn.Parameter(w.detach().clone()) for w in whole]
     resumed[0].data = resumed[0].data.contiguous(memory_format=torch.channels_last)
-    again = build_optimizer(resumed, args, 1e-2)
+    again = build_optimizer(resumed, config, 1e-2)
     restore(again, scheduler_of(again), saved)
     for parameter, state in again.state.items():
         assert state["exp_avg"].stride() == parameter.stride()
@@ -204,7 +207,7 @@ def test_eight_bit_moments_keep_their_order():
         follow_layout(optimizer)
 
 
-def test_eight_bit_adam_takes_the_flags(make_args, monkeypatch):
+def test_eight_bit_adam_takes_the_flags(make_config, monkeypatch):
     class AdamW8bit(torch.optim.AdamW):
         """Stands in for bitsandbytes' own."""
 
@@ -215,20 +218,19 @@ def test_eight_bit_adam_takes_the_flags(make_args, monkeypatch):
     package.__spec__ = types.SimpleNamespace()
     monkeypatch.setitem(sys.modules, "bitsandbytes", package)
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", module)
-    args = make_args(use_8bit_adam=True, adam_beta1=0.8, adam_epsilon=1e-6)
-    optimizer = build_optimizer(weights(), args, 0.25)
+    config = make_config(use_8bit_adam=True, adam_beta1=0.8, adam_epsilon=1e-6).optim
+    optimizer = build_optimizer(weights(), config, 0.25)
     (group,) = optimizer.param_groups
     assert type(optimizer) is AdamW8bit
     assert (group["lr"], group["betas"], group["eps"]) == (0.25, (0.8, 0.999), 1e-6)
 
 
-def test_a_broken_bitsandbytes_is_one_sentence(make_args, monkeypatch):
-    args = make_args()
-    args.use_8bit_adam = True
+def test_a_broken_bitsandbytes_is_one_sentence(make_config, monkeypatch):
+    config = dataclasses.replace(make_config().optim, use_8bit_adam=True)
     monkeypatch.setitem(sys.modules, "bitsandbytes", types.ModuleType("bitsandbytes"))
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(UserError, match="--use_8bit_adam: bitsandbytes cannot be imported"):
-        build_adamw(weights(), args, 1e-2)
+        build_adamw(weights(), config, 1e-2)
 
 
 class HostReads(TorchDispatchMode):
@@ -251,30 +253,33 @@ class HostReads(TorchDispatchMode):
             self.paused = False
 
 
-def host_reads(tmp_path, monkeypatch, make_args, accumulation):
+def host_reads(tmp_path, monkeypatch, make_config, accumulation):
     """How often a step of a real run reads the device, the draws on the host left out."""
     from e2e.harness import as_argv, run_here
 
-    import sdpo.training.run
+    import sdpo.training.step
+    from sdpo.training.run import Run
 
     reads = HostReads()
-    step, noise_pairs = sdpo.training.run.Trainer.step, sdpo.training.run.noise_pairs
+    steps, noise_pairs = Run.steps, sdpo.training.step.noise_pairs
 
     def on_the_host(batches):
         while True:
             yield reads.without(next, batches)
 
-    def counted(trainer, batches):
-        with reads:
-            return step(trainer, on_the_host(batches))
+    def counted(run):
+        for step in steps(run):
+            step.batches = on_the_host(step.batches)
+            with reads:
+                yield step
 
     def undisturbed(*args):
         return reads.without(noise_pairs, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(sdpo.training.run.Trainer, "step", counted)
-        patch.setattr(sdpo.training.run, "noise_pairs", undisturbed)
-        flags = vars(make_args(output_dir=tmp_path / f"run-{accumulation}"))
+        patch.setattr(Run, "steps", counted)
+        patch.setattr(sdpo.training.step, "noise_pairs", undisturbed)
+        flags = make_config(output_dir=tmp_path / f"run-{accumulation}").flags()
         names = ("pretrained_model_name_or_path", "train_data_dir", "output_dir", "report_to")
         kept = {name: flags[name] for name in names}
         kept |= {"resolution": 32, "train_batch_size": 1, "max_train_steps": 1}
@@ -284,8 +289,8 @@ def host_reads(tmp_path, monkeypatch, make_args, accumulation):
     return reads.count
 
 
-def test_micro_steps_do_not_wait_for_the_device(tmp_path, monkeypatch, make_args):
-    one = host_reads(tmp_path, monkeypatch, make_args, 1)
-    four = host_reads(tmp_path, monkeypatch, make_args, 4)
+def test_micro_steps_do_not_wait_for_the_device(tmp_path, monkeypatch, make_config):
+    one = host_reads(tmp_path, monkeypatch, make_config, 1)
+    four = host_reads(tmp_path, monkeypatch, make_config, 4)
     assert one > 0
     assert four == one

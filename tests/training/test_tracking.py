@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 from sdpo.training.tracking import scalars, track
 
+BINS = [f"{i}00-{i}99" for i in range(10)]
 COUNTS = [0, 0, 3, *[0] * 16, 5]
 ENTRY = {
     "step": 7,
@@ -23,7 +24,7 @@ ENTRY = {
 
 
 def test_scalars_leave_empty_bins_out():
-    assert scalars(ENTRY, 1000) == {
+    assert scalars(ENTRY, BINS) == {
         "loss": 0.5,
         "winner_drift_by_timestep/000-099": 0.1,
         "winner_drift_by_timestep/900-999": -0.2,
@@ -40,7 +41,7 @@ def test_a_step_without_distributions_is_scalars_alone():
     accelerator = SimpleNamespace(
         trackers=[tracker], log=lambda values, step: logged.append((values, step))
     )
-    track(accelerator, {"step": 2, "loss": 0.25}, 1000)
+    track(accelerator, {"step": 2, "loss": 0.25}, BINS)
     assert logged == [({"loss": 0.25}, 2)]
 
 
@@ -64,8 +65,8 @@ def test_each_tracker_gets_scalars_and_those_that_can_a_histogram(tmp_path, monk
     accelerator = SimpleNamespace(
         trackers=trackers, log=lambda values, step: logged.append((values, step))
     )
-    track(accelerator, ENTRY, 1000)
-    assert logged == [(scalars(ENTRY, 1000), 7)]
+    track(accelerator, ENTRY, BINS)
+    assert logged == [(scalars(ENTRY, BINS), 7)]
 
     edges = [i / 20 for i in range(21)]
     assert runs == [({"loser_scale_histogram": ("histogram", (COUNTS, edges))}, 7)]

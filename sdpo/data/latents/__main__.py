@@ -8,52 +8,51 @@ goes on where it was. train.py with the same --cache_dir_latents then finds the 
 
 from __future__ import annotations
 
-import argparse
 import sys
 
-from sdpo.args import build_parser, parse_args
 from sdpo.common.errors import UserError, run_main
-from sdpo.data.latents.flags import CACHE_FLAG
+from sdpo.config import TrainConfig, parse_train
+from sdpo.config.data import CACHE_FLAG
+from sdpo.data.local import check_cache_location, check_data_location
+from sdpo.models.locations import check_model_location
 
-CHECK_ONLY = "--check_only"
 
-
-def parse_cache_args(argv: list[str]) -> argparse.Namespace:
-    """train.py's flags, of which those of model, data, resolution and precision count.
+def parse(argv: list[str]) -> TrainConfig:
+    """Parse train.py's flags, of which those of model, data, resolution and precision count, and
+    check the places that they name.
 
     Raises:
         UserError: naming the flag and what would be right.
     """
-    parser = build_parser("python -m sdpo.data.latents", __doc__)
-    parser.add_argument(CHECK_ONLY, action="store_true", help="check the flags, no more")
-    args = parse_args(argv, parser)
-    if args.cache_dir_latents is None:
+    config = parse_train(argv, "python -m sdpo.data.latents", __doc__)
+    check_model_location(config.model)
+    check_data_location(config.data)
+    check_cache_location(config.data)
+    if config.data.cache_dir_latents is None:
         raise UserError(f"{CACHE_FLAG} is missing: where shall the cache be?")
-    return args
+    return config
 
 
 def main() -> int:
     """Encode what is missing, say what is there."""
-    args = parse_cache_args(sys.argv[1:])
-    if args.check_only:
+    config = parse(sys.argv[1:])
+    if config.run.check_only:
         return 0
 
     from sdpo.common.precision import check_precision
     from sdpo.common.processes import start
     from sdpo.data.latents.prepare import prepare_cache
     from sdpo.data.source import open_pairs
-    from sdpo.models import get_family
-    from sdpo.models.base import ModelSource
+    from sdpo.models import open_base
 
     accelerator = start()
-    check_precision("--mixed_precision", args.mixed_precision, accelerator.device)
-    family, source = get_family(args.sdxl), ModelSource.from_args(args)
-    family.load_unet_config(source)
+    check_precision("--mixed_precision", config.optim.mixed_precision, accelerator.device)
+    family, source = open_base(config)
     with accelerator.local_main_process_first():
-        pairs = open_pairs(args)
-    cache = prepare_cache(pairs, args, family, source, accelerator)
+        pairs = open_pairs(config.data, config.run.seed)
+    cache = prepare_cache(pairs, config, family, source, accelerator)
     if accelerator.is_main_process:
-        print(f"{args.cache_dir_latents}: {cache.summary}")
+        print(f"{config.data.cache_dir_latents}: {cache.summary}")
     accelerator.end_training()
     return 0
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +18,8 @@ from tqdm.auto import tqdm
 
 from sdpo.common.errors import UserError
 from sdpo.common.precision import DTYPES
-from sdpo.data.latents.flags import CACHE_FLAG
+from sdpo.config import TrainConfig
+from sdpo.config.data import CACHE_FLAG
 from sdpo.data.latents.manifest import LATENTS, TEXT
 from sdpo.data.latents.store import MOMENTS, caption_digest, write_shard
 from sdpo.data.loader import BadRowCounter
@@ -54,15 +54,15 @@ class Builder:
     family: Family
     frozen: Frozen
     device: torch.device
-    args: argparse.Namespace
+    config: TrainConfig
     flips: bool
     rank: int = 0
     world_size: int = 1
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which numbers are kept."""
-        return DTYPES[self.args.cache_dtype]
+        """Give the number format of what is kept."""
+        return DTYPES[self.config.data.cache_dtype]
 
     def build(self, work: Work, pairs: PairSource) -> None:
         """Write the missing shards of this process.
@@ -82,7 +82,7 @@ class Builder:
         with self._bar("caching captions", shards, "caption") as bar:
             for shard in shards:
                 parts = []
-                for chunk in _chunks(shard, 2 * self.args.cache_batch_size):
+                for chunk in _chunks(shard, 2 * self.config.data.cache_batch_size):
                     parts.append(self._encode_texts(chunk))
                     bar.update(len(chunk))
                 tensors = {name: torch.cat([p[name] for p in parts]) for name in example}
@@ -94,20 +94,21 @@ class Builder:
         return {name: self._kept(t, f"caption {captions[0]!r}") for name, t in encoded.items()}
 
     def _latents(self, rows: np.ndarray, pairs: PairSource) -> None:
-        args = self.args
-        shape = self.family.latent_shape(self.frozen, args.resolution)
+        data = self.config.data
+        assert data.resolution
+        shape = self.family.latent_shape(self.frozen, data.resolution)
         size = 4 * (1 + self.flips) * math.prod(shape) * self.dtype.itemsize
         shards = self._share(rows.tolist(), size)
-        batches = [chunk for shard in shards for chunk in _chunks(shard, args.cache_batch_size)]
-        decoder = PairDecoder(pairs.columns, pairs.base, PairTransform(args.resolution), 0.0)
+        batches = [chunk for shard in shards for chunk in _chunks(shard, data.cache_batch_size)]
+        decoder = PairDecoder(pairs.columns, pairs.base, PairTransform(data.resolution), 0.0)
         images = DataLoader(
             _Images(pairs, decoder),
             batch_sampler=batches,
-            num_workers=args.dataloader_num_workers,
+            num_workers=data.dataloader_num_workers,
             collate_fn=list,
             pin_memory=self.device.type == "cuda",
         )
-        counter = BadRowCounter(args.max_bad_fraction)
+        counter = BadRowCounter(data.max_bad_fraction)
         decoded = iter(images)
         with self._bar("caching latents", shards, "pair") as bar:
             for shard in shards:
@@ -153,8 +154,9 @@ class Builder:
         if not kept.isfinite().all():
             raise UserError(
                 f"{CACHE_FLAG}: the encoding of {what} is not finite in --mixed_precision "
-                f"{self.args.mixed_precision} and --cache_dtype {self.args.cache_dtype}; use bf16 "
-                "for both, or a VAE that does not overflow"
+                f"{self.config.optim.mixed_precision} and --cache_dtype "
+                f"{self.config.data.cache_dtype}; use bf16 for both, or a VAE that does not "
+                "overflow"
             )
         return kept
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdpo.common.errors import UserError
-from sdpo.data.latents.flags import CACHE_FLAG
+from sdpo.config import TrainConfig
+from sdpo.config.data import CACHE_FLAG
 from sdpo.data.latents.identity import dataset_digest, text_digest, vae_digest
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ _MADE_OF = "made_of"
 
 
 def make_key(
-    args: argparse.Namespace, family: Family, source: ModelSource, pairs: PairSource
+    config: TrainConfig, family: Family, source: ModelSource, pairs: PairSource
 ) -> dict[str, Any]:
     """The key of the cache that a run needs. Reads the files of VAE and text encoders.
 
@@ -31,21 +31,21 @@ def make_key(
     Raises:
         UserError: a model's files are not to be had.
     """
+    data = config.data
     return {
         "family": family.name,
         "vae": vae_digest(source),
         "text": text_digest(family, source),
-        "precision": args.mixed_precision,
-        "dtype": args.cache_dtype,
-        "resolution": args.resolution,
+        "precision": config.optim.mixed_precision,
+        "dtype": data.cache_dtype,
+        "resolution": data.resolution,
         "transform": TRANSFORM,
-        "flips": not args.no_hflip,
+        "flips": not data.no_hflip,
         "dataset": dataset_digest(pairs),
         _MADE_OF: {
             "vae": source.vae or source.base,
             "text": source.base,
-            "dataset": f"{args.train_data_dir or args.dataset_name} ({args.split}, "
-            f"{len(pairs.given)} rows)",
+            "dataset": f"{data.location} ({data.split}, {len(pairs.given)} rows)",
         },
     }
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from sdpo.common.errors import UserError
 from sdpo.common.files import write_text
-from sdpo.data.latents.flags import CACHE_FLAG
+from sdpo.config.data import CACHE_FLAG
 
 log = logging.getLogger(__name__)
 

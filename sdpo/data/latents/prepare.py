@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import fcntl
 import logging
 from collections.abc import Callable, Iterator
@@ -12,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from sdpo.common.errors import UserError
 from sdpo.common.precision import DTYPES
+from sdpo.config import TrainConfig
+from sdpo.config.data import CACHE_FLAG
 from sdpo.data.latents.build import Builder, Work, all_captions
-from sdpo.data.latents.flags import CACHE_FLAG
 from sdpo.data.latents.key import check_key, make_key
 from sdpo.data.latents.manifest import (
     Manifest,
@@ -37,7 +37,7 @@ LOCK_FILE = "lock"
 
 def prepare_cache(
     pairs: PairSource,
-    args: argparse.Namespace,
+    config: TrainConfig,
     family: Family,
     source: ModelSource,
     accelerator: Accelerator,
@@ -51,10 +51,10 @@ def prepare_cache(
     """
     from accelerate.utils.memory import clear_device_cache
 
-    directory = Path(args.cache_dir_latents)
+    directory = Path(config.data.cache_dir_latents)
 
     def find() -> tuple[dict[str, Any], bool]:
-        key = make_key(args, family, source, pairs)
+        key = make_key(config, family, source, pairs)
         manifest = read_manifest(directory)
         if manifest is None:
             return key, True
@@ -64,12 +64,12 @@ def prepare_cache(
     key, incomplete = _on_main(accelerator, find)
     if incomplete:
         with accelerator.local_main_process_first():
-            dtype = DTYPES[args.mixed_precision]
+            dtype = DTYPES[config.optim.mixed_precision]
             frozen = load_frozen_as(family, source, accelerator.device, dtype)
-        _build(key, directory, pairs, args, family, frozen, accelerator)
+        _build(key, directory, pairs, config, family, frozen, accelerator)
         del frozen
         clear_device_cache(garbage_collection=True)
-    return _open(directory, args.verify_cache, accelerator)
+    return _open(directory, config.data.verify_cache, accelerator)
 
 
 def _missing(directory: Path, manifest: Manifest, pairs: PairSource) -> Work:
@@ -83,7 +83,7 @@ def _build(
     key: dict[str, Any],
     directory: Path,
     pairs: PairSource,
-    args: argparse.Namespace,
+    config: TrainConfig,
     family: Family,
     frozen: Frozen,
     accelerator: Accelerator,
@@ -91,11 +91,11 @@ def _build(
     def begin() -> tuple[bool, Work]:
         manifest = read_manifest(directory)
         if manifest is None:
-            config = frozen.vae.config
+            vae = frozen.vae.config
             about = {
-                "latent_shape": list(family.latent_shape(frozen, args.resolution)),
-                "scaling_factor": config.scaling_factor,
-                "shift_factor": config.shift_factor,
+                "latent_shape": list(family.latent_shape(frozen, config.data.resolution)),
+                "scaling_factor": vae.scaling_factor,
+                "shift_factor": vae.shift_factor,
             }
             manifest = start_manifest(directory, key, about)
         check_key(directory, manifest.key, key)
@@ -110,7 +110,7 @@ def _build(
         flips, work = _on_main(accelerator, begin)
         rank, world_size = accelerator.process_index, accelerator.num_processes
         device = accelerator.device
-        builder = Builder(directory, family, frozen, device, args, flips, rank, world_size)
+        builder = Builder(directory, family, frozen, device, config, flips, rank, world_size)
         _together(lambda: builder.build(work, pairs))
         _on_main(accelerator, finish)
 

@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -18,11 +18,6 @@ from torch import Tensor
 from sdpo.common.errors import UserError
 from sdpo.common.files import file_sha256, write_bytes, write_text
 from sdpo.data.latents.manifest import LATENTS, TEXT, Manifest, Shard, damaged, entry_path
-
-if TYPE_CHECKING:
-    from sdpo.data.latents.pairs import CachedPairs
-    from sdpo.data.pairs import PairDecoder
-    from sdpo.data.source import PairSource
 
 MOMENTS = "moments"
 OPEN_FILES = 32  # memory-mapped at a time, in each process
@@ -89,12 +84,6 @@ class LatentCache:
         shard, place = self._texts[caption_digest(caption)]
         file = self.shards[shard].file
         return {name: self._files.slice(file, name)[place] for name in self._files.names(file)}
-
-    def pairs(self, source: PairSource, decoder: PairDecoder, seed: int) -> CachedPairs:
-        """Training samples from the cache, for the same places as `PairDataset`'s."""
-        from sdpo.data.latents.pairs import CachedPairs
-
-        return CachedPairs(self, source, decoder, seed)
 
     def verify(self, rank: int = 0, world_size: int = 1) -> None:
         """Compare one process's share of the shards with their checksums.

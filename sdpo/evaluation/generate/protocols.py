@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from sdpo.models.base import Conditioning, Family, Frozen, ModelSource
+from sdpo.models.base import Conditions, Family, Frozen, ModelSource, joined, repeat
 
 DECODED_PIXELS = 2**21  # at a time: 8 images of 512 px
 
@@ -95,7 +95,7 @@ class Paper(Protocol):
         )
         self.unconditional = self.encode([""])
 
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
+    def encode(self, prompts: Sequence[str]) -> Conditions:
         """What the UNet is told about prompts."""
         return self.family.encode_captions(self.frozen, list(prompts), self.sampling.resolution)
 
@@ -103,12 +103,12 @@ class Paper(Protocol):
     def __call__(self, prompts: Sequence[str], indices: Sequence[int]) -> list[Image.Image]:
         """See `Protocol.__call__`; the indices play no part."""
         count, scheduler = len(prompts), self.scheduler
-        both = self.unconditional.repeat(count).followed_by(self.encode(prompts))
+        both = joined([repeat(self.unconditional, count), self.encode(prompts)])
         scheduler.set_timesteps(self.sampling.steps, device=self.device)
         latents = self.noise.expand(count, -1, -1, -1) * scheduler.init_noise_sigma
         for timestep in scheduler.timesteps:
             inputs = scheduler.scale_model_input(torch.cat([latents, latents]), timestep)
-            output = self.unet(inputs, timestep, **both.unet_kwargs()).sample
+            output = self.family.predict(self.unet, inputs, timestep, both)
             uncond, cond = output.chunk(2)
             guided = cond + self.sampling.cfg * (cond - uncond)
             latents = scheduler.step(guided, timestep, latents).prev_sample
@@ -117,7 +117,7 @@ class Paper(Protocol):
     def decode(self, latents: Tensor) -> list[Image.Image]:
         """Latents (B, C, r, r) to images."""
         vae = self.frozen.vae
-        scaled = latents.to(vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0)
+        scaled = self.family.denormalise(latents.to(vae.dtype), vae.config)
         at_once = max(1, DECODED_PIXELS // self.sampling.resolution**2)
         decoded = [vae.decode(part).sample for part in scaled.split(at_once)]
         pixels = (torch.cat(decoded) / 2 + 0.5).clamp(0, 1)

@@ -8,20 +8,22 @@ where it was; `train.py --choice_model pickscore` with the same data flags finds
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import math
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdpo.common.cli import Parser
 from sdpo.common.errors import UserError
-from sdpo.data.flags import add_source_flags, check_source_flags, choice_weights
-from sdpo.evaluation.score.config import add_device_flags, check_batch_size
-from sdpo.models.locations import check_data_location
+from sdpo.common.flags import flag, parse
+from sdpo.config import SourceConfig
+from sdpo.config.rules import check_source
+from sdpo.data.local import check_data_location
+from sdpo.evaluation.score.config import parse_weights
+from sdpo.evaluation.score.scorers import scorer_names
 
 if TYPE_CHECKING:
     import torch
@@ -37,31 +39,63 @@ PAIRS_A_SAVE = 2048  # of each process
 Scored = tuple[int, float, float]  # row of the dataset, scores of image 0 and 1
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """relabel.py's flags; those that name the data are train.py's.
+@dataclass(frozen=True)
+class RelabelConfig:
+    """relabel.py's flags; those that name the data are train.py's."""
+
+    data: SourceConfig = field(default_factory=SourceConfig)
+    device: str | None = flag(None, "e.g. cuda:1, mps, cpu", shown="the best there is")
+    batch_size: int = flag(32, "images scored at a time", metavar="N")
+    mixed_precision: str = flag(
+        "auto",
+        "of the scorers: auto: fp16 on CUDA, else no; where it changes the first batch's scores by "
+        "more than 2% of their spread, float32 is used",
+        choices=("auto", "no", "fp16", "bf16"),
+    )
+    seed: int = flag(0, "of --max_train_samples")
+    check_only: bool = flag(False, "check the flags, no more")
+
+
+def parse_config(argv: list[str]) -> tuple[RelabelConfig, dict[str, str]]:
+    """Parse the program's flags; the scorer's weights are given beside them.
 
     Raises:
         UserError: naming the flag and what would be right.
     """
-    parser = Parser("relabel.py", __doc__)
-    add_source_flags(parser.add_argument_group("data"))
-    scoring = parser.add_argument_group("scoring")
-    add_device_flags(scoring)
-    scoring.add_argument("--seed", type=int, default=0, help="of --max_train_samples (default: 0)")
-    parser.add_argument("--check_only", action="store_true", help="check the flags, no more")
-    args = parser.parse_args(argv)
-    if args.choice_model is None:
+    config = parse(RelabelConfig, argv, "relabel.py", __doc__)
+    if config.data.choice_model is None:
         raise UserError("--choice_model is missing: which scorer shall label the pairs?")
-    check_source_flags(args)
-    check_batch_size(args)
-    check_data_location(args)
-    return args
+    check_source(config.data)
+    if config.batch_size < 1:
+        raise UserError(f"the scorers' batch size must be at least 1, got {config.batch_size}")
+    weights = check_choice_model(config.data)
+    check_data_location(config.data)
+    return config, weights
+
+
+def check_choice_model(data: SourceConfig) -> dict[str, str]:
+    """Check --choice_model and --choice_weights; returns the weights by scorer and part.
+
+    Raises:
+        UserError: an unknown scorer, or weights of another form, of another scorer, or not there.
+    """
+    known = scorer_names()
+    if data.choice_model is not None and data.choice_model not in known:
+        names = ", ".join(map(repr, known))
+        raise UserError(
+            f"argument --choice_model: invalid choice: {data.choice_model!r} (choose from {names})"
+        )
+    weights = parse_weights(list(data.choice_weights), "--choice_weights")
+    for name in weights:
+        if name.partition(".")[0] != data.choice_model:
+            raise UserError(f"--choice_weights: {name} is not a part of {data.choice_model}")
+    return weights
 
 
 def main() -> int:
     """Score what is missing, print the agreement."""
-    args = parse_args(sys.argv[1:])
-    if args.check_only:
+    config, weights = parse_config(sys.argv[1:])
+    if config.check_only:
         return 0
 
     from sdpo.common.processes import start
@@ -70,25 +104,25 @@ def main() -> int:
 
     accelerator = start()
     with accelerator.local_main_process_first():
-        pairs = open_pairs(args)
+        pairs = open_pairs(config.data, config.seed)
     options = ScoreOptions(
-        weights=choice_weights(args),
-        device=args.device,
-        batch_size=args.score_batch_size,
-        mixed_precision=args.mixed_precision,
-        cache_dir=args.cache_dir,
+        weights=weights,
+        device=config.device,
+        batch_size=config.batch_size,
+        mixed_precision=config.mixed_precision,
+        cache_dir=config.data.cache_dir,
     )
-    relabel(pairs, args, options, accelerator)
+    relabel(pairs, config.data, options, accelerator)
     accelerator.end_training()
     return 0
 
 
 def relabel(
-    pairs: PairSource, args: argparse.Namespace, options: ScoreOptions, accelerator: Accelerator
+    pairs: PairSource, data: SourceConfig, options: ScoreOptions, accelerator: Accelerator
 ) -> PairSource:
     """The pairs with --choice_model's labels; what is not scored yet is scored now.
 
-    `args` holds the flags that name the data, as train.py has them. With several processes each
+    With several processes each
     scores its share and the main one saves.
 
     Raises:
@@ -99,9 +133,10 @@ def relabel(
     from sdpo.data.ai_labels import ChoiceScores, with_choices
     from sdpo.evaluation.score.scorers import get_scorer
 
-    name = args.choice_model
+    name = data.choice_model
+    assert name
     weights = options.of(name, get_scorer(name))
-    path = choices_path(pairs, args, weights.identity())
+    path = choices_path(pairs, data, weights.identity())
     found = ChoiceScores(path, int(pairs.origin.max()) + 1)
     # All go by what the main process, which saves, has found: machines may not share a disk.
     found.scores, found.seen = broadcast_object_list([found.scores, found.seen])
@@ -113,13 +148,13 @@ def relabel(
     return labelled
 
 
-def choices_path(pairs: PairSource, args: argparse.Namespace, identity: dict[str, Any]) -> Path:
+def choices_path(pairs: PairSource, data: SourceConfig, identity: dict[str, Any]) -> Path:
     """Where the scores are: beside the dataset's own files in the cache of `datasets`, which tells
     one version of the data from another."""
-    about = [identity, args.caption_column, pairs.columns.image_0, pairs.columns.image_1]
+    about = [identity, data.caption_column, pairs.columns.image_0, pairs.columns.image_1]
     key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]
     first = Path(pairs.rows.cache_files[0]["filename"])
-    return first.parent / f"choices-{args.choice_model}-{args.split}-{key}.parquet"
+    return first.parent / f"choices-{data.choice_model}-{data.split}-{key}.parquet"
 
 
 def score_missing(

@@ -58,8 +58,8 @@ def assert_equal(found, wanted):
 
 
 @pytest.mark.parametrize("sdxl", [False, True])
-def test_posteriors_and_texts(prepare, cache_args, data, sdxl):
-    ready = prepare(cache_args(sdxl=sdxl, train_data_dir=data()))
+def test_posteriors_and_texts(prepare, cache_config, data, sdxl):
+    ready = prepare(cache_config(sdxl=sdxl, train_data_dir=data()))
     frozen = ready.family.load_frozen(ready.source)
     latents, texts = contents(ready)
     transform = PairTransform(32)
@@ -81,11 +81,11 @@ def test_posteriors_and_texts(prepare, cache_args, data, sdxl):
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [("bf16", 2**-8), ("fp16", 2**-11)])
-def test_rounding(prepare, cache_args, data, tmp_path, dtype, bound):
+def test_rounding(prepare, cache_config, data, tmp_path, dtype, bound):
     where = data()
-    exact = contents(prepare(cache_args(train_data_dir=where)))
+    exact = contents(prepare(cache_config(train_data_dir=where)))
     flags = {"cache_dtype": dtype, "cache_dir_latents": tmp_path / dtype}
-    rounded = contents(prepare(cache_args(train_data_dir=where, **flags)))
+    rounded = contents(prepare(cache_config(train_data_dir=where, **flags)))
     for row, wanted in exact[0].items():
         found = rounded[0][row]
         assert found.dtype == {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
@@ -94,44 +94,48 @@ def test_rounding(prepare, cache_args, data, tmp_path, dtype, bound):
         assert error.max() > 0
 
 
-def test_no_flips(prepare, cache_args, data):
-    ready = prepare(cache_args(train_data_dir=data(), no_hflip=True))
+def test_no_flips(prepare, cache_config, data):
+    ready = prepare(cache_config(train_data_dir=data(), no_hflip=True))
     (file,) = (s.file for s in ready.cache.shards if s.kind == "latents")
     assert ready.cache._files.slice(file, "moments").get_shape()[1] == 1, "one view"
     with pytest.raises(UserError, match="--no_hflip"):
-        prepare(cache_args(train_data_dir=ready.args.train_data_dir))
+        prepare(cache_config(train_data_dir=ready.config.data.train_data_dir))
 
 
-def test_a_run_without_flips_completes_a_cache_with_flips(prepare, cache_args, data):
+def test_a_run_without_flips_completes_a_cache_with_flips(prepare, cache_config, data):
     where = data()
-    prepare(cache_args(train_data_dir=where, max_train_samples=5))
-    prepare(cache_args(train_data_dir=where, no_hflip=True))
-    ready = prepare(cache_args(train_data_dir=where))
+    prepare(cache_config(train_data_dir=where, max_train_samples=5))
+    prepare(cache_config(train_data_dir=where, no_hflip=True))
+    ready = prepare(cache_config(train_data_dir=where))
     latents, _ = contents(ready)
     assert len(latents) == len(ready.pairs)
 
 
-def test_only_what_is_missing_is_encoded(prepare, cache_args, data, tmp_path, monkeypatch):
+def test_only_what_is_missing_is_encoded(prepare, cache_config, data, tmp_path, monkeypatch):
     where = data()
-    whole = contents(prepare(cache_args(train_data_dir=where, cache_dir_latents=tmp_path / "a")))
-    some = prepare(cache_args(train_data_dir=where, max_train_samples=5))
+    whole = contents(prepare(cache_config(train_data_dir=where, cache_dir_latents=tmp_path / "a")))
+    some = prepare(cache_config(train_data_dir=where, max_train_samples=5))
     before = {s.file: (tmp_path / "latents" / s.file).stat().st_mtime_ns for s in some.cache.shards}
     encoded = []
     one = Builder._encode_images
     monkeypatch.setattr(
         Builder, "_encode_images", lambda self, p, rows: encoded.extend(rows) or one(self, p, rows)
     )
-    every = prepare(cache_args(train_data_dir=where))
+    every = prepare(cache_config(train_data_dir=where))
     assert sorted([*encoded, *some.pairs.origin]) == every.pairs.origin.tolist()
     for file, time in before.items():
         assert (tmp_path / "latents" / file).stat().st_mtime_ns == time
     assert_equal(contents(every), whole)
 
 
-def test_an_interrupted_build_goes_on(prepare, cache_args, data, tmp_path, monkeypatch):
-    args = cache_args(train_data_dir=data(), cache_batch_size=2)
+def test_an_interrupted_build_goes_on(prepare, cache_config, data, tmp_path, monkeypatch):
+    config = cache_config(train_data_dir=data(), cache_batch_size=2)
     whole = contents(
-        prepare(cache_args(train_data_dir=args.train_data_dir, cache_dir_latents=tmp_path / "a"))
+        prepare(
+            cache_config(
+                train_data_dir=config.data.train_data_dir, cache_dir_latents=tmp_path / "a"
+            )
+        )
     )
     monkeypatch.setattr(build, "SHARD_BYTES", 3 * 8 * 4 * 8 * 8 * 4)  # three pairs
     written = []
@@ -149,12 +153,12 @@ def test_an_interrupted_build_goes_on(prepare, cache_args, data, tmp_path, monke
 
     with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
         context.setattr(build, "write_shard", until)
-        prepare(args)
+        prepare(config)
     assert [len(s.items) for s in written] == [3, 3]
     # Not gathered, and all the same there.
     finished = {s.file: s.sha256 for s in read_manifest(tmp_path / "latents").shards}
     assert {s.file for s in written} < set(finished)
-    ready = prepare(args)
+    ready = prepare(config)
     assert {s.file: s.sha256 for s in ready.cache.shards if s.file in finished} == finished
     assert_equal(contents(ready), whole)
     files = {path.name for path in (tmp_path / "latents").iterdir()}
@@ -163,35 +167,35 @@ def test_an_interrupted_build_goes_on(prepare, cache_args, data, tmp_path, monke
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_bad_rows_are_remembered(prepare, cache_args, data, workers, monkeypatch):
+def test_bad_rows_are_remembered(prepare, cache_config, data, workers, monkeypatch):
     where = data(break_rows(3, 4))
     flags = {"train_data_dir": where, "max_bad_fraction": 1.0, "cache_batch_size": 2}
-    ready = prepare(cache_args(**flags, dataloader_num_workers=workers))
+    ready = prepare(cache_config(**flags, dataloader_num_workers=workers))
     assert ready.cache.bad == {3: "not in a known image format", 4: "not in a known image format"}
     assert set(contents(ready)[0]) == set(ready.pairs.origin.tolist()) - {3, 4}
     monkeypatch.setattr(Builder, "build", lambda *a: pytest.fail("nothing is missing"))
-    assert prepare(cache_args(**flags)).cache.bad == ready.cache.bad
+    assert prepare(cache_config(**flags)).cache.bad == ready.cache.bad
 
 
-def test_a_shard_of_bad_rows_alone(prepare, cache_args, data, monkeypatch):
+def test_a_shard_of_bad_rows_alone(prepare, cache_config, data, monkeypatch):
     monkeypatch.setattr(build, "SHARD_BYTES", 1)
     where = data(break_rows(0))
-    ready = prepare(cache_args(train_data_dir=where))
+    ready = prepare(cache_config(train_data_dir=where))
     assert set(ready.cache.bad) == {0}
     assert len(contents(ready)[0]) == len(ready.pairs) - 1
 
 
-def test_too_many_bad_rows(prepare, cache_args, data):
+def test_too_many_bad_rows(prepare, cache_config, data):
     where = data(break_rows(0, 1, 2, 3, 5))
     with pytest.raises(UserError, match="5 of 8 pairs cannot be decoded"):
-        prepare(cache_args(train_data_dir=where))
+        prepare(cache_config(train_data_dir=where))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 50])
-def test_shares(prepare, cache_args, data, tmp_path, world_size, monkeypatch):
+def test_shares(prepare, cache_config, data, tmp_path, world_size, monkeypatch):
     """Processes one after another write what one process writes."""
     where = data()
-    whole = prepare(cache_args(train_data_dir=where))
+    whole = prepare(cache_config(train_data_dir=where))
     directory = tmp_path / "apart"
     directory.mkdir()
     frozen = whole.family.load_frozen(whole.source)
@@ -201,7 +205,14 @@ def test_shares(prepare, cache_args, data, tmp_path, world_size, monkeypatch):
     monkeypatch.setattr(build, "write_shard", lambda *a: written.append(one(*a)))
     for rank in range(min(world_size, 20)):
         builder = Builder(
-            directory, whole.family, frozen, torch.device("cpu"), whole.args, True, rank, world_size
+            directory,
+            whole.family,
+            frozen,
+            torch.device("cpu"),
+            whole.config,
+            True,
+            rank,
+            world_size,
         )
         builder.build(Work(whole.pairs.origin, captions), whole.pairs)
     (directory / "manifest.json").write_text('{"format": 1, "key": {}, "about": {}, "shards": []}')
@@ -213,17 +224,17 @@ def test_shares(prepare, cache_args, data, tmp_path, world_size, monkeypatch):
         assert len(found.shards) >= 2 * min(world_size, 3)
 
 
-def test_two_runs_do_not_build_one_cache(prepare, cache_args, data, tmp_path):
+def test_two_runs_do_not_build_one_cache(prepare, cache_config, data, tmp_path):
     where = data()
     (tmp_path / "latents").mkdir()
     with open(tmp_path / "latents" / "lock", "w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="another run is encoding into"):
-            prepare(cache_args(train_data_dir=where))
-    prepare(cache_args(train_data_dir=where))
+            prepare(cache_config(train_data_dir=where))
+    prepare(cache_config(train_data_dir=where))
 
 
-def test_an_overflow_is_not_kept(prepare, cache_args, data, monkeypatch):
+def test_an_overflow_is_not_kept(prepare, cache_config, data, monkeypatch):
     from sdpo.models.base import Family
 
     whole = Family.encode_posterior
@@ -234,25 +245,25 @@ def test_an_overflow_is_not_kept(prepare, cache_args, data, monkeypatch):
 
     monkeypatch.setattr(Family, "encode_posterior", huge)
     with pytest.raises(UserError, match="is not finite in --mixed_precision no and --cache_dtype"):
-        prepare(cache_args(train_data_dir=data(), cache_dtype="fp16"))
+        prepare(cache_config(train_data_dir=data(), cache_dtype="fp16"))
 
 
-def test_captions(data, make_args):
+def test_captions(data, make_config):
     def lists(rows):
         for i, row in enumerate(rows):
             row["label_0"] = 1.0
             row["caption"] = [[], ["b", f"a{i % 2}"], None, ["", None]][i % 4]
 
-    pairs = open_pairs(make_args(train_data_dir=data(lists)))
+    pairs = open_pairs(make_config(train_data_dir=data(lists)).data, 0)
     assert all_captions(pairs) == ["", "a1", "b"]
 
 
-def test_captions_must_be_text(data, make_args):
+def test_captions_must_be_text(data, make_config):
     def numbers(rows):
         for row in rows:
             row["caption"] = 3
 
-    pairs = open_pairs(make_args(train_data_dir=data(numbers)))
+    pairs = open_pairs(make_config(train_data_dir=data(numbers)).data, 0)
     with pytest.raises(UserError, match=re.escape("--caption_column caption: captions must be")):
         all_captions(pairs)
 

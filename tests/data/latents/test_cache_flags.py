@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sdpo.common.errors import UserError
-from sdpo.data.latents.__main__ import parse_cache_args
+from sdpo.data.latents.__main__ import parse
 
 
 @pytest.mark.parametrize(
@@ -19,26 +19,27 @@ from sdpo.data.latents.__main__ import parse_cache_args
         ({"cache_dir_latents": __file__}, "is a file; give a directory"),
     ],
 )
-def test_mistakes(cache_args, flags, said):
+def test_mistakes(cache_config, flags, said):
     with pytest.raises(UserError, match=said):
-        cache_args(**flags)
+        cache_config(**flags)
 
 
-def test_defaults(make_args):
-    args = make_args()
-    assert (args.cache_dir_latents, args.cache_dtype, args.verify_cache) == (None, "bf16", False)
+def test_defaults(make_config):
+    data = make_config().data
+    assert (data.cache_dir_latents, data.cache_dtype, data.verify_cache) == (None, "bf16", False)
 
 
-def test_home(cache_args, monkeypatch, tmp_path):
+def test_home(cache_config, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert cache_args(cache_dir_latents="~/latents").cache_dir_latents == str(tmp_path / "latents")
+    data = cache_config(cache_dir_latents="~/latents").data
+    assert data.cache_dir_latents == str(tmp_path / "latents")
 
 
 def test_the_program_takes_a_training_runs_flags(tiny_sd15, pairs_dir, tmp_path):
     flags = ["--pretrained_model_name_or_path", tiny_sd15, "--train_data_dir", pairs_dir]
     flags += ["--beta_dpo", 3, "--output_dir", tmp_path / "run"]
     with pytest.raises(UserError, match="--cache_dir_latents is missing"):
-        parse_cache_args(list(map(str, flags)))
-    args = parse_cache_args([*map(str, flags), "--cache_dir_latents", "here", "--check_only"])
-    assert args.check_only
-    assert args.resolution == 512
+        parse(list(map(str, flags)))
+    config = parse([*map(str, flags), "--cache_dir_latents", "here", "--check_only"])
+    assert config.run.check_only
+    assert config.data.resolution == 512

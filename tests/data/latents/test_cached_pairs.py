@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from sdpo.common.precision import DTYPES
+from sdpo.data.latents.encoder import CachedEncoder, build_encoder
 from sdpo.data.latents.pairs import ROW
 from sdpo.data.loader import PairLoader
 from sdpo.data.order import Place
-from sdpo.models.encoding import CachedEncoder, ModelEncoder, build_encoder
+from sdpo.models.encoding import ModelEncoder
 from sdpo.models.forward import noise_pairs
 
 CPU = torch.device("cpu")
@@ -38,7 +39,7 @@ def ready(request, prepare, data, tiny_sd15, tiny_sdxl, tmp_path_factory):
     """A cache of `data` in float32 and what belongs to it."""
     from e2e.harness import as_argv
 
-    from sdpo.args import parse_args
+    from sdpo.config import parse_train
 
     sdxl = request.param == "sdxl"
     flags = {
@@ -53,15 +54,19 @@ def ready(request, prepare, data, tiny_sd15, tiny_sdxl, tmp_path_factory):
         "cache_dir_latents": tmp_path_factory.mktemp("latents"),
         "cache_dtype": "fp32",
     }
-    return prepare(parse_args(as_argv(flags)))
+    return prepare(parse_train(as_argv(flags)))
 
 
-def batches(ready, count, cache=None, args=None, **kwargs):
+def batches(ready, count, cache=None, config=None, **kwargs):
     loader = PairLoader(
-        ready.pairs, args or ready.args, **{"rank": 0, "world_size": 1, **kwargs}, cache=cache
+        ready.pairs, config or ready.config, **{"rank": 0, "world_size": 1, **kwargs}, cache=cache
     )
     found = iter(loader)
     return [next(found) for _ in range(count)]
+
+
+def changed(ready, **flags):
+    return replace(ready.config, data=replace(ready.config.data, **flags))
 
 
 def encoder(ready, cache=None):
@@ -84,10 +89,9 @@ def test_the_same_inputs_as_from_images(ready):
         torch.testing.assert_close(a.noisy, b.noisy, rtol=1e-6, atol=1e-6)
         assert torch.equal(a.target, b.target)
         assert torch.equal(a.timesteps, b.timesteps)
-        torch.testing.assert_close(a.conditioning.hidden, b.conditioning.hidden)
-        torch.testing.assert_close(a.conditioning.added, b.conditioning.added)
-        assert {k: v.dtype for k, v in a.conditioning.added.items()} == {
-            k: v.dtype for k, v in b.conditioning.added.items()
+        torch.testing.assert_close(a.conditions, b.conditions)
+        assert {k: v.dtype for k, v in a.conditions.items()} == {
+            k: v.dtype for k, v in b.conditions.items()
         }
         seen["bad"] += len(one.bad_rows)
         seen["empty"] += one.captions.count("")
@@ -107,7 +111,7 @@ def test_labels_of_a_scorer(ready):
     labels = np.asarray(ready.pairs.rows.select_columns(["label_0"])["label_0"][:])
     turned = replace(ready.pairs, labels=1.0 - labels)
     loaders = [
-        PairLoader(pairs, ready.args, 0, 1, cache=ready.cache) for pairs in (ready.pairs, turned)
+        PairLoader(pairs, ready.config, 0, 1, cache=ready.cache) for pairs in (ready.pairs, turned)
     ]
     one, other = (next(iter(loader)) for loader in loaders)
     assert torch.equal(one.moments.roll(3, 0), other.moments)
@@ -115,11 +119,7 @@ def test_labels_of_a_scorer(ready):
 
 
 def test_without_flips(ready):
-    ready.args.no_hflip = True
-    try:
-        (batch,) = batches(ready, 1, ready.cache)
-    finally:
-        ready.args.no_hflip = False
+    (batch,) = batches(ready, 1, ready.cache, changed(ready, no_hflip=True))
     (plain,) = batches(ready, 1, ready.cache)
     same = [torch.equal(a, b) for a, b in zip(batch.moments[:3], plain.moments[:3], strict=True)]
     assert same == [not flips(key) for key in plain.keys]
@@ -131,20 +131,17 @@ def test_places_workers_and_processes(ready):
     for one, other in zip(whole[2:], later, strict=True):
         assert torch.equal(one.moments, other.moments)
         assert one.keys == other.keys
-    ready.args.dataloader_num_workers = 2
-    try:
-        for one, other in zip(whole, batches(ready, 4, ready.cache), strict=True):
-            assert torch.equal(one.moments, other.moments)
-            assert one.text.keys() == other.text.keys()
-            assert all(torch.equal(one.text[k], other.text[k]) for k in one.text)
-    finally:
-        ready.args.dataloader_num_workers = 0
+    by_workers = batches(ready, 4, ready.cache, changed(ready, dataloader_num_workers=2))
+    for one, other in zip(whole, by_workers, strict=True):
+        assert torch.equal(one.moments, other.moments)
+        assert one.text.keys() == other.text.keys()
+        assert all(torch.equal(one.text[k], other.text[k]) for k in one.text)
     second = batches(ready, 1, ready.cache, rank=1, world_size=2)[0]
     assert torch.equal(second.moments, whole[1].moments)
 
 
 def test_no_image_is_read(ready):
-    loader = PairLoader(ready.pairs, ready.args, 0, 1, cache=ready.cache)
+    loader = PairLoader(ready.pairs, ready.config, 0, 1, cache=ready.cache)
     (number, row) = next(loader._loader.dataset._candidates((0, 0, 0)))
     assert row.keys() == {"label_0", "caption", ROW}
     assert row[ROW] == number
@@ -160,11 +157,9 @@ def test_bf16_moves_latents_by_its_rounding(ready, precision):
     exact = cached.latents(batch, noise)
     rounded = cached.latents(replace(batch, moments=batch.moments.bfloat16()), noise)
     mean, std = batch.moments.unbind(1)
-    bound = cached.scaling_factor * 2**-8 * (mean.abs() + std * noise.abs())
+    bound = cached.vae["scaling_factor"] * 2**-8 * (mean.abs() + std * noise.abs())
     error = (exact - rounded).abs()
     assert (error <= bound + 1e-7).all()
     assert error.max() > 0
     assert exact.dtype == rounded.dtype == torch.float32
-    condition = cached.conditioning(batch)
-    assert condition.hidden.dtype == dtype
-    assert all(v.dtype == dtype for v in condition.added.values())
+    assert all(v.dtype == dtype for v in cached.conditions(batch).values())

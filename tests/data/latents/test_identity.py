@@ -132,7 +132,7 @@ def table(pairs_dir):
 
 
 @pytest.fixture
-def digest_of(make_args, tmp_path):
+def digest_of(make_config, tmp_path):
     """`digest_of(rows, flag=value, ...)`: the digest of a data set of these rows."""
     made = []
 
@@ -140,7 +140,7 @@ def digest_of(make_args, tmp_path):
         made.append(tmp_path / f"data-{len(made)}")
         made[-1].mkdir()
         pq.write_table(pa.Table.from_pylist(rows), made[-1] / "train.parquet")
-        return dataset_digest(open_pairs(make_args(train_data_dir=made[-1], **flags)))
+        return dataset_digest(open_pairs(make_config(train_data_dir=made[-1], **flags).data, 0))
 
     return digest
 
@@ -161,7 +161,7 @@ def test_a_dataset_is_its_images(table, digest_of, monkeypatch):
     assert len({whole, *map(digest_of, others)}) == 1 + len(others)
 
 
-def test_images_in_files(table, make_args, tmp_path, monkeypatch):
+def test_images_in_files(table, make_config, tmp_path, monkeypatch):
     monkeypatch.setattr(identity, "SAMPLED_ROWS", 2)
     rows = []
     for i, row in enumerate(table[:6]):
@@ -171,7 +171,7 @@ def test_images_in_files(table, make_args, tmp_path, monkeypatch):
         rows.append({"image_0": f"{i}-0.png", "image_1": f"{i}-1.png", **about})
     lines = "\n".join(map(json.dumps, rows))
     (tmp_path / "metadata.jsonl").write_text(lines)
-    pairs = open_pairs(make_args(train_data_dir=tmp_path))
+    pairs = open_pairs(make_config(train_data_dir=tmp_path).data, 0)
     before = dataset_digest(pairs)
     assert dataset_digest(replace(pairs, base=tmp_path / "." / "")) == before
     (tmp_path / "3-1.png").write_bytes(b"longer" + table[3]["jpg_1"])

@@ -1,0 +1,73 @@
+"""The encoder of a run that trains from a cache of encodings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdpo.data.latents.pairs import EncodedBatch
+from sdpo.data.latents.store import LatentCache
+from sdpo.models.base import Conditions, Family, Frozen, ModelSource, load_frozen_as
+from sdpo.models.encoding import Encoder, ModelEncoder
+from sdpo.models.noise import NoiseProcess
+
+
+@dataclass(frozen=True)
+class CachedEncoder:
+    """Takes what an `EncodedBatch` brings along; neither VAE nor text encoders are in memory."""
+
+    family: Family
+    source: ModelSource
+    process: NoiseProcess
+    latent_shape: tuple[int, int, int]
+    vae: Mapping[str, Any]  # of its configuration what `Family.normalise` needs
+    resolution: int
+    device: torch.device
+    dtype: torch.dtype  # of the run, in which the text encoders would answer
+
+    def latents(self, batch: EncodedBatch, noise: Tensor) -> Tensor:
+        """Draw latents from the cached posteriors; see `Encoder.latents`."""
+        mean, std = batch.moments.to(self.device).unbind(1)
+        return self.family.sample_posterior(mean, std, noise, self.vae)
+
+    def conditions(self, batch: EncodedBatch) -> Conditions:
+        """Make conditions of the cached texts; see `Encoder.conditions`."""
+        text = {k: v.to(self.device, self.dtype) for k, v in batch.text.items()}
+        return self.family.conditions(text, self.resolution)
+
+    def frozen_parts(self) -> Frozen:
+        """Load the models for this occasion; whoever asked lets go of them."""
+        return load_frozen_as(self.family, self.source, self.device, self.dtype)
+
+
+def build_encoder(
+    family: Family,
+    source: ModelSource,
+    resolution: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    cache: LatentCache | None = None,
+) -> Encoder:
+    """Build the encoder of a run of `dtype`: the cache's where there is one, else the loaded
+    models.
+
+    Raises:
+        UserError: a model is not to be had.
+    """
+    if cache is None:
+        frozen = load_frozen_as(family, source, device, dtype)
+        return ModelEncoder(family, frozen, resolution, device)
+    return CachedEncoder(
+        family=family,
+        source=source,
+        process=family.process(family.load_scheduler(source)),
+        latent_shape=tuple(cache.about["latent_shape"]),
+        vae=cache.about,
+        resolution=resolution,
+        device=device,
+        dtype=dtype,
+    )
