@@ -8,29 +8,29 @@ smaller: the VAE halves a 64 px image twice (4 x 16 x 16 latents) and prompts ho
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import shutil
+import sys
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sdpo.common.errors import UserError, run_main
 from sdpo.common.files import replace_directory
+from sdpo.common.flags import Check, flag, parse
+from sdpo.tinyworld import world
 
 if TYPE_CHECKING:
-    from diffusers import (
-        AutoencoderKL,
-        StableDiffusionPipeline,
-        StableDiffusionXLPipeline,
-        UNet2DConditionModel,
-    )
+    from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTokenizer
 
-    Pipeline = StableDiffusionPipeline | StableDiffusionXLPipeline
-
+# diffusers' pipelines of the two families, whose components are attributes that no type names.
+Pipeline = Any
+PROGRAM = "python -m sdpo.tinyworld.architecture"
 FAMILIES = ("sd15", "sdxl")
 PROMPT_LENGTH = 24
 LATENT_SIZE = 16
@@ -54,8 +54,18 @@ SIZES = {
 }
 
 
+@dataclass(frozen=True)
+class ArchitectureConfig:
+    """The program's flags."""
+
+    family: str = flag("", "kind of pipeline", choices=FAMILIES, required=True)
+    size: str = flag("small", "small ships in assets/, micro is for tests", choices=tuple(SIZES))
+    out: Path = flag(None, "folder to write the pipeline to", required=True)
+    seed: int = flag(0, "of the weights", check=Check("not be negative", lambda value: value >= 0))
+
+
 def learn_merges(words: tuple[str, ...]) -> list[tuple[str, str]]:
-    """Byte-pair merges, in order, after which each word is a single ``word</w>`` token.
+    """Learn byte-pair merges, in order, after which each word is a single ``word</w>`` token.
 
     Takes the most frequent pair each time, so that applying merges by rank, as BPE does, cannot
     get stuck halfway through a word.
@@ -63,10 +73,7 @@ def learn_merges(words: tuple[str, ...]) -> list[tuple[str, str]]:
     spelled = [[*word[:-1], word[-1] + "</w>"] for word in words]
     merges = []
     while any(len(pieces) > 1 for pieces in spelled):
-        counts: dict[tuple[str, str], int] = {}
-        for pieces in spelled:
-            for pair in pairwise(pieces):
-                counts[pair] = counts.get(pair, 0) + 1
+        counts = Counter(pair for pieces in spelled for pair in pairwise(pieces))
         best = min(counts, key=lambda pair: (-counts[pair], pair))
         merges.append(best)
         for pieces in spelled:
@@ -79,11 +86,9 @@ def learn_merges(words: tuple[str, ...]) -> list[tuple[str, str]]:
 
 
 def build_tokenizer() -> CLIPTokenizer:
-    """CLIP's byte-level BPE over the world's words; any other text falls apart into bytes."""
+    """Build CLIP's byte-level BPE over the world's words; any other text falls apart into bytes."""
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import CLIPTokenizer
-
-    from sdpo.tinyworld import world
 
     merges = learn_merges(world.vocabulary())
     letters = sorted(ByteLevel.alphabet())
@@ -93,7 +98,7 @@ def build_tokenizer() -> CLIPTokenizer:
     pieces += ["<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(
         vocab={piece: i for i, piece in enumerate(pieces)},
-        merges=merges,
+        merges=merges,  # type: ignore[arg-type]
         model_max_length=PROMPT_LENGTH,
     )
 
@@ -117,10 +122,8 @@ def _text_config(size: Size, tokenizer: CLIPTokenizer, layers: int) -> CLIPTextC
 
 
 def build_vae(size_name: str) -> AutoencoderKL:
-    """Autoencoder of factor 4 with 4 latent channels: (B, 3, 64, 64) to (B, 4, 16, 16)."""
+    """Build an autoencoder of factor 4 with 4 latent channels: (B, 3, 64, 64) to (B, 4, 16, 16)."""
     from diffusers import AutoencoderKL
-
-    from sdpo.tinyworld import world
 
     size = SIZES[size_name]
     levels = len(size.vae_channels)
@@ -166,10 +169,15 @@ def _build_unet(family: str, size: Size) -> UNet2DConditionModel:
 
 
 def build_pipeline(family: str, size: str = "small", seed: int = 0) -> Pipeline:
-    """Pipeline with random float32 weights, equal for equal arguments; the RNG is left as it was.
+    """Build a pipeline with random float32 weights, equal for equal arguments; the global RNG stays
+    as it was.
 
-    ``family`` is "sd15" or "sdxl", ``size`` is "small" (what ships in ``assets/``) or "micro" (for
-    tests). Raises ValueError for other names.
+    Args:
+        family: "sd15" or "sdxl".
+        size: "small" (what ships in ``assets/``) or "micro" (for tests).
+
+    Raises:
+        ValueError: on other names.
     """
     if family not in FAMILIES:
         raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {family!r}")
@@ -186,7 +194,7 @@ def build_pipeline(family: str, size: str = "small", seed: int = 0) -> Pipeline:
 
     widths = SIZES[size]
     tokenizer = build_tokenizer()
-    betas = {
+    schedule: dict[str, Any] = {
         "num_train_timesteps": 1000,
         "beta_start": 0.00085,
         "beta_end": 0.012,
@@ -196,49 +204,41 @@ def build_pipeline(family: str, size: str = "small", seed: int = 0) -> Pipeline:
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        vae = build_vae(size)
-        unet = _build_unet(family, widths)
+        parts: dict[str, Any] = {"tokenizer": tokenizer, "vae": build_vae(size)}
+        parts["unet"] = _build_unet(family, widths)
         # SDXL reads its encoders one layer before the last, so they get one more.
-        text_encoder = CLIPTextModel(
-            _text_config(widths, tokenizer, layers=2 if family == "sd15" else 3)
-        )
+        layers = 2 if family == "sd15" else 3
+        parts["text_encoder"] = CLIPTextModel(_text_config(widths, tokenizer, layers))
         if family == "sdxl":
-            text_encoder_2 = CLIPTextModelWithProjection(_text_config(widths, tokenizer, layers=3))
+            parts["text_encoder_2"] = CLIPTextModelWithProjection(
+                _text_config(widths, tokenizer, layers)
+            )
+    for part in parts.values():
+        if isinstance(part, torch.nn.Module):
+            part.eval()
     if family == "sd15":
-        pipeline = StableDiffusionPipeline(
-            vae=vae,
-            text_encoder=text_encoder,
-            tokenizer=tokenizer,
-            unet=unet,
-            scheduler=PNDMScheduler(**betas, skip_prk_steps=True, set_alpha_to_one=False),
+        return StableDiffusionPipeline(
+            **parts,
+            scheduler=PNDMScheduler(**schedule, skip_prk_steps=True, set_alpha_to_one=False),
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
         )
-    else:
-        pipeline = StableDiffusionXLPipeline(
-            vae=vae,
-            text_encoder=text_encoder,
-            text_encoder_2=text_encoder_2,
-            tokenizer=tokenizer,
-            tokenizer_2=build_tokenizer(),
-            unet=unet,
-            scheduler=EulerDiscreteScheduler(**betas, timestep_spacing="leading"),
-            # Captions are dropped to "" in training, so "" is also the unconditional prompt.
-            force_zeros_for_empty_prompt=False,
-            add_watermarker=False,
-        )
-    for module in pipeline.components.values():
-        if isinstance(module, torch.nn.Module):
-            module.eval()
-    return pipeline
+    return StableDiffusionXLPipeline(
+        **parts,
+        tokenizer_2=build_tokenizer(),
+        scheduler=EulerDiscreteScheduler(**schedule, timestep_spacing="leading"),
+        # Captions are dropped to "" in training, so "" is also the unconditional prompt.
+        force_zeros_for_empty_prompt=False,
+        add_watermarker=False,
+    )
 
 
-def save_pipeline(pipeline: Pipeline, directory: str | os.PathLike[str]) -> None:
-    """``save_pretrained`` written beside and renamed; replaces ``directory`` if it is there.
+def save_pipeline(pipeline: Pipeline, directory: str | PathLike[str]) -> None:
+    """Save a pipeline beside ``directory`` and rename it, in the place of what is there.
 
-    Adds each tokenizer's vocab.json and merges.txt, which real checkpoints have and newer
-    transformers no longer write.
+    Adds to diffusers' files each tokenizer's vocab.json and merges.txt, which real checkpoints have
+    and newer transformers no longer write.
     """
     target = Path(directory)
     beside = target.with_name(f".{target.name}.tmp")
@@ -255,26 +255,22 @@ def save_pipeline(pipeline: Pipeline, directory: str | os.PathLike[str]) -> None
     replace_directory(beside, target)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Command line entry."""
-    parser = argparse.ArgumentParser(
-        prog="python -m sdpo.tinyworld.architecture",
-        description="Write a tiny pipeline with random weights in the diffusers layout.",
-    )
-    parser.add_argument("--family", choices=FAMILIES, required=True)
-    parser.add_argument("--size", choices=tuple(SIZES), default="small")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write the pipeline to")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
-    if args.seed < 0:
-        raise UserError(f"--seed must not be negative, got {args.seed}")
+def main(argv: Sequence[str]) -> int:
+    """Write the pipeline that the flags describe and print its folder.
+
+    Raises:
+        UserError: naming the flag and what would be right.
+    """
+    about = "Write a tiny pipeline with random weights in the diffusers layout."
+    config = parse(ArchitectureConfig, argv, PROGRAM, about)
     # Overwriting is only safe for what an earlier call left there.
-    if args.out.exists() and not (args.out / "model_index.json").is_file():
-        raise UserError(f"--out {args.out} exists and holds no pipeline; choose a new folder")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    save_pipeline(build_pipeline(args.family, args.size, args.seed), args.out)
-    print(args.out)
+    if config.out.exists() and not (config.out / "model_index.json").is_file():
+        raise UserError(f"--out {config.out} exists and holds no pipeline; choose a new folder")
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    save_pipeline(build_pipeline(config.family, config.size, config.seed), config.out)
+    print(config.out)
+    return 0
 
 
 if __name__ == "__main__":
-    run_main(main, "python -m sdpo.tinyworld.architecture")
+    run_main(lambda: main(sys.argv[1:]), PROGRAM)

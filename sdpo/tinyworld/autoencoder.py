@@ -3,35 +3,35 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import Any
 
-if TYPE_CHECKING:
-    import numpy as np
-    import torch
-    from diffusers import AutoencoderKL
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from sdpo.tinyworld import oracle, world
+
+# diffusers' AutoencoderKL, whose methods its type does not name.
+Vae = Any
 
 # Mean of the KL term over latents; only there to keep the latents from drifting far out.
 KL_WEIGHT = 1e-6
 INITIAL_LOG_VARIANCE = -6.0
+LEARNING_RATE = 4e-3
 
 
 def to_model_range(images: np.ndarray) -> torch.Tensor:
-    """uint8 (B, 64, 64, 3) to float32 (B, 3, 64, 64) in [-1, 1]."""
-    import torch
-
+    """Turn uint8 (B, 64, 64, 3) into float32 (B, 3, 64, 64) in [-1, 1]."""
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
 
 @contextmanager
 def cosine_optimizer(
     parameters: list[torch.nn.Parameter], learning_rate: float, steps: int, desc: str
-) -> Iterator:
-    """Yields ``step(loss)``: backward, clip to norm 1, AdamW with warm-up then cosine decay."""
-    import torch
-    from tqdm import tqdm
-
+) -> Iterator[Callable[[torch.Tensor], None]]:
+    """Yield ``step(loss)``: backward, clip to norm 1, AdamW with warm-up then cosine decay."""
     warmup = min(100, max(1, steps // 10))
     optimizer = torch.optim.AdamW(parameters, learning_rate, betas=(0.9, 0.99), weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -39,7 +39,7 @@ def cosine_optimizer(
         lambda i: min((i + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * min(1.0, i / steps))),
     )
     bar = tqdm(total=steps, desc=desc, unit="step")
-    smooth = None
+    smooth: float | None = None
 
     def step(loss: torch.Tensor) -> None:
         nonlocal smooth
@@ -60,9 +60,6 @@ def cosine_optimizer(
 
 def _random_crops(images: np.ndarray, side: int, generator: torch.Generator) -> np.ndarray:
     """Crop (B, 64, 64, 3) to (B, side, side, 3) around the middle, where the objects are."""
-    import numpy as np
-    import torch
-
     spare = images.shape[1] - side
     corners = torch.randint(spare // 8, spare - spare // 8, (len(images), 2), generator=generator)
     pairs = zip(images, corners.tolist(), strict=True)
@@ -70,21 +67,19 @@ def _random_crops(images: np.ndarray, side: int, generator: torch.Generator) -> 
 
 
 def train_vae(
-    vae: AutoencoderKL,
+    vae: Vae,
     images: np.ndarray,
     *,
     steps: int,
     batch_size: int,
-    learning_rate: float,
     seed: int,
+    learning_rate: float = LEARNING_RATE,
 ) -> None:
     """Fit the autoencoder in place: L1 + L2 reconstruction and a tiny KL term.
 
     The first two thirds of the steps see crops of half the side, of which a step costs a quarter
     and objects fill more; the rest see whole images, so that the norms meet their real statistics.
     """
-    import torch
-
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         # Start all but noise-free: at the default unit variance colours take long to come through.
@@ -108,11 +103,8 @@ def train_vae(
     vae.eval()
 
 
-def encode_latents(vae: AutoencoderKL, images: np.ndarray, batch: int = 256) -> torch.Tensor:
-    """Posterior means, not yet scaled: float32 (N, 4, 16, 16)."""
-    import torch
-    from tqdm import tqdm
-
+def encode_latents(vae: Vae, images: np.ndarray, batch: int = 256) -> torch.Tensor:
+    """Encode images to posterior means, not yet scaled: float32 (N, 4, 16, 16)."""
     parts = []
     with torch.no_grad():
         for start in tqdm(range(0, len(images), batch), desc="encode", unit="batch"):
@@ -121,15 +113,13 @@ def encode_latents(vae: AutoencoderKL, images: np.ndarray, batch: int = 256) -> 
     return torch.cat(parts)
 
 
-def standardise_latents(vae: AutoencoderKL, latents: torch.Tensor) -> None:
+def standardise_latents(vae: Vae, latents: torch.Tensor) -> None:
     """Give all latent channels mean 0 and one common std, whose inverse is ``scaling_factor``.
 
     The change is folded into the 1 x 1 convolutions on both sides of the latents, so the
     autoencoder still computes the same images; sampling starts from unit Gaussian noise, which the
     latents thereby resemble. ``latents`` are unscaled posterior means of shape (N, 4, 16, 16).
     """
-    import torch
-
     mean = latents.mean(dim=(0, 2, 3))
     std = latents.std(dim=(0, 2, 3))
     common = std.square().mean().sqrt()
@@ -145,13 +135,8 @@ def standardise_latents(vae: AutoencoderKL, latents: torch.Tensor) -> None:
     vae.register_to_config(scaling_factor=round(1.0 / float(common), 6))
 
 
-def vae_quality(vae: AutoencoderKL, n: int, seed: int) -> dict[str, float]:
-    """Oracle scores of clean images after a round trip: what a perfect denoiser could reach."""
-    import numpy as np
-    import torch
-
-    from sdpo.tinyworld import oracle, world
-
+def vae_quality(vae: Vae, n: int, seed: int) -> dict[str, float]:
+    """Score clean images after a round trip by the oracle: what a perfect denoiser could reach."""
     rng = np.random.default_rng(seed)
     scenes = [world.sample_scene(rng) for _ in range(n)]
     pixels = to_model_range(np.stack([world.render_array(scene) for scene in scenes]))

@@ -118,6 +118,7 @@ def connected_regions(mask: np.ndarray) -> np.ndarray:
 
 
 def _dilate(mask: np.ndarray) -> np.ndarray:
+    """Add every pixel that has a neighbour in the mask."""
     grown = mask.copy()
     grown[1:] |= mask[:-1]
     grown[:-1] |= mask[1:]
@@ -154,7 +155,10 @@ def _fit_shape(alpha: np.ndarray) -> tuple[str, float, float, float]:
 def read(image: Image.Image | np.ndarray) -> Reading:
     """Read background and objects off an RGB image (PIL, or uint8 of shape (H, W, 3)).
 
-    Other sizes than 64 x 64 are resized first. Raises ValueError for any other array.
+    Other sizes than 64 x 64 are resized first.
+
+    Raises:
+        ValueError: on any other array.
     """
     pixels = _as_pixels(image)
     background, seen = _background(pixels)
@@ -187,7 +191,7 @@ def read(image: Image.Image | np.ndarray) -> Reading:
 
 
 def follows(reading: Reading, description: world.Description) -> float:
-    """Share of a caption's attributes that a reading shows, in [0, 1].
+    """Tell the share of a caption's attributes that a reading shows, in [0, 1].
 
     One object: background, colour, shape, position. Two: background, both colours, both shapes and
     their relation. Objects are matched to the caption's in the best way. Every object that the
@@ -223,7 +227,8 @@ def _matches(item: world.SceneObject | None, look: tuple[str, str]) -> int:
 def score(image: Image.Image | np.ndarray, caption: str) -> OracleScore:
     """Score an image for a caption of this world.
 
-    Raises ValueError for a text that is no such caption or an array that is no image.
+    Raises:
+        ValueError: the text is no such caption, or the array no image.
     """
     description = world.parse_caption(caption)
     reading = read(image)
@@ -232,22 +237,22 @@ def score(image: Image.Image | np.ndarray, caption: str) -> OracleScore:
 
 
 def mean_score(images: Sequence[Image.Image | np.ndarray], captions: Sequence[str]) -> OracleScore:
-    """Mean of each score over images and their captions. Raises ValueError unless equally many."""
+    """Average each score over images and their captions.
+
+    Raises:
+        ValueError: unless there are equally many, and some.
+    """
     if len(images) != len(captions) or not captions:
         raise ValueError(f"got {len(images)} images for {len(captions)} captions")
     scores = [score(image, text) for image, text in zip(images, captions, strict=True)]
-    n = len(scores)
-    return OracleScore(
-        sum(s.follows for s in scores) / n,
-        sum(s.clean for s in scores) / n,
-        sum(s.score for s in scores) / n,
-    )
+    columns = zip(*((s.follows, s.clean, s.score) for s in scores), strict=True)
+    return OracleScore(*(sum(column) / len(scores) for column in columns))
 
 
 def chance_level(captions: Sequence[str], seed: int = 0, images_per_caption: int = 8) -> float:
-    """Mean ``follows`` of captions against clean images of unrelated random scenes.
+    """Average ``follows`` of captions against clean images of unrelated random scenes.
 
-    What a model that ignores its prompt but draws perfectly would reach.
+    It is what a model that ignores its prompt but draws perfectly would reach.
     """
     rng = np.random.default_rng(seed)
     total = 0.0

@@ -8,45 +8,63 @@ degraded or with one wrong attribute: as in real data it stays close to its winn
 
 from __future__ import annotations
 
-import argparse
 import io
-import os
+import sys
 import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdpo.common.errors import UserError, run_main
+from sdpo.common.files import written_beside
+from sdpo.common.flags import Check, flag, parse
 
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
     from PIL import Image
 
+PROGRAM = "python -m sdpo.tinyworld.pairs"
 CLEAN = "tinyworld/clean"
 DEGRADED = "tinyworld/degraded"
 WRONG_ATTRIBUTE = "tinyworld/wrong-attribute"
 
 
+NOT_NEGATIVE = Check("not be negative", lambda value: value >= 0)
+WITHIN_0_1 = Check("lie in [0, 1]", lambda value: 0.0 <= value <= 1.0)
+
+
+@dataclass(frozen=True)
+class PairsConfig:
+    """The program's flags."""
+
+    out: Path = flag(None, "folder to write into", required=True)
+    train: int = flag(4096, "number of training pairs", check=NOT_NEGATIVE)
+    heldout: int = flag(256, "number of held-out pairs", check=NOT_NEGATIVE)
+    seed: int = flag(0, "of every random choice", check=NOT_NEGATIVE)
+    shards: int = flag(1, "number of training files")
+    degraded_share: float = flag(
+        0.5, "share of degraded losers; the others have one wrong attribute", check=WITHIN_0_1
+    )
+    tie_share: float = flag(0.05, "share of ties", check=WITHIN_0_1)
+    degradation_strength: float = flag(1.0, "1 is mild, 0 changes nothing", check=NOT_NEGATIVE)
+
+
 def schema() -> pa.Schema:
-    """The columns: ``label_i`` is 1.0 where image i is preferred, 0.0 where not, 0.5 in a tie."""
+    """Name the columns: ``label_i`` is 1.0 where image i is preferred, 0.0 where not, 0.5 in a
+    tie."""
     import pyarrow as pa
 
-    return pa.schema(
-        [
-            ("jpg_0", pa.binary()),
-            ("jpg_1", pa.binary()),
-            ("label_0", pa.float64()),
-            ("label_1", pa.float64()),
-            ("caption", pa.string()),
-            ("model_0", pa.string()),
-            ("model_1", pa.string()),
-            ("image_0_uid", pa.string()),
-            ("image_1_uid", pa.string()),
-            ("are_different", pa.bool_()),
-            ("has_label", pa.bool_()),
-            ("ranking_id", pa.int64()),
-        ]
-    )
+    types = {
+        pa.binary(): "jpg_0 jpg_1",
+        pa.float64(): "label_0 label_1",
+        pa.string(): "caption model_0 model_1 image_0_uid image_1_uid",
+        pa.bool_(): "are_different has_label",
+        pa.int64(): "ranking_id",
+    }
+    return pa.schema([(name, kind) for kind, names in types.items() for name in names.split()])
 
 
 def _png(image: Image.Image) -> bytes:
@@ -62,17 +80,16 @@ def _row(
 
     scene = world.sample_scene(rng)
     clean = world.render(scene)
-    winner_label = 1.0
+    labels = [1.0, 0.0]
     if rng.random() < tie_share:
         # Neither is better: the same scene, spoilt twice independently.
-        winner_label = 0.5
+        labels = [0.5, 0.5]
         sides = [(world.degrade(clean, rng, strength), DEGRADED) for _ in range(2)]
     elif rng.random() < degraded_share:
         sides = [(clean, CLEAN), (world.degrade(clean, rng, strength), DEGRADED)]
     else:
         wrong = world.render(world.wrong_attribute(scene, rng))
         sides = [(clean, CLEAN), (wrong, WRONG_ATTRIBUTE)]
-    labels = [winner_label, 1.0 - winner_label]
     if rng.random() < 0.5:
         sides.reverse()
         labels.reverse()
@@ -99,12 +116,21 @@ def build_pairs(
     first_ranking_id: int = 0,
     progress: bool = False,
 ) -> pa.Table:
-    """Table of ``n`` pairs in the columns of ``schema()``; images are PNG bytes, 64 x 64 RGB.
+    """Make a table of ``n`` pairs in the columns of ``schema()``, images as PNG bytes, 64 x 64 RGB.
 
-    ``degraded_share`` of the labelled losers are degraded with ``degradation_strength`` (see
-    ``world.degrade``), the others have one wrong attribute; ``tie_share`` of all pairs are ties.
-    Equal arguments give equal tables. Raises ValueError for a negative ``n`` or strength, or a
-    share outside [0, 1].
+    Equal arguments give equal tables.
+
+    Args:
+        n: at least 0.
+        seed: of every random choice.
+        degraded_share: share of the labelled losers that are degraded, with
+            ``degradation_strength`` (see ``world.degrade``); the others have one wrong attribute.
+        tie_share: share of all pairs that are ties.
+        first_ranking_id: of the first pair; the others' follow.
+        progress: show a bar.
+
+    Raises:
+        ValueError: on a negative ``n`` or strength, or a share outside [0, 1].
     """
     import numpy as np
     import pyarrow as pa
@@ -126,22 +152,27 @@ def build_pairs(
 
 
 def write_pairs(
-    directory: str | os.PathLike[str],
+    directory: str | PathLike[str],
     n_train: int,
     n_heldout: int,
     seed: int,
     *,
     shards: int = 1,
-    degraded_share: float = 0.5,
-    tie_share: float = 0.05,
-    degradation_strength: float = 1.0,
     progress: bool = False,
+    **difficulty: float,
 ) -> list[Path]:
     """Write ``train-*-of-*.parquet`` (``shards`` of them) and one ``heldout-*.parquet``.
 
     Splits and shards draw from different random streams of ``seed``. Each file is written beside
-    its name first, so that none is ever half there. Returns the paths; a split of 0 pairs is left
-    out. Raises ValueError for sizes below 0, shards below 1 or more shards than training pairs.
+    its name first, so that none is ever half there.
+
+    Args:
+        difficulty: the shares and the strength that ``build_pairs`` takes.
+
+    Returns: the paths; a split of 0 pairs is left out.
+
+    Raises:
+        ValueError: on sizes below 0, shards below 1 or more shards than training pairs.
     """
     import pyarrow.parquet as pq
 
@@ -151,10 +182,8 @@ def write_pairs(
         raise ValueError(f"shards must be from 1 to the number of training pairs, got {shards}")
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
-    plan = [
-        ("train", i, shards, n_train * i // shards, n_train * (i + 1) // shards)
-        for i in range(shards)
-    ]
+    bounds = [n_train * i // shards for i in range(shards + 1)]
+    plan = [("train", i, shards, bounds[i], bounds[i + 1]) for i in range(shards)]
     plan.append(("heldout", 0, 1, n_train, n_train + n_heldout))
     written = []
     for split, index, count, start, stop in plan:
@@ -163,78 +192,49 @@ def write_pairs(
         table = build_pairs(
             stop - start,
             (seed, int(split == "heldout"), index),
-            degraded_share=degraded_share,
-            tie_share=tie_share,
-            degradation_strength=degradation_strength,
             first_ranking_id=start,
             progress=progress,
+            **difficulty,
         )
-        path = target / f"{split}-{index:05d}-of-{count:05d}.parquet"
-        beside = path.with_name(f".{path.name}.tmp")
-        pq.write_table(table, beside, row_group_size=256)
-        os.replace(beside, path)
-        written.append(path)
+        written.append(target / f"{split}-{index:05d}-of-{count:05d}.parquet")
+        with written_beside(written[-1]) as beside:
+            pq.write_table(table, beside, row_group_size=256)
     return written
 
 
 def ensure_pairs(target: Path, train: int, heldout: int, seed: int, progress: bool = False) -> None:
-    """`write_pairs`, unless there are pairs of both splits."""
+    """Write pairs as ``write_pairs`` does, unless there are pairs of both splits."""
     if not all(list(target.glob(f"{split}-*.parquet")) for split in ("train", "heldout")):
         write_pairs(target, train, heldout, seed, progress=progress)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m sdpo.tinyworld.pairs",
-        description="Write preference pairs of the tiny world as parquet files.",
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder to write into")
-    parser.add_argument("--train", type=int, default=4096, help="number of training pairs")
-    parser.add_argument("--heldout", type=int, default=256, help="number of held-out pairs")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--shards", type=int, default=1, help="number of training files")
-    parser.add_argument(
-        "--degraded_share",
-        type=float,
-        default=0.5,
-        help="share of degraded losers; the others have one wrong attribute",
-    )
-    parser.add_argument("--tie_share", type=float, default=0.05, help="share of ties")
-    parser.add_argument(
-        "--degradation_strength", type=float, default=1.0, help="1 is mild, 0 changes nothing"
-    )
-    return parser
+def main(argv: Sequence[str]) -> int:
+    """Write the pairs that the flags describe and print the files' paths.
 
-
-def main(argv: list[str] | None = None) -> None:
-    """Command line entry; exits with code 2 and one sentence on bad input."""
-    parser = _parser()
-    args = parser.parse_args(argv)
-    for flag in ("train", "heldout", "seed", "degradation_strength"):
-        value = getattr(args, flag)
-        if not value >= 0:
-            raise UserError(f"--{flag} must not be negative, got {value}")
-    if not 1 <= args.shards <= max(args.train, 1):
-        raise UserError(f"--shards must be from 1 to --train ({args.train}), got {args.shards}")
-    for flag in ("degraded_share", "tie_share"):
-        if not 0.0 <= getattr(args, flag) <= 1.0:
-            raise UserError(f"--{flag} must lie in [0, 1], got {getattr(args, flag)}")
-    if args.out.exists() and not args.out.is_dir():
-        raise UserError(f"--out {args.out} exists and is not a folder")
+    Raises:
+        UserError: naming the flag and what would be right.
+    """
+    config = parse(
+        PairsConfig, argv, PROGRAM, "Write preference pairs of the tiny world as parquet files."
+    )
+    if not 1 <= config.shards <= max(config.train, 1):
+        raise UserError(f"--shards must be from 1 to --train ({config.train}), got {config.shards}")
+    if config.out.exists() and not config.out.is_dir():
+        raise UserError(f"--out {config.out} exists and is not a folder")
     paths = write_pairs(
-        args.out,
-        args.train,
-        args.heldout,
-        args.seed,
-        shards=args.shards,
-        degraded_share=args.degraded_share,
-        tie_share=args.tie_share,
-        degradation_strength=args.degradation_strength,
+        config.out,
+        config.train,
+        config.heldout,
+        config.seed,
+        shards=config.shards,
         progress=True,
+        degraded_share=config.degraded_share,
+        tie_share=config.tie_share,
+        degradation_strength=config.degradation_strength,
     )
-    for path in paths:
-        print(path)
+    print(*paths, sep="\n")
+    return 0
 
 
 if __name__ == "__main__":
-    run_main(main, "python -m sdpo.tinyworld.pairs")
+    run_main(lambda: main(sys.argv[1:]), PROGRAM)

@@ -11,33 +11,41 @@ replaced when all of them are done.
 
 from __future__ import annotations
 
-import argparse
 import json
 import shlex
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from sdpo.common.cli import at_least
+import numpy as np
+
 from sdpo.common.errors import UserError, run_main
 from sdpo.common.files import replace_directory, write_json
-from sdpo.tinyworld.architecture import FAMILIES, SIZES, build_pipeline, build_vae, save_pipeline
+from sdpo.common.flags import Check, at_least, flag, flat, parse
+from sdpo.tinyworld import oracle, world
+from sdpo.tinyworld.architecture import (
+    FAMILIES,
+    SIZES,
+    Pipeline,
+    build_pipeline,
+    build_vae,
+    save_pipeline,
+)
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
-    from diffusers import AutoencoderKL
     from PIL import Image
 
-    from sdpo.tinyworld.architecture import Pipeline
-
+PROGRAM = "python -m sdpo.tinyworld.pretrain"
 WRONG_ATTRIBUTE_SHARE = 0.25
 DEGRADED_SHARE = 0.4
 CAPTION_DROPOUT = 0.15
 EMA_DECAY = 0.998
+UNET_LEARNING_RATE = 1.5e-3
 SAMPLING_STEPS = 25
 GUIDANCE_SCALE = 5.0
 WORK_FOLDER = ".pretrain"
@@ -45,24 +53,28 @@ CARD_FILE = "card.json"
 
 
 @dataclass(frozen=True)
-class Budget:
-    """How long to train: images rendered, optimizer steps and images a step."""
+class PretrainConfig:
+    """The program's flags; of the counts each is at least 1."""
 
-    images: int
-    vae_steps: int
-    vae_batch: int
-    unet_steps: int
-    unet_batch: int
-    vae_learning_rate: float = 4e-3
-    unet_learning_rate: float = 1.5e-3
+    out: Path = flag(Path("assets"), "folder of both models' folders")
+    families: tuple[str, ...] = flag(FAMILIES, "models to make", choices=FAMILIES)
+    size: str = flag("small", "widths of the models", choices=tuple(SIZES))
+    seed: int = flag(
+        0, "of every random choice", check=Check("not be negative", lambda value: value >= 0)
+    )
+    vae: Path | None = flag(None, "trained autoencoder to reuse, a diffusers folder")
+    images: int = flag(16384, "training images rendered", check=at_least(1))
+    vae_steps: int = flag(2100, "optimizer steps of the autoencoder", check=at_least(1))
+    vae_batch: int = flag(16, "images a step of it", check=at_least(1))
+    unet_steps: int = flag(2800, "optimizer steps of each denoiser", check=at_least(1))
+    unet_batch: int = flag(64, "images a step of it", check=at_least(1))
+    eval_images: int = flag(256, "images that the oracle scores", check=at_least(1))
+    threads: int = flag(2, "CPU threads", check=at_least(1))
 
 
 def make_dataset(n: int, seed: int) -> tuple[np.ndarray, list[str]]:
-    """Imperfect training set: uint8 images of shape (n, 64, 64, 3) and their captions."""
-    import numpy as np
+    """Draw the imperfect training set: uint8 images of shape (n, 64, 64, 3) and their captions."""
     from tqdm import tqdm
-
-    from sdpo.tinyworld import world
 
     rng = np.random.default_rng(seed)
     images = np.empty((n, world.IMAGE_SIZE, world.IMAGE_SIZE, 3), dtype=np.uint8)
@@ -79,11 +91,9 @@ def make_dataset(n: int, seed: int) -> tuple[np.ndarray, list[str]]:
     return images, captions
 
 
-def conditioning(pipeline: Pipeline, token_ids: torch.Tensor) -> dict[str, object]:
-    """UNet arguments for token ids (B, 24), as the family's own pipeline computes them."""
+def conditioning(pipeline: Pipeline, token_ids: torch.Tensor) -> dict[str, Any]:
+    """Compute the UNet's arguments for token ids (B, 24), as the family's own pipeline does."""
     import torch
-
-    from sdpo.tinyworld import world
 
     first = pipeline.text_encoder(token_ids, output_hidden_states=True)
     if not hasattr(pipeline, "text_encoder_2"):
@@ -97,11 +107,23 @@ def conditioning(pipeline: Pipeline, token_ids: torch.Tensor) -> dict[str, objec
 
 
 def train_denoiser(
-    pipeline: Pipeline, latents: torch.Tensor, captions: list[str], budget: Budget, seed: int
+    pipeline: Pipeline,
+    latents: torch.Tensor,
+    captions: list[str],
+    *,
+    steps: int,
+    batch: int,
+    seed: int,
+    learning_rate: float = UNET_LEARNING_RATE,
 ) -> float:
     """Fit UNet and text encoders in place to predict noise; leaves averaged (EMA) weights.
 
-    ``latents`` are scaled, (N, 4, 16, 16). Returns the mean loss of the last tenth of the steps.
+    Args:
+        latents: scaled, (N, 4, 16, 16), one for each of the ``captions``.
+        steps: optimizer steps.
+        batch: images a step.
+
+    Returns: the mean loss of the last tenth of the steps.
     """
     import torch
     from diffusers import DDPMScheduler
@@ -119,10 +141,9 @@ def train_denoiser(
     parameters = [p for module in modules for p in module.train().parameters()]
     average = [p.detach().clone() for p in parameters]
     losses = []
-    steps = budget.unet_steps
-    with cosine_optimizer(parameters, budget.unet_learning_rate, steps, "denoiser") as step:
+    with cosine_optimizer(parameters, learning_rate, steps, "denoiser") as step:
         for i in range(steps):
-            index = torch.randint(len(latents), (budget.unet_batch,), generator=generator)
+            index = torch.randint(len(latents), (batch,), generator=generator)
             clean = latents[index]
             noise = torch.randn(clean.shape, generator=generator)
             timesteps = torch.randint(1000, (len(index),), generator=generator)
@@ -147,7 +168,7 @@ def train_denoiser(
 def sample_images(
     pipeline: Pipeline, prompts: list[str], seed: int = 0, batch: int = 64
 ) -> list[Image.Image]:
-    """One 64 x 64 image per prompt: 25 steps of the pipeline's scheduler, guidance scale 5."""
+    """Draw one 64 x 64 image per prompt: 25 steps of the pipeline's scheduler, guidance scale 5."""
     import torch
 
     pipeline.set_progress_bar_config(disable=True)
@@ -166,22 +187,16 @@ def sample_images(
 
 
 def evaluate(directory: Path, n: int, seed: int) -> dict[str, float]:
-    """Oracle scores of a saved pipeline on ``n`` evaluation prompts, weights as reloaded."""
+    """Score a saved pipeline by the oracle on ``n`` evaluation prompts, weights as reloaded."""
     import torch
     from diffusers import DiffusionPipeline
-
-    from sdpo.tinyworld import oracle, world
 
     prompts = world.evaluation_prompts(n, seed)
     pipeline = DiffusionPipeline.from_pretrained(directory).to(torch.float32)
     scores = oracle.mean_score(sample_images(pipeline, prompts, seed), prompts)
-    return {
-        "images": n,
-        "follows": round(scores.follows, 4),
-        "clean": round(scores.clean, 4),
-        "score": round(scores.score, 4),
-        "chance_follows": round(oracle.chance_level(prompts, seed), 4),
-    }
+    chance = oracle.chance_level(prompts, seed)
+    found = vars(scores) | {"chance_follows": chance}
+    return {"images": n, **{name: round(value, 4) for name, value in found.items()}}
 
 
 def _round_to_half(module: torch.nn.Module) -> None:
@@ -194,14 +209,15 @@ def _round_to_half(module: torch.nn.Module) -> None:
 
 
 def asset_name(family: str) -> str:
-    """Folder name of a family's asset."""
+    """Name a family's folder in ``assets/``."""
     return f"tiny-{family}"
 
 
-def _start(args: argparse.Namespace) -> Path:
+def _start(config: PretrainConfig) -> Path:
     """The folder of finished stages: what an equal call left there, else an empty one."""
-    work = args.out / WORK_FOLDER
-    flags = {k: str(v) for k, v in vars(args).items() if k not in ("out", "threads", "families")}
+    work = config.out / WORK_FOLDER
+    values = flat(config)
+    flags = {k: str(v) for k, v in values.items() if k not in ("out", "threads", "families")}
     path = work / "flags.json"
     if not (path.is_file() and json.loads(path.read_text()) == flags):
         shutil.rmtree(work, ignore_errors=True)
@@ -211,8 +227,8 @@ def _start(args: argparse.Namespace) -> Path:
 
 
 def _autoencoder(
-    args: argparse.Namespace, budget: Budget, images: np.ndarray, work: Path
-) -> tuple[AutoencoderKL, dict[str, object]]:
+    config: PretrainConfig, images: np.ndarray, work: Path
+) -> tuple[Any, dict[str, object]]:
     """The shared autoencoder and what its card says: given, from a killed call, or trained now."""
     from diffusers import AutoencoderKL
 
@@ -227,54 +243,56 @@ def _autoencoder(
     started = time.monotonic()
     if about.is_file():
         return AutoencoderKL.from_pretrained(done).float(), json.loads(about.read_text())
-    if args.vae is None:
-        vae = build_vae(args.size)
+    if config.vae is None:
+        vae: Any = build_vae(config.size)
         train_vae(
-            vae,
-            images,
-            steps=budget.vae_steps,
-            batch_size=budget.vae_batch,
-            learning_rate=budget.vae_learning_rate,
-            seed=args.seed,
+            vae, images, steps=config.vae_steps, batch_size=config.vae_batch, seed=config.seed
         )
         standardise_latents(vae, encode_latents(vae, images[:2048]))
         _round_to_half(vae)
     else:
-        vae = AutoencoderKL.from_pretrained(args.vae).float()
+        vae = AutoencoderKL.from_pretrained(config.vae).float()
     card = {
-        "steps": budget.vae_steps,
-        "images_per_step": budget.vae_batch,
-        "reused": args.vae is not None,
+        "steps": config.vae_steps,
+        "images_per_step": config.vae_batch,
+        "reused": config.vae is not None,
         "minutes": round((time.monotonic() - started) / 60, 1),
-        "round_trip": vae_quality(vae, args.eval_images, args.seed),
+        "round_trip": vae_quality(vae, config.eval_images, config.seed),
     }
     vae.save_pretrained(done)
     write_json(about, card)
     return vae, card
 
 
-def _pretrain(args: argparse.Namespace, argv: list[str]) -> None:
+def pretrain(config: PretrainConfig, argv: Sequence[str]) -> None:
+    """Make the models that are missing and put all of them into --out; their cards say `argv`."""
     import torch
 
     from sdpo.tinyworld.autoencoder import encode_latents
 
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
-    work = _start(args)
-    budget = Budget(args.images, args.vae_steps, args.vae_batch, args.unet_steps, args.unet_batch)
-    images, captions = make_dataset(budget.images, args.seed)
-    vae, vae_card = _autoencoder(args, budget, images, work)
+    torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    work = _start(config)
+    images, captions = make_dataset(config.images, config.seed)
+    vae, vae_card = _autoencoder(config, images, work)
     vae.to(memory_format=torch.channels_last)
     latents = encode_latents(vae, images) * vae.config.scaling_factor
-    for family in args.families:
+    for family in config.families:
         target = work / asset_name(family)
         if (target / CARD_FILE).is_file():
             continue
         started = time.monotonic()
-        pipeline = build_pipeline(family, args.size, args.seed)
+        pipeline = build_pipeline(family, config.size, config.seed)
         pipeline.vae.load_state_dict(vae.state_dict())
         pipeline.vae.register_to_config(scaling_factor=vae.config.scaling_factor)
-        loss = train_denoiser(pipeline, latents, captions, budget, args.seed)
+        loss = train_denoiser(
+            pipeline,
+            latents,
+            captions,
+            steps=config.unet_steps,
+            batch=config.unet_batch,
+            seed=config.seed,
+        )
         minutes = (time.monotonic() - started) / 60
         # The text encoders stay float32: transformers loads the dtype of the file, diffusers
         # float32, and a pipeline loaded without arguments must not mix the two.
@@ -284,57 +302,42 @@ def _pretrain(args: argparse.Namespace, argv: list[str]) -> None:
         card = {
             "command": shlex.join(["python", "-m", "sdpo.tinyworld.pretrain", *argv]),
             "family": family,
-            "size": args.size,
-            "seed": args.seed,
-            "threads": args.threads,
-            "training_images": budget.images,
+            "size": config.size,
+            "seed": config.seed,
+            "threads": config.threads,
+            "training_images": config.images,
             "vae": vae_card,
             "denoiser": {
-                "steps": budget.unet_steps,
-                "images_per_step": budget.unet_batch,
+                "steps": config.unet_steps,
+                "images_per_step": config.unet_batch,
                 "minutes": round(minutes, 1),
                 "final_loss": round(loss, 5),
             },
             "sampling": {"steps": SAMPLING_STEPS, "guidance_scale": GUIDANCE_SCALE},
-            "oracle": evaluate(target, args.eval_images, args.seed),
+            "oracle": evaluate(target, config.eval_images, config.seed),
             "bytes": sum(f.stat().st_size for f in target.rglob("*") if f.is_file()),
         }
         write_json(target / CARD_FILE, card)
         print(json.dumps(card, indent=2), flush=True)
-    for family in args.families:
-        replace_directory(work / asset_name(family), args.out / asset_name(family))
+    for family in config.families:
+        replace_directory(work / asset_name(family), config.out / asset_name(family))
     shutil.rmtree(work)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Command line entry."""
-    parser = argparse.ArgumentParser(
-        prog="python -m sdpo.tinyworld.pretrain",
-        description="Train the tiny base models from scratch and write them with their cards.",
-    )
-    parser.add_argument("--out", type=Path, default=Path("assets"))
-    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
-    parser.add_argument("--size", choices=tuple(SIZES), default="small")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--vae", type=Path, help="trained autoencoder to reuse, a diffusers folder")
-    parser.add_argument("--images", type=int, default=16384, help="training images rendered")
-    parser.add_argument("--vae_steps", type=int, default=2100)
-    parser.add_argument("--vae_batch", type=int, default=16)
-    parser.add_argument("--unet_steps", type=int, default=2800)
-    parser.add_argument("--unet_batch", type=int, default=64)
-    parser.add_argument("--eval_images", type=int, default=256)
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    argv = sys.argv[1:] if argv is None else argv
-    args = parser.parse_args(argv)
-    counts = ("images", "vae_steps", "vae_batch", "unet_steps", "unet_batch", "threads")
-    at_least(args, 1, *counts, "eval_images")
-    if args.seed < 0:
-        raise UserError(f"--seed must not be negative, got {args.seed}")
-    if args.vae is not None and not (args.vae / "config.json").is_file():
-        raise UserError(f"--vae {args.vae} holds no config.json; give an autoencoder's folder")
-    args.out.mkdir(parents=True, exist_ok=True)
-    _pretrain(args, argv)
+def main(argv: Sequence[str]) -> int:
+    """Train what the flags describe.
+
+    Raises:
+        UserError: naming the flag and what would be right.
+    """
+    about = "Train the tiny base models from scratch and write them with their cards."
+    config = parse(PretrainConfig, argv, PROGRAM, about)
+    if config.vae is not None and not (config.vae / "config.json").is_file():
+        raise UserError(f"--vae {config.vae} holds no config.json; give an autoencoder's folder")
+    config.out.mkdir(parents=True, exist_ok=True)
+    pretrain(config, argv)
+    return 0
 
 
 if __name__ == "__main__":
-    run_main(main, "python -m sdpo.tinyworld.pretrain")
+    run_main(lambda: main(sys.argv[1:]), PROGRAM)

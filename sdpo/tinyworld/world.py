@@ -7,6 +7,7 @@ What a caption says is derived from a scene's geometry, so the two cannot disagr
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import permutations, product
 
@@ -86,7 +87,7 @@ class Description:
 
     @property
     def text(self) -> str:
-        """The caption that says this."""
+        """Say it as a caption."""
         nouns = [f"a {colour} {shape}" for colour, shape in self.objects]
         if len(nouns) == 1:
             return f"{nouns[0]} at the {self.placement} on a {self.background} background"
@@ -94,14 +95,14 @@ class Description:
 
 
 def position_name(x: float, y: float) -> str:
-    """Name of the position of a lone object's centroid, in pixels."""
+    """Name the position of a lone object's centroid, given in pixels."""
     if max(abs(x - _CENTRE), abs(y - _CENTRE)) < _CENTER_HALF_WIDTH:
         return "center"
     return f"{'top' if y < _CENTRE else 'bottom'} {'left' if x < _CENTRE else 'right'}"
 
 
 def relation_name(x: float, y: float, other_x: float, other_y: float) -> str:
-    """Relation of the first centroid to the other, along the axis they differ most on."""
+    """Name the relation of the first centroid to the other, on the axis where they differ most."""
     dx, dy = other_x - x, other_y - y
     if abs(dy) >= abs(dx):
         return "above" if dy > 0 else "below"
@@ -109,7 +110,7 @@ def relation_name(x: float, y: float, other_x: float, other_y: float) -> str:
 
 
 def describe(scene: Scene) -> Description:
-    """The attributes of a scene, as its caption states them."""
+    """Read the attributes off a scene, as its caption states them."""
     first = scene.objects[0]
     if len(scene.objects) == 1:
         placement = position_name(first.x, first.y)
@@ -122,24 +123,21 @@ def describe(scene: Scene) -> Description:
 
 
 def caption(scene: Scene) -> str:
-    """Caption of a scene, e.g. ``a red circle at the top left on a white background``."""
+    """Caption a scene, e.g. ``a red circle at the top left on a white background``."""
     return describe(scene).text
 
 
-def _either(words: object) -> str:
-    return "|".join(words)  # type: ignore[arg-type]
-
-
-_NOUN = rf"a ({_either(OBJECT_COLOURS)}) ({_either(SHAPES)})"
-_GROUND = rf"on a ({_either(BACKGROUND_COLOURS)}) background"
-_LONE = re.compile(rf"{_NOUN} at the ({_either(POSITIONS)}) {_GROUND}")
-_PAIR = re.compile(rf"{_NOUN} ({_either(RELATIONS)}) {_NOUN} {_GROUND}")
+_NOUN = rf"a ({'|'.join(OBJECT_COLOURS)}) ({'|'.join(SHAPES)})"
+_GROUND = rf"on a ({'|'.join(BACKGROUND_COLOURS)}) background"
+_LONE = re.compile(rf"{_NOUN} at the ({'|'.join(POSITIONS)}) {_GROUND}")
+_PAIR = re.compile(rf"{_NOUN} ({'|'.join(RELATIONS)}) {_NOUN} {_GROUND}")
 
 
 def parse_caption(text: str) -> Description:
-    """Inverse of ``Description.text``; case and white space do not matter.
+    """Invert ``Description.text``; case and white space do not matter.
 
-    Raises ValueError for a text that is no caption of this world.
+    Raises:
+        ValueError: the text is no caption of this world.
     """
     words = " ".join(text.lower().split())
     if match := _LONE.fullmatch(words):
@@ -152,14 +150,14 @@ def parse_caption(text: str) -> Description:
 
 
 def vocabulary() -> tuple[str, ...]:
-    """All words that occur in captions, sorted."""
+    """List all words that occur in captions, sorted."""
     texts = ["a at the on background", *OBJECT_COLOURS, *BACKGROUND_COLOURS]
     texts += [*SHAPES, *POSITIONS, *RELATIONS]
     return tuple(sorted({word for text in texts for word in text.split()}))
 
 
-def _choice(rng: np.random.Generator, names: object) -> str:
-    options = tuple(names)  # type: ignore[call-overload]
+def _choice(rng: np.random.Generator, names: Iterable[str]) -> str:
+    options = tuple(names)
     return options[int(rng.integers(len(options)))]
 
 
@@ -192,7 +190,7 @@ def sample_scene(rng: np.random.Generator, two_objects_share: float = 0.5) -> Sc
 
 
 def coverage(shape: str, x: float, y: float, radius: float) -> np.ndarray:
-    """Share of each pixel that a shape covers: float32 of shape (64, 64) in [0, 1].
+    """Compute the share of each pixel that a shape covers: float32, (64, 64), in [0, 1].
 
     Sampled on a 4 x 4 grid within each pixel, which is the antialiasing.
     """
@@ -222,7 +220,7 @@ def coverage(shape: str, x: float, y: float, radius: float) -> np.ndarray:
 
 
 def render_array(scene: Scene) -> np.ndarray:
-    """Antialiased rendering of a scene: uint8 of shape (64, 64, 3)."""
+    """Render a scene, antialiased: uint8, (64, 64, 3)."""
     canvas = np.empty((IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.float32)
     canvas[:] = BACKGROUND_COLOURS[scene.background]
     for item in scene.objects:
@@ -232,15 +230,18 @@ def render_array(scene: Scene) -> np.ndarray:
 
 
 def render(scene: Scene) -> Image.Image:
-    """Antialiased rendering of a scene: RGB, 64 x 64."""
+    """Render a scene, antialiased: RGB, 64 x 64."""
     return Image.fromarray(render_array(scene))
 
 
 def degrade(image: Image.Image, rng: np.random.Generator, strength: float = 1.0) -> Image.Image:
-    """Blurred, washed-out and noisy copy of an RGB image; what it shows stays readable.
+    """Blur, wash out and add noise to an RGB image; what it shows stays readable.
 
     ``strength`` scales all three: 1 blurs by 0.6 to 1.3 px, mixes in 12 to 28% grey and adds noise
-    of 6 to 16 grey levels standard deviation; 0 changes nothing. Raises ValueError below 0.
+    of 6 to 16 grey levels standard deviation; 0 changes nothing.
+
+    Raises:
+        ValueError: below 0.
     """
     if strength < 0:
         raise ValueError(f"degradation strength must not be negative, got {strength}")
@@ -254,22 +255,24 @@ def degrade(image: Image.Image, rng: np.random.Generator, strength: float = 1.0)
 
 
 def wrong_attribute(scene: Scene, rng: np.random.Generator) -> Scene:
-    """The scene with one attribute (background, a colour or a shape) changed, geometry equal."""
+    """Change one attribute of a scene (background, a colour or a shape), geometry equal."""
     pick = int(rng.integers(1 + 2 * len(scene.objects)))
     if pick == 0:
         others = [name for name in BACKGROUND_COLOURS if name != scene.background]
         return replace(scene, background=_choice(rng, others))
-    index, field = (pick - 1) // 2, ("colour", "shape")[(pick - 1) % 2]
-    item = scene.objects[index]
-    names = OBJECT_COLOURS if field == "colour" else SHAPES
-    options = [name for name in names if name != getattr(item, field)]
-    changed = replace(item, **{field: _choice(rng, options)})
+    index, item = (pick - 1) // 2, scene.objects[(pick - 1) // 2]
+    if pick % 2:
+        others = [name for name in OBJECT_COLOURS if name != item.colour]
+        changed = replace(item, colour=_choice(rng, others))
+    else:
+        others = [name for name in SHAPES if name != item.shape]
+        changed = replace(item, shape=_choice(rng, others))
     objects = tuple(changed if i == index else o for i, o in enumerate(scene.objects))
     return replace(scene, objects=objects)
 
 
 def all_descriptions() -> list[Description]:
-    """Every description the world can show, in a fixed order (5256 of them)."""
+    """List every description the world can show, in a fixed order (5256 of them)."""
     looks = list(product(OBJECT_COLOURS, SHAPES))
     lone = product(BACKGROUND_COLOURS, ((look,) for look in looks), POSITIONS)
     pairs = product(BACKGROUND_COLOURS, permutations(looks, 2), RELATIONS)
@@ -277,9 +280,10 @@ def all_descriptions() -> list[Description]:
 
 
 def evaluation_prompts(n: int, seed: int = 0) -> list[str]:
-    """``n`` different captions, half with one object and half with two, the same for a seed.
+    """Draw ``n`` different captions, half with one object and half with two, the same for a seed.
 
-    Raises ValueError if ``n`` is below 1 or more than twice the number of one-object captions.
+    Raises:
+        ValueError: ``n`` is below 1 or more than twice the number of one-object captions.
     """
     everything = all_descriptions()
     lone = [d.text for d in everything if len(d.objects) == 1]

@@ -32,8 +32,9 @@ def test_training_lowers_the_loss_and_moves_all_parts(family: str) -> None:
         8, 1, 1, 1
     )
     captions = ["a red circle", "a blue square", "a cyan triangle", ""] * 8
-    budget = pretrain.Budget(32, 1, 1, unet_steps=60, unet_batch=8, unet_learning_rate=3e-3)
-    loss = pretrain.train_denoiser(pipeline, latents, captions, budget, seed=0)
+    loss = pretrain.train_denoiser(
+        pipeline, latents, captions, steps=60, batch=8, seed=0, learning_rate=3e-3
+    )
     # Predicting nothing costs 1.
     assert loss < 0.9
     moved = [k for k, p in pipeline.text_encoder.named_parameters() if not torch.equal(p, start[k])]
@@ -77,11 +78,11 @@ def test_a_killed_call_goes_on_behind_its_last_stage(tmp_path: Path, monkeypatch
 
     trained = []
 
-    def train(pipeline, *arguments):
+    def train(pipeline, *arguments, **flags):
         trained.append(type(pipeline).__name__)
         if len(trained) == 2:
             raise KeyboardInterrupt
-        return real(pipeline, *arguments)
+        return real(pipeline, *arguments, **flags)
 
     real = pretrain.train_denoiser
     monkeypatch.setattr(pretrain, "train_denoiser", train)
