@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import subprocess
-from collections.abc import Mapping
 from typing import Any
 
 from sdpo.common.errors import UserError
-from sdpo.common.signals import terminable
 
 
 class Parser(argparse.ArgumentParser):
@@ -73,40 +70,3 @@ def as_argv(flags: dict[str, Any]) -> list[str]:
         elif value is not None and value is not False:
             argv += [f"--{name}", str(value)]
     return argv
-
-
-def run_step(command: list[str], what: str, **kwargs: Any) -> None:
-    """`run_together` with one program."""
-    run_together({what: command}, **kwargs)
-
-
-def run_together(commands: Mapping[str, list[str]], **kwargs: Any) -> None:
-    """Run some of the project's programs, side by side, as parts of another. A signal to end this
-    one reaches them first; Ctrl-C they get from the terminal themselves.
-
-    Args:
-        commands: by what each is, for the message.
-        kwargs: those of `subprocess.Popen`.
-
-    Raises:
-        UserError: one ended with an error, which it has printed.
-    """
-    children: dict[str, subprocess.Popen[bytes]] = {}
-    with terminable():
-        try:
-            for what, command in commands.items():
-                children[what] = subprocess.Popen(command, **kwargs)
-            for child in children.values():
-                child.wait()
-        except BaseException as reason:
-            for child in children.values():
-                if not isinstance(reason, KeyboardInterrupt):
-                    child.terminate()
-            for child in children.values():
-                child.wait()
-            raise
-    for what, child in children.items():
-        if child.returncode:
-            raise UserError(
-                f"{what} ended with exit code {child.returncode}; see above, then run this again"
-            )

@@ -1,33 +1,61 @@
-"""A file of JSON lines that grows by whole lines and survives being cut off."""
+"""Files of JSON lines that grow by whole lines and survive being cut off."""
 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from sdpo.common.files import write_text
-from sdpo.training.runlog import read_metrics
 
 
-class Lines:
-    """What is there already, without a line that a kill cut off, and a way to add to it."""
+class JsonLines:
+    """Appends entries to a file of JSON lines, each flushed as it is written.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.entries = read_metrics(path)
-        if path.is_file():
-            write_text(path, "".join(_line(entry) for entry in self.entries))
+    Of what is there already, a line that a kill cut off is dropped, and so are the entries that
+    `keep` refuses. `count` is the number of the file's lines.
+    """
 
-    def append(self, entry: dict[str, Any]) -> None:
-        """Add one line; it is on its way to the disk when this returns."""
-        self.entries.append(entry)
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(_line(entry))
+    def __init__(self, path: Path, keep: Callable[[dict[str, Any]], bool] | None = None) -> None:
+        kept = [entry for entry in read_lines(path) if keep is None or keep(entry)]
+        write_text(path, "".join(map(json_line, kept)))
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+        self.count = len(kept)
 
-    def __len__(self) -> int:
-        return len(self.entries)
+    def write(self, entry: dict[str, Any]) -> None:
+        """Append one entry; what is not finite becomes null."""
+        self._file.write(json_line(entry))
+        self._file.flush()
+        self.count += 1
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
 
 
-def _line(entry: dict[str, Any]) -> str:
-    return json.dumps(entry) + "\n"
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Read the whole lines of a file of JSON lines; [] where there is none."""
+    if not path.is_file():
+        return []
+    entries = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            entries.append(json.loads(line))
+        except ValueError:
+            break
+    return entries
+
+
+def json_line(entry: dict[str, Any]) -> str:
+    """Write an entry as one line of JSON, which has no NaN or infinity: they become null."""
+    return json.dumps(_plain(entry)) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -15,7 +15,8 @@ from typing import Any
 
 from sdpo.common.cli import Parser, at_least
 from sdpo.common.errors import UserError, run_main
-from sdpo.training.runlog import METRICS_FILE, read_metrics
+from sdpo.common.jsonl import read_lines
+from sdpo.training.runlog import METRICS_FILE
 
 DEFAULT_METRICS = (
     "loss",
@@ -74,7 +75,7 @@ def read_runs(paths: list[Path]) -> dict[str, list[dict[str, Any]]]:
             raise UserError(f"{path} is not a run: it has no {METRICS_FILE}")
     if len({path.resolve() for path in paths}) < len(paths):
         raise UserError(f"a run is given twice: {' '.join(map(str, paths))}")
-    runs = dict(zip(labels_of(paths), (read_metrics(p / METRICS_FILE) for p in paths), strict=True))
+    runs = dict(zip(labels_of(paths), (read_lines(p / METRICS_FILE) for p in paths), strict=True))
     for path, entries in zip(paths, runs.values(), strict=True):
         if not entries:
             raise UserError(f"{path / METRICS_FILE} holds no whole line yet")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import platform
 import resource
 import subprocess
@@ -12,7 +10,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdpo.common.files import write_json, write_text
+from sdpo.common.files import write_json
+from sdpo.common.jsonl import JsonLines
 
 if TYPE_CHECKING:
     import torch
@@ -71,54 +70,17 @@ def peak_memory_gib(device: torch.device) -> float:
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-class RunLog:
-    """Appends to metrics.jsonl; one line per optimizer step, flushed as it is written.
+class RunLog(JsonLines):
+    """Appends to metrics.jsonl, one line per optimizer step.
 
-    On resuming after `keep_steps` steps, the lines of later steps (which will be done again) and a
-    line that was cut off by a kill are dropped.
+    On resuming after `keep_steps` steps, the lines of later steps (which will be done again) are
+    dropped.
     """
 
     def __init__(self, output_dir: Path, keep_steps: int) -> None:
-        self.path = output_dir / METRICS_FILE
-        kept = [line for line in read_metrics(self.path) if line["step"] <= keep_steps]
-        write_text(self.path, "".join(_line(entry) for entry in kept))
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
-
-    def write(self, entry: dict[str, Any]) -> None:
-        """Append one step."""
-        self._file.write(_line(entry))
-        self._file.flush()
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        super().__init__(output_dir / METRICS_FILE, lambda entry: entry["step"] <= keep_steps)
 
 
 def write_config(output_dir: Path, config: dict[str, Any]) -> None:
     """Write config.json."""
     write_json(output_dir / CONFIG_FILE, config)
-
-
-def _line(entry: dict[str, Any]) -> str:
-    # JSON has no NaN or infinity.
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: plain(v) for k, v in value.items()}
-        if isinstance(value, list):
-            return [plain(v) for v in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return json.dumps(plain(entry)) + "\n"
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics.jsonl; [] where there is none."""
-    if not path.is_file():
-        return []
-    entries = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            entries.append(json.loads(line))
-        except ValueError:
-            break
-    return entries

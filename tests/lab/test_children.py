@@ -13,9 +13,9 @@ import time
 
 import pytest
 
+from sdpo.common.programs import Stopped
 from sdpo.lab.sweep import run as sweeps
-from sdpo.lab.sweep.processes import Children, Stopped, last_line
-from sdpo.lab.sweep.run import run_all
+from sdpo.lab.sweep.run import last_line, run_all, sweep_programs
 from sdpo.lab.sweep.stages import Stage
 
 
@@ -28,7 +28,7 @@ def lock(tmp_path):
 
 @pytest.fixture
 def children(lock):
-    return Children(3, lock.fileno())
+    return sweep_programs(3, lock.fileno())
 
 
 def python(code):
@@ -51,7 +51,7 @@ def run(chains, children, out, monkeypatch, jobs=2):
 
 def test_programs_get_their_share_of_threads_and_a_log(lock, tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS")
-    children = Children(3, lock.fileno())
+    children = sweep_programs(3, lock.fileno())
     log = tmp_path / "logs" / "a.log"
     code = "import os, sys; print(os.environ['OMP_NUM_THREADS']); sys.exit('to stderr')"
     assert children.run(python(code), log) == 1
@@ -59,7 +59,7 @@ def test_programs_get_their_share_of_threads_and_a_log(lock, tmp_path, monkeypat
     assert children.run(python("print('more')"), log) == 0
     assert log.read_text() == "3\nto stderr\nmore\n"
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
-    Children(3, lock.fileno()).run(python(code), log)
+    sweep_programs(3, lock.fileno()).run(python(code), log)
     assert log.read_text().endswith("more\n5\nto stderr\n")
 
 
@@ -157,9 +157,10 @@ def test_lock_lasts_as_long_as_a_program_that_a_killed_sweep_left(tmp_path):
     """The parent is killed, its program lives on and keeps the lock to its end."""
     code = (
         "import fcntl, sys; from pathlib import Path;"
-        "from sdpo.lab.sweep.processes import Children;"
+        "from sdpo.lab.sweep.run import sweep_programs;"
         "file = open(sys.argv[1], 'w'); fcntl.flock(file, fcntl.LOCK_EX);"
-        "Children(1, file.fileno()).run([sys.executable, '-c', sys.argv[2]], Path(sys.argv[3]))"
+        "command = [sys.executable, '-c', sys.argv[2]];"
+        "sweep_programs(1, file.fileno()).run(command, Path(sys.argv[3]))"
     )
     child = "import os, sys; print(os.getpid(), flush=True); input_ = open(%r).read()"
     fifo, log, path = tmp_path / "fifo", tmp_path / "log", tmp_path / "lock"

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from sdpo.common import files
-from sdpo.training.runlog import RunLog, describe_run, peak_memory_gib, read_metrics, write_config
+from sdpo.common.jsonl import read_lines
+from sdpo.training.runlog import RunLog, describe_run, peak_memory_gib, write_config
 
 
 def entries(path):
@@ -56,9 +57,9 @@ def test_a_fresh_run_forgets_an_older_log(tmp_path):
 
 def test_reading_metrics(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    assert read_metrics(path) == []
+    assert read_lines(path) == []
     path.write_text('{"step": 1, "x": null}\n{"step": 2}\n{"st')
-    assert read_metrics(path) == [{"step": 1, "x": None}, {"step": 2}]
+    assert read_lines(path) == [{"step": 1, "x": None}, {"step": 2}]
 
 
 def test_config_holds_flags_versions_and_revision(make_config, tmp_path):

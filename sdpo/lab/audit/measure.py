@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from sdpo.common import randomness
-from sdpo.common.jsonl import Lines
+from sdpo.common.jsonl import JsonLines, read_lines
 from sdpo.common.processes import quieten_libraries
 from sdpo.data.loader import PairLoader
 from sdpo.data.order import FIRST
@@ -81,23 +82,25 @@ def measure(args: argparse.Namespace, out: Path) -> dict[str, list[dict[str, Any
     Raises:
         UserError: model, data or checkpoint cannot be read, or do not fit.
     """
-    files = {name: Lines(out / f"{name}.jsonl") for name in PARTS}
+    paths = {name: out / f"{name}.jsonl" for name in PARTS}
     wanted = {
         "updates": args.steps,
         "jacobian": args.jacobian_pairs,
         "spectrum": args.spectrum_pairs,
     }
-    if any(len(files[name]) < wanted[name] for name in PARTS):
-        subject = load(args)
-        _measure_updates(subject, files["updates"])
+    with ExitStack() as stack:
+        files = {name: stack.enter_context(closing(JsonLines(p))) for name, p in paths.items()}
+        if any(files[name].count < wanted[name] for name in PARTS):
+            subject = load(args)
+            _measure_updates(subject, files["updates"])
 
-        def estimated(winner: Sample, loser: Sample) -> dict[str, Any]:
-            generator = randomness.generator(args.seed, len(files["spectrum"]), "probes")
-            return spectrum(winner, loser, args.probes, args.lanczos, generator)
+            def estimated(winner: Sample, loser: Sample) -> dict[str, Any]:
+                generator = randomness.generator(args.seed, files["spectrum"].count, "probes")
+                return spectrum(winner, loser, args.probes, args.lanczos, generator)
 
-        for name, measured in (("jacobian", branch_alignment), ("spectrum", estimated)):
-            _measure_pairs(subject, files[name], wanted[name], name, measured)
-    return {name: lines.entries for name, lines in files.items()}
+            for name, measured in (("jacobian", branch_alignment), ("spectrum", estimated)):
+                _measure_pairs(subject, files[name], wanted[name], name, measured)
+    return {name: read_lines(path) for name, path in paths.items()}
 
 
 def load(args: argparse.Namespace) -> Subject:
@@ -131,18 +134,18 @@ def load(args: argparse.Namespace) -> Subject:
     return Subject(args, unet, reference, encoder, loader, moments)
 
 
-def _measure_updates(subject: Subject, lines: Lines) -> None:
+def _measure_updates(subject: Subject, lines: JsonLines) -> None:
     args = subject.args
-    if len(lines) >= args.steps:
+    if lines.count >= args.steps:
         return
-    bar = tqdm(total=args.steps, initial=len(lines), desc="updates", unit="batch")
+    bar = tqdm(total=args.steps, initial=lines.count, desc="updates", unit="batch")
     learning_rate = scaled_learning_rate(args, 1)
     batches = iter(subject.loader)
     moments = subject.moments or _estimated_moments(subject, batches)
     coming = next(batches)
     for index in range(args.steps):
         batch, coming = coming, next(batches)
-        if index < len(lines):
+        if index < lines.count:
             continue
         inputs = subject.noised(batch)
         found = subject.branches(inputs)
@@ -167,7 +170,7 @@ def _measure_updates(subject: Subject, lines: Lines) -> None:
                 "timesteps": winners.batch.timesteps.tolist(),
                 "winner_error": winners.before.tolist(),
             }
-        lines.append(entry)
+        lines.write(entry)
         bar.update()
     bar.close()
 
@@ -189,16 +192,16 @@ def _estimated_moments(subject: Subject, batches: Iterator[PairBatch]) -> Moment
 
 def _measure_pairs(
     subject: Subject,
-    lines: Lines,
+    lines: JsonLines,
     total: int,
     what: str,
     measured: Callable[[Sample, Sample], dict[str, Any]],
 ) -> None:
     """Add what is `measured` on winner and loser of each pair that is not measured yet."""
-    with tqdm(total=total, initial=len(lines), desc=what, unit="pair") as bar:
-        for winner, loser in _stratified(subject, total, len(lines)):
+    with tqdm(total=total, initial=lines.count, desc=what, unit="pair") as bar:
+        for winner, loser in _stratified(subject, total, lines.count):
             timestep = int(winner.inputs.timesteps[0])
-            lines.append({"timestep": timestep, **measured(winner, loser)})
+            lines.write({"timestep": timestep, **measured(winner, loser)})
             bar.update()
 
 

@@ -10,11 +10,12 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 
+from sdpo.common.jsonl import read_lines
 from sdpo.evaluation.generate.manifest import read_manifest
 from sdpo.evaluation.heldout import read_heldout
 from sdpo.evaluation.score.table import read_scores
 from sdpo.lab.drawing import BLUE, RED, plain, save, show_image, smooth, wrapped
-from sdpo.training.runlog import METRICS_FILE, read_metrics
+from sdpo.training.runlog import METRICS_FILE
 
 LABELS = {"plain": "without safeguard", "safeguard": "with safeguard"}
 COLOURS = {"plain": RED, "safeguard": BLUE}
@@ -36,7 +37,7 @@ def rows_of(out: Path, manifests: dict[str, Path]) -> list[dict[str, Any]]:
         }
         if name in LABELS:
             last = read_heldout(out / name)[-1]
-            steps = read_metrics(out / name / METRICS_FILE)
+            steps = read_lines(out / name / METRICS_FILE)
             row |= {
                 "wins_over_base_percent": 100 * over_base[LABELS[name]],
                 "winner_drift_percent": last["winner_drift_percent"],
@@ -79,7 +80,7 @@ def draw_curves(out: Path, path: Path, method: str) -> None:
         ):
             values = [entry[key] for entry in heldout]
             axis.plot(steps, values, "o-", ms=3, color=COLOURS[name], label=label)
-        trained = read_metrics(out / name / METRICS_FILE)
+        trained = read_lines(out / name / METRICS_FILE)
         scale = smooth([entry["loser_scale"] for entry in trained], SMOOTHING)
         axes[3].plot([entry["step"] for entry in trained], scale, color=COLOURS[name], label=label)
     titles = (

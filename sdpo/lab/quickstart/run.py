@@ -15,9 +15,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdpo.common.cli import Parser, at_least, run_step
+from sdpo.common.cli import Parser, at_least
 from sdpo.common.errors import UserError, run_main
 from sdpo.common.files import ROOT, check_directory, claim_directory, write_json
+from sdpo.common.programs import run_step
 from sdpo.evaluation.heldout import read_heldout
 
 BASE = ROOT / "assets" / "tiny-sd15"

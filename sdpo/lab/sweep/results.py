@@ -23,12 +23,13 @@ import pyarrow.parquet as pq
 
 from sdpo.common.errors import UserError
 from sdpo.common.files import written_beside
+from sdpo.common.jsonl import read_lines
 from sdpo.evaluation.heldout import read_heldout
 from sdpo.evaluation.score.summary import ALL
 from sdpo.lab.sweep.file import PlannedRun, Sweep
 from sdpo.lab.sweep.stages import image_dirs, is_trained, read_summary, run_dir
 from sdpo.training.distributions import BINS
-from sdpo.training.runlog import METRICS_FILE, read_metrics
+from sdpo.training.runlog import METRICS_FILE
 
 RESULTS_FILE = "results.parquet"
 _BEFORE = {"run": pa.string(), "variant": pa.string(), "seed": pa.int64()}
@@ -96,7 +97,7 @@ _Number = tuple[str, int, "int | None", str, float]
 
 def _numbers(sweep: Sweep, run: PlannedRun, out: Path) -> Iterator[_Number]:
     directory = run_dir(out, run)
-    for entry in read_metrics(directory / METRICS_FILE):
+    for entry in read_lines(directory / METRICS_FILE):
         yield from _entry("train", entry)
         for metric, values in (entry.get("by_timestep") or {}).items():
             for place, value in enumerate(values):

@@ -30,19 +30,18 @@ import argparse
 import fcntl
 import os
 import shlex
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from sdpo.common.cli import Parser, at_least
 from sdpo.common.files import check_claim, check_directory, claim_directory
-from sdpo.common.signals import terminable
+from sdpo.common.programs import Programs
 from sdpo.lab.sweep.file import Sweep, read_sweep
-from sdpo.lab.sweep.processes import Children, last_line
 from sdpo.lab.sweep.stages import Stage, run_dir, stages_of
 
 PROGRAM = "python -m sdpo.lab sweep"
@@ -88,7 +87,7 @@ def main(argv: list[str]) -> int:
     cores = available_cores()
     jobs = min(args.jobs or cores, len(chains))
     with _locked(out) as lock:
-        failed = run_all(sweep, out, chains, Children(max(1, cores // jobs), lock), jobs)
+        failed = run_all(sweep, out, chains, sweep_programs(max(1, cores // jobs), lock), jobs)
 
     from sdpo.lab.sweep.sweep_figures import draw
 
@@ -126,7 +125,7 @@ def print_missing(chains: dict[str, list[Stage]]) -> None:
 
 
 def run_all(
-    sweep: Sweep, out: Path, chains: dict[str, list[Stage]], children: Children, jobs: int
+    sweep: Sweep, out: Path, chains: dict[str, list[Stage]], programs: Programs, jobs: int
 ) -> list[str]:
     """Run all chains, `jobs` at a time; the table is written anew at the end of each.
 
@@ -144,7 +143,7 @@ def run_all(
         log = out / "logs" / f"{name}.log"
         for done, stage in enumerate(chains[name]):
             bar.set_postfix_str(f"{name}: {stage.name}")
-            sentence = run_stage(stage, log, children)
+            sentence = run_stage(stage, log, programs)
             if sentence is not None:
                 failed.append(name)
                 bar.write(f"{name}: {sentence}", file=sys.stderr)
@@ -154,25 +153,41 @@ def run_all(
         with writing:
             write_results(sweep, out)
 
-    with bar, terminable(), ThreadPoolExecutor(jobs) as pool:
-        futures = [pool.submit(run_chain, name) for name in chains]
+    with bar, programs.threads(jobs) as pool:
         try:
-            for future in futures:
-                future.result()
+            list(pool.map(run_chain, chains))
         except BaseException:
-            children.stop()
             bar.write("stopping; the same command goes on from here", file=sys.stderr)
             raise
     return failed
 
 
-def run_stage(stage: Stage, log: Path, children: Children) -> str | None:
+def sweep_programs(threads: int, lock: int) -> Programs:
+    """Start programs with `threads` threads each, where OMP_NUM_THREADS does not say how many, and
+    in sessions of their own: a Ctrl-C reaches them once, and training saves. They keep the file
+    `lock` open, so that a lock on it lasts until the last of them has ended, whatever became of
+    this process."""
+    return Programs(
+        stdin=subprocess.DEVNULL,
+        env={"OMP_NUM_THREADS": str(threads), **os.environ},
+        start_new_session=True,
+        pass_fds=(lock,),
+    )
+
+
+def last_line(log: Path) -> str:
+    """Read the last line of a log that says something; progress bars rewrite theirs after a \\r."""
+    lines = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").splitlines()
+    return next((line.strip() for line in reversed(lines) if line.strip()), "nothing")
+
+
+def run_stage(stage: Stage, log: Path, programs: Programs) -> str | None:
     """Run what is missing of a stage; a sentence where that failed."""
     commands = stage.missing()
     if not commands:
         return None
     for command in commands:
-        code = children.run(command, log)
+        code = programs.run(command, log)
         if code:
             return f"{stage.name} ended with exit code {code}: {last_line(log)} (see {log})"
     stage.finish()

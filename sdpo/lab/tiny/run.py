@@ -17,9 +17,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sdpo.common.cli import Parser, as_argv, at_least, run_step, run_together
+from sdpo.common.cli import Parser, as_argv, at_least
 from sdpo.common.errors import UserError
 from sdpo.common.files import check_directory
+from sdpo.common.programs import run_step, run_together
 from sdpo.lab.sweep.file import PlannedRun, Sweep, read_sweep
 from sdpo.lab.sweep.run import available_cores
 from sdpo.lab.sweep.stages import run_dir

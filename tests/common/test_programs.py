@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from sdpo.common.cli import run_step, run_together
 from sdpo.common.errors import UserError
+from sdpo.common.programs import run_step, run_together
 
 MARK = "import sys; from pathlib import Path; Path(sys.argv[1]).touch();"
 
