@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Diffusion-DPO with the safeguard on SDXL.
+# Diffusion-DPO with the safeguard on SDXL: scripts/recipes/sdxl_diffusion_dpo.yaml, and any of train.py's flags.
 set -euo pipefail
 source "$(dirname "$0")/_recipe.sh"
-train_sdxl --train_method diffusion-dpo --beta_dpo 5000 --winner_preserving_mu 0.6 "$@"
+train "$@"

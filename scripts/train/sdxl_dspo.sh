@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# DSPO with the safeguard on SDXL.
+# DSPO with the safeguard on SDXL: scripts/recipes/sdxl_dspo.yaml, and any of train.py's flags.
 set -euo pipefail
 source "$(dirname "$0")/_recipe.sh"
-train_sdxl --train_method dspo --beta_dpo 5000 --winner_preserving_mu 0.6 "$@"
+train "$@"

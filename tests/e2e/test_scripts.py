@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from sdpo.config import parse_train
+
 from .harness import Run, as_argv, free_port, program
 
 ALL = {
@@ -123,7 +125,7 @@ def test_recipe(train, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_recipe_as_it_stands(name, tmp_path, monkeypatch):
+def test_recipe_as_it_stands(name, repo, tmp_path, monkeypatch):
     """The flags a recipe gives when nothing is overridden: `python` only prints them."""
     python = tmp_path / "python"
     python.write_text(
@@ -134,13 +136,12 @@ def test_recipe_as_it_stands(name, tmp_path, monkeypatch):
     done = script(name, SDPO_PYTHON=str(python))
     assert done.returncode == 0, done.stderr
     checked, started = (tmp_path / "calls").read_text().splitlines()
-    assert checked.split()[:2] == ["-m", "sdpo.args"]
+    assert checked.split()[:2] == ["train.py", "--check_only"]
     assert started.split()[0] == "train.py"
     assert checked.split()[2:] == started.split()[1:]
 
-    from sdpo.args import parse_args
-
-    args = vars(parse_args(started.split()[1:]))
+    monkeypatch.chdir(repo)
+    args = parse_train(started.split()[1:]).flags()
     for flag, value in RECIPES[name].items():
         assert args[flag] == value, flag
     assert args["dataset_name"] == "yuvalkirstain/pickapic_v2"
@@ -171,12 +172,12 @@ def test_how_processes_are_launched(tmp_path, gpus, given, expected):
     assert done.returncode == 0, done.stderr
     started = (tmp_path / "calls").read_text().splitlines()[-1]
     if expected is None:
-        assert started.startswith("train.py --dataset_name")
+        assert started.startswith("train.py --config_file scripts/recipes/sd15_dspo.yaml ")
         return
     before, _, after = started.partition(" train.py ")
     fixed = "--mixed_precision no --dynamo_backend no"
     assert before.split() == f"-m accelerate.commands.launch {expected} {fixed} {given}".split()
-    assert after.startswith("--dataset_name")
+    assert after.startswith("--config_file scripts/recipes/sd15_dspo.yaml ")
 
 
 @pytest.mark.parametrize(
