@@ -106,7 +106,9 @@ def launch(name: str, argv: list[str]) -> int:
         path = named_file("--config", config, LAUNCH_DIR)
         launch_argv = ["--config_file", str(path), *launch_argv]
     # Mistakes are answered here, once, and before torch is imported.
-    run(name, ["--check_only", *argv])
+    code = run(name, ["--check_only", *argv])
+    if "--check_only" in argv:
+        return code
 
     import torch
 

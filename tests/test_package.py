@@ -239,3 +239,15 @@ def test_the_command_runs_from_anywhere(installed, repo, tmp_path):
     assert repo not in Path(train).parents
     assert int(prompts) == 128
     assert directory == "/cache/sdpo/prompts"
+
+
+def test_recipes_from_anywhere(installed, tiny_sd15, pairs_dir, tmp_path):
+    """From the wheel, whose recipes and train.py lie in the package."""
+    flags = ["--pretrained_model_name_or_path", tiny_sd15, "--train_data_dir", pairs_dir]
+    command = [installed, "train", "--check_only", "--recipe", "sd15_dspo", *flags]
+    done = answer(*command, directory=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    done = answer(*command, "--beta_dpo", "-1", directory=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == "sdpo train: error: --beta_dpo must be a number above 0, got -1.0\n"
+    assert list(tmp_path.iterdir()) == []

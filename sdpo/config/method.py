@@ -38,5 +38,8 @@ class MethodConfig:
     def options(self, family: str) -> dict[str, Any]:
         """Give the chosen method its own options; DSPO's form is the family's where none is
         named."""
-        own = {"dmpo": {"alpha": self.dmpo_alpha}, "dspo": {"form": self.dspo_form or family}}
+        own: dict[str, dict[str, Any]] = {
+            "dmpo": {"alpha": self.dmpo_alpha},
+            "dspo": {"form": self.dspo_form or family},
+        }
         return own.get(self.train_method, {})

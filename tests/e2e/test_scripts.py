@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 
 import pytest
@@ -234,6 +235,29 @@ def test_arguments_win_and_processes_are_launched(train, tmp_path):
     assert run.column("step") == [1, 2]
     assert run.column("loser_scale") == [1.0, 1.0]
     assert not (out / "logs").exists()
+
+
+def test_the_command_trains_as_the_script_does(train, tmp_path):
+    """`sdpo train --recipe NAME` in two processes, from another folder."""
+    launch = f"--multi_gpu --num_processes 2 --main_process_port {free_port()}"
+    environment = {"SDPO_LAUNCH_ARGS": launch, "ACCELERATE_USE_CPU": "true"}
+    argv = tiny(train, "run", "sd15", report_to="none", beta_dpo=123)
+    done = subprocess.run(
+        [sys.executable, "-m", "sdpo.cli", "train", "--recipe", "sd15_dmpo", *argv],
+        cwd=tmp_path,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    run = Run(tmp_path / "run")
+    assert run.config["resolved"]["processes"] == 2
+    assert run.column("step") == [1, 2]
+    found = run.config["args"]
+    assert found["beta_dpo"] == 123
+    for flag in RECIPES["sd15_dmpo"].keys() - REPLACED - {"beta_dpo"}:
+        assert found[flag] == RECIPES["sd15_dmpo"][flag], flag
 
 
 @pytest.mark.parametrize(
