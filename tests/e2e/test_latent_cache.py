@@ -273,4 +273,4 @@ def test_the_script_answers_mistakes_once():
     done = script(*as_argv({"cache_dir_latents": "x", "pretrained_model_name_or_path": "./none"}))
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert line.startswith("sdpo.data.latents: error: ")
+    assert line.startswith("sdpo.cache: error: ")
