@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sdpo.common.errors import UserError, first_line
 
@@ -51,10 +51,10 @@ def quieten_libraries() -> None:
     import diffusers
     import transformers
 
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    for library in (diffusers, transformers):
+        logs: Any = library.utils.logging
+        logs.set_verbosity_error()
+        logs.disable_progress_bar()
     # It announces every retry, twice where the root logger has a handler; what it gives up on is
     # raised as an error.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)

@@ -82,8 +82,8 @@ class DataConfig(SourceConfig):
         metavar="F",
         check=SHARE,
     )
-    resolution: int | None = flag(
-        None,
+    resolution: int = flag(
+        None,  # sdpo.config.rules.fill_in
         "side of the square images, in pixels",
         metavar="PX",
         check=(at_least(1), multiple_of(8)),

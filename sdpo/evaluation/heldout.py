@@ -100,7 +100,6 @@ def main() -> int:
     family, source = open_base(train)
     pairs = open_pairs(train.data, train.run.seed)
     frozen = family.load_frozen(source).to(device, torch.float32, torch.float32)
-    assert train.data.resolution
     encoder = ModelEncoder(family, frozen, train.data.resolution, device)
     unet = family.load_unet(source).to(device).eval()
     inputs = list(heldout_inputs(encoder, pairs, train, config))
@@ -150,7 +149,6 @@ def heldout_inputs(
     from sdpo.data.transforms import PairTransform, UndecodableImage
     from sdpo.models.forward import noise_pairs
 
-    assert train.data.resolution
     transform = PairTransform(train.data.resolution, hflip=False)
     decode = PairDecoder(pairs.columns, pairs.base, transform, 0.0)
     rows = first_rows(pairs, config.max_pairs)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sdpo.common.errors import UserError, first_line
 from sdpo.models.loading import (
@@ -32,8 +32,8 @@ VAE_FLAG = "--pretrained_vae_model_name_or_path"
 class Frozen:
     """The parts that are not trained. `text_encoders` and `tokenizers` go together."""
 
-    vae: nn.Module
-    text_encoders: list[nn.Module]
+    vae: Any  # AutoencoderKL
+    text_encoders: list[Any]
     tokenizers: list[Any]
     scheduler: Any  # DDPMScheduler: the training noise schedule
 
@@ -94,7 +94,7 @@ class Family(ABC):
     sample_guidance: ClassVar[float]
 
     def load_unet_config(self, source: ModelSource) -> dict[str, Any]:
-        """The base's UNet config, checked to be of this family.
+        """Read the base's UNet config, checked to be of this family.
 
         Raises:
             UserError: not to be had, of another family, or not trained to predict noise.
@@ -117,8 +117,8 @@ class Family(ABC):
         check_family(config, self.sdxl, f"{BASE_FLAG} {source.base}")
         return config
 
-    def load_unet(self, source: ModelSource) -> nn.Module:
-        """The UNet a run starts from, float32, from `unet_init` where given, else the base.
+    def load_unet(self, source: ModelSource) -> Any:
+        """Load the UNet that a run starts from, float32: `unet_init` where given, else the base's.
 
         Raises:
             UserError: not to be had, or of another family.
@@ -141,7 +141,7 @@ class Family(ABC):
 
     def _unet_from_pretrained(
         self, flag: str, name: str, subfolder: str | None, source: ModelSource
-    ) -> nn.Module:
+    ) -> Any:
         from diffusers import UNet2DConditionModel
 
         return from_pretrained(
@@ -154,7 +154,7 @@ class Family(ABC):
         ).float()
 
     def load_frozen(self, source: ModelSource) -> Frozen:
-        """VAE, text encoders, tokenizers and noise schedule, float32, without gradients.
+        """Load VAE, text encoders, tokenizers and noise schedule, float32, without gradients.
 
         Raises:
             UserError: one of them is not to be had, or the model does not predict noise.
@@ -182,7 +182,7 @@ class Family(ABC):
         return Frozen(vae, encoders, tokenizers, scheduler)
 
     def load_scheduler(self, source: ModelSource) -> Any:
-        """The training noise schedule alone, a `DDPMScheduler`.
+        """Load the training noise schedule alone, a `DDPMScheduler`.
 
         Raises:
             UserError: not to be had, or the model does not predict noise.
@@ -204,8 +204,8 @@ class Family(ABC):
             )
         return scheduler
 
-    def vae_dtype(self, vae: nn.Module, dtype: torch.dtype) -> torch.dtype:
-        """The dtype to run the VAE in, given that of the run."""
+    def vae_dtype(self, vae: Any, dtype: torch.dtype) -> torch.dtype:
+        """Choose the dtype to run the VAE in, given that of the run."""
         return dtype
 
     @abstractmethod
@@ -217,12 +217,12 @@ class Family(ABC):
         """Subfolders of the tokenizers, in the same order."""
 
     def text_parts(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Subfolders of the text encoders, and of their tokenizers."""
+        """Name the subfolders of the text encoders, and of their tokenizers."""
         return tuple(self._text_encoder_classes()), self._tokenizer_parts()
 
     @abstractmethod
     def encode_text(self, frozen: Frozen, captions: list[str]) -> dict[str, Tensor]:
-        """What the text encoders say of B captions: `hidden` (B, tokens, width) and, where the
+        """Run the text encoders on B captions: `hidden` (B, tokens, width) and, where the
         family has it, `pooled` (B, width)."""
 
     @abstractmethod
@@ -266,12 +266,12 @@ class Family(ABC):
         return latents / vae["scaling_factor"] + (vae["shift_factor"] or 0)
 
     @abstractmethod
-    def pipeline(self, unet: nn.Module, frozen: Frozen, source: ModelSource) -> Any:
-        """A diffusers pipeline around these very modules, with the base's own sampler."""
+    def pipeline(self, unet: Any, frozen: Frozen, source: ModelSource) -> Any:
+        """Build a diffusers pipeline around these very modules, with the base's own sampler."""
 
     @torch.no_grad()
     def encode_images(self, frozen: Frozen, pixels: Tensor, noise: Tensor) -> Tensor:
-        """Pixels (N, 3, R, R) in [-1, 1] to scaled latents (N, C, r, r), float32.
+        """Encode pixels (N, 3, R, R) in [-1, 1] to normalised latents (N, C, r, r), float32.
 
         `noise` (N, C, r, r), standard normal, draws the sample from the VAE's posterior.
         """
@@ -292,20 +292,20 @@ class Family(ABC):
 
     @torch.no_grad()
     def encode_posterior(self, frozen: Frozen, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the VAE's posterior, each (N, C, r, r) in its dtype, of
-        pixels (N, 3, R, R) in [-1, 1]."""
+        """Encode pixels (N, 3, R, R) in [-1, 1] to mean and standard deviation of the VAE's
+        posterior, each (N, C, r, r) in its dtype."""
         vae = frozen.vae
         posterior = vae.encode(pixels.to(vae.dtype)).latent_dist
         return posterior.mean, posterior.std
 
     def latent_shape(self, frozen: Frozen, resolution: int) -> tuple[int, int, int]:
-        """(C, r, r) of the latents of a square image."""
+        """Give (C, r, r) of the latents of a square image."""
         config = frozen.vae.config
         side = resolution // 2 ** (len(config.block_out_channels) - 1)
         return config.latent_channels, side, side
 
     def load_sampler(self, source: ModelSource) -> Any:
-        """The base's own sampling scheduler, of the class that its pipeline names."""
+        """Load the base's own sampling scheduler, of the class that its pipeline names."""
         import diffusers
 
         config = diffusers.DDPMScheduler.load_config(
@@ -320,7 +320,7 @@ class Family(ABC):
 def load_frozen_as(
     family: Family, source: ModelSource, device: torch.device, dtype: torch.dtype
 ) -> Frozen:
-    """The frozen parts on `device`, in a run's `dtype` (the VAE in what it can bear).
+    """Load the frozen parts on `device`, in a run's `dtype` (the VAE in what it can bear).
 
     Raises:
         UserError: one of them is not to be had.
@@ -330,7 +330,7 @@ def load_frozen_as(
 
 
 def tokenize(tokenizer: Any, captions: list[str], device: torch.device) -> Tensor:
-    """Captions to padded, truncated token ids, (B, model_max_length)."""
+    """Tokenize captions to padded, truncated ids, (B, model_max_length)."""
     return tokenizer(
         captions,
         padding="max_length",

@@ -32,7 +32,7 @@ _PREFIX = "unet."
 
 
 def add_adapters(
-    unet: nn.Module, config: ModelConfig, seed: int, dtype: torch.dtype, device: torch.device
+    unet: Any, config: ModelConfig, seed: int, dtype: torch.dtype, device: torch.device
 ) -> None:
     """Freeze `unet`, hold it in `dtype`, give it float32 adapters and move it, all in place.
 
@@ -44,14 +44,16 @@ def add_adapters(
     """
     from peft import LoraConfig
 
-    _check_targets(unet, config.lora_target_modules, config.use_dora)
-    alpha = config.lora_alpha
+    rank, targets = config.lora_rank, config.lora_target_modules
+    alpha: Any = config.lora_alpha
+    assert rank and alpha and targets
+    _check_targets(unet, targets, config.use_dora)
     lora = LoraConfig(
-        r=config.lora_rank,
+        r=rank,
         # As an integer where it is one: that is how other programs write it.
         lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
         lora_dropout=config.lora_dropout,
-        target_modules=list(config.lora_target_modules),
+        target_modules=list(targets),
         use_dora=config.use_dora,
     )
     unet.requires_grad_(False)
@@ -104,12 +106,12 @@ def _start_at_own_length(layer: Any) -> None:
 
 
 def has_adapters(unet: nn.Module) -> bool:
-    """Whether `add_adapters` was called on it."""
+    """Say whether `add_adapters` was called on it."""
     return bool(getattr(unet, "peft_config", None))
 
 
 def adapter_layers(unet: nn.Module) -> list[Any]:
-    """The layers that adapters were put around."""
+    """List the layers that adapters were put around."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return [module for module in unet.modules() if isinstance(module, BaseTunerLayer)]
@@ -123,7 +125,7 @@ class AdaptersOff:
         self.layers = adapter_layers(unet)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The UNet's forward pass, in evaluation mode as any reference's."""
+        """Run the UNet's forward pass, in evaluation mode as any reference's."""
         training = self.unet.training
         self._switch(off=True)
         self.unet.eval()
@@ -147,7 +149,7 @@ def seed_dropout(keys: Sequence[Key]) -> None:
 
 @torch.no_grad()
 def merged_state(unet: nn.Module, base: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """A plain UNet's state dict, on the CPU, with the adapters computed into the weights.
+    """Compute a plain UNet's state dict, on the CPU, the adapters added into its weights.
 
     Args:
         unet: with adapters.
@@ -181,7 +183,7 @@ def _merged_weight(layer: Any, weight: Tensor) -> Tensor:
     return (rows * (length / rows.norm(dim=1))[:, None]).reshape(weight.shape)
 
 
-def save_adapters(unet: nn.Module, path: Path) -> None:
+def save_adapters(unet: Any, path: Path) -> None:
     """Write the adapters in diffusers' LoRA layout: `pipeline.load_lora_weights` takes the file, or
     its directory where it is called `LORA_FILE`."""
     from diffusers import StableDiffusionPipeline

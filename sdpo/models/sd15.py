@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sdpo.config.families import FAMILIES
 from sdpo.models.base import Conditions, Family, Frozen, ModelSource, tokenize
@@ -29,7 +29,7 @@ class SD15(Family):
 
     @torch.no_grad()
     def encode_text(self, frozen: Frozen, captions: list[str]) -> dict[str, Tensor]:
-        """The last hidden states."""
+        """Run the text encoder; its last hidden states."""
         (encoder,), (tokenizer,) = frozen.text_encoders, frozen.tokenizers
         ids = tokenize(tokenizer, captions, encoder.device)
         return {"hidden": encoder(ids).last_hidden_state}
@@ -45,8 +45,8 @@ class SD15(Family):
         )[0]
         return output
 
-    def pipeline(self, unet: nn.Module, frozen: Frozen, source: ModelSource) -> Any:
-        """A `StableDiffusionPipeline` without a safety checker."""
+    def pipeline(self, unet: Any, frozen: Frozen, source: ModelSource) -> Any:
+        """Build a `StableDiffusionPipeline` without a safety checker."""
         from diffusers import StableDiffusionPipeline
 
         return StableDiffusionPipeline(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sdpo.config.families import FAMILIES
 from sdpo.models.base import Conditions, Family, Frozen, ModelSource, tokenize
@@ -29,14 +29,14 @@ class SDXL(Family):
     def _tokenizer_parts(self) -> tuple[str, ...]:
         return ("tokenizer", "tokenizer_2")
 
-    def vae_dtype(self, vae: nn.Module, dtype: torch.dtype) -> torch.dtype:
-        """float32 for a VAE that overflows in float16, as SDXL's own does."""
+    def vae_dtype(self, vae: Any, dtype: torch.dtype) -> torch.dtype:
+        """Choose float32 for a VAE that overflows in float16, as SDXL's own does."""
         overflows = dtype == torch.float16 and vae.config.force_upcast
         return torch.float32 if overflows else dtype
 
     @torch.no_grad()
     def encode_text(self, frozen: Frozen, captions: list[str]) -> dict[str, Tensor]:
-        """Hidden states (B, tokens, width 1 + width 2), pooled text (B, width)."""
+        """Run both text encoders: `hidden` (B, tokens, width 1 + width 2), `pooled` (B, width)."""
         hidden = []
         for tokenizer, encoder in zip(frozen.tokenizers, frozen.text_encoders, strict=True):
             ids = tokenize(tokenizer, captions, encoder.device)
@@ -69,8 +69,8 @@ class SDXL(Family):
         )[0]
         return output
 
-    def pipeline(self, unet: nn.Module, frozen: Frozen, source: ModelSource) -> Any:
-        """A `StableDiffusionXLPipeline` without a watermarker."""
+    def pipeline(self, unet: Any, frozen: Frozen, source: ModelSource) -> Any:
+        """Build a `StableDiffusionXLPipeline` without a watermarker."""
         from diffusers import StableDiffusionXLPipeline
 
         config = StableDiffusionXLPipeline.load_config(

@@ -54,7 +54,6 @@ def build_models(config: TrainConfig, base: Base, loader: PairLoader, run: Sessi
     """
     model, device, dtype = config.model, run.device, DTYPES[config.optim.mixed_precision]
     family, source = base
-    assert config.data.resolution
     with run.accelerator.local_main_process_first():
         unet = family.load_unet(source)
         encoder = build_encoder(family, source, config.data.resolution, device, dtype, loader.cache)

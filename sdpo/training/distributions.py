@@ -24,8 +24,8 @@ class Distributions:
     def __init__(self, process: NoiseProcess) -> None:
         """`process`: whose times the pairs have."""
         self.process = process
-        self._binned: Tensor | None = None  # (1 + 3, BINS): numbers of pairs, and sums
-        self._histogram: Tensor | None = None  # (SCALE_BUCKETS,)
+        # Numbers of pairs and sums by bin, (1 + 3) * BINS, then SCALE_BUCKETS counts.
+        self._rows: list[Tensor] = []
 
     def add(self, output: LossOutput, timesteps: Tensor, count_scales: bool = True) -> None:
         """Add one micro-batch of B pairs at `timesteps`, (B,).
@@ -45,16 +45,13 @@ class Distributions:
             SCALE_BUCKETS, device=buckets.device
         )
         histogram = counts.sum(0) * count_scales
-        if self._binned is None:
-            self._binned, self._histogram = binned, histogram
-        else:
-            self._binned, self._histogram = self._binned + binned, self._histogram + histogram
+        self._rows.append(torch.cat([binned.flatten(), histogram.to(binned)]))
 
     def sums(self) -> Tensor:
         """Give all of it as one vector, whose sum over processes `read` takes."""
-        import torch
+        from sdpo.training.metrics import added
 
-        return torch.cat([self._binned.flatten(), self._histogram.to(self._binned)])
+        return added(self._rows)
 
     @staticmethod
     def read(sums: Tensor) -> dict[str, Any]:

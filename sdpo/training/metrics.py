@@ -1,4 +1,4 @@
-"""Averaging a step's metrics over accumulation and processes with one synchronisation."""
+"""A step's metrics, averaged over accumulation and processes with one synchronisation."""
 
 from __future__ import annotations
 
@@ -9,29 +9,37 @@ from torch import Tensor
 MINIMA = {"loser_scale_min"}
 
 
+def added(rows: list[Tensor]) -> Tensor:
+    """Add tensors of one shape in their order."""
+    total = rows[0]
+    for row in rows[1:]:
+        total = total + row
+    return total
+
+
 class StepMetrics:
     """Sums the metrics of an optimizer step's micro-steps on the device."""
 
     def __init__(self) -> None:
         self._names: list[str] = []
-        self._total: Tensor | None = None
-        self._least: Tensor | None = None
-        self.count = 0
+        self._rows: list[Tensor] = []
+
+    @property
+    def count(self) -> int:
+        """The number of micro-steps so far."""
+        return len(self._rows)
 
     def add(self, metrics: dict[str, Tensor]) -> None:
-        """One micro-step's detached scalars; the names must stay the same."""
-        values = torch.stack([v.float() for v in metrics.values()])
+        """Add one micro-step's detached scalars; the names must stay the same."""
         self._names = list(metrics)
-        self._total = values if self._total is None else self._total + values
-        self._least = values if self._least is None else torch.minimum(self._least, values)
-        self.count += 1
+        self._rows.append(torch.stack([v.float() for v in metrics.values()]))
 
     def reduce(
         self, accelerator: Accelerator, extra: dict[str, float], more: Tensor
     ) -> tuple[dict[str, float], dict[str, float], Tensor]:
-        """Means over micro-steps and processes (minima for `MINIMA`), and sums over processes of
-        `extra` and of `more`, (n,), the last on the CPU. Called by every process."""
-        row = torch.cat([self._total / self.count, self._least])
+        """Average over micro-steps and processes (minima for `MINIMA`), and sum over processes
+        `extra` and `more`, (n,), the last on the CPU. Called by every process."""
+        row = torch.cat([added(self._rows) / self.count, torch.stack(self._rows).amin(0)])
         own = torch.tensor(list(extra.values()), device=row.device, dtype=row.dtype)
         gathered = accelerator.gather(torch.cat([row, own, more.to(row)])[None]).cpu()
         n = len(self._names)

@@ -35,7 +35,7 @@ def build_optimizer(
     return build_adamw(parameters, config, learning_rate)
 
 
-def _adafactor_class(parameters: list[nn.Parameter]) -> type[torch.optim.Optimizer]:
+def _adafactor_class(parameters: list[nn.Parameter]) -> Any:
     from torch.distributed.tensor import DTensor
 
     if any(isinstance(p, DTensor) for p in parameters):
@@ -117,7 +117,7 @@ def scaled_learning_rate(config: OptimConfig, num_processes: int) -> float:
 
 def build_scheduler(
     optimizer: torch.optim.Optimizer, config: OptimConfig, max_train_steps: int
-) -> torch.optim.lr_scheduler.LRScheduler:
+) -> Any:
     """Build --lr_scheduler over optimizer steps; it is stepped once for each, whatever the number
     of processes."""
     from diffusers.optimization import get_scheduler
@@ -132,7 +132,7 @@ def build_scheduler(
 
 def restore(
     optimizer: Any,
-    scheduler: torch.optim.lr_scheduler.LambdaLR,
+    scheduler: Any,
     training: dict[str, Any],
 ) -> None:
     """Load what a checkpoint stored of both. Learning rate, weight decay and the like stay those

@@ -21,15 +21,15 @@ class ShardedAdafactor(Adafactor):
     """Its parameter groups hold stand-ins, which are empty but while their weight is stepped."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], **settings: Any) -> None:
-        self.sharded = list(parameters)
+        self.sharded: list[Any] = list(parameters)
         self.stand_ins = [
             nn.Parameter(torch.empty(0, dtype=p.dtype, device=p.device)) for p in self.sharded
         ]
         super().__init__(self.stand_ins, **settings)
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        """One step. Called by every process."""
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Step all weights, one after another. Called by every process."""
         (group,) = self.param_groups
         for parameter, stand_in in zip(self.sharded, self.stand_ins, strict=True):
             if parameter.grad is None:

@@ -82,7 +82,7 @@ def hide_from_accelerate() -> None:
     os.environ.pop(_USE, None)
 
 
-def shard(unet: nn.Module, how: Sharding, device: torch.device, processes: int) -> nn.Module:
+def shard(unet: Any, how: Sharding, device: torch.device, processes: int) -> nn.Module:
     """Divide a UNet on `device` over all processes, in place: each of its `_UNITS` on its own, so
     that one at a time is whole during a pass, and what is left as another.
 

@@ -40,7 +40,7 @@ class Models:
     """What a run trains and what it trains against."""
 
     base: Base
-    unet: nn.Module  # trained; as `Accelerator.prepare` gave it
+    unet: Any  # trained; as `Accelerator.prepare` gave it
     reference: Reference
     encoder: Encoder
     ema: Ema | None = None
@@ -61,7 +61,7 @@ def gathered(models: Models, accelerator: Accelerator) -> Models | None:
     unet, ema = accelerator.unwrap_model(models.unet), models.ema
     if models.skeleton is not None:
         state = whole(unet.state_dict(), keep=main)
-        averages = whole(ema.averages, keep=main) if ema else None
+        averages: Any = whole(ema.averages, keep=main) if ema else None
         if main:
             unet = copy.deepcopy(models.skeleton)
             unet.load_state_dict(state, assign=True)

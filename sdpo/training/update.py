@@ -70,7 +70,7 @@ class Update:
         grad_norm = float(whole(norm))
         loss = step.reduce()
         self._step(step.number, loss, grad_norm)
-        rate = self.scheduler.get_last_lr()[0]
+        rate = float(self.scheduler.get_last_lr()[0])
         self.scheduler.step()
         step.close(lr=rate, grad_norm=grad_norm, nonfinite_steps=self.nonfinite_steps)
 

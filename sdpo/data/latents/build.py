@@ -95,7 +95,6 @@ class Builder:
 
     def _latents(self, rows: np.ndarray, pairs: PairSource) -> None:
         data = self.config.data
-        assert data.resolution
         shape = self.family.latent_shape(self.frozen, data.resolution)
         size = 4 * (1 + self.flips) * math.prod(shape) * self.dtype.itemsize
         shards = self._share(rows.tolist(), size)
