@@ -342,6 +342,7 @@ def _file_argv(cls: type, path: Path, parser: Parser) -> list[str]:
     """The command line that a configuration file stands for."""
     values = read_mapping(path, "--config_file")
     names, sections = flag_names(cls), set(flag_names(cls).values()) - {""}
+    switches = {action.dest for action in parser._actions if action.nargs == 0}
     argv: list[str] = []
     for key, value in values.items():
         inner = {key: value}
@@ -357,9 +358,11 @@ def _file_argv(cls: type, path: Path, parser: Parser) -> list[str]:
                 raise UserError(f"--config_file {path}: there is no flag {name} here (see --help)")
             if isinstance(one, dict):
                 raise UserError(f"--config_file {path}: {name} must be a value, not a section")
+            if name in switches and not isinstance(one, bool):
+                raise UserError(f"--config_file {path}: {name} must be true or false, got {one}")
             argv += [f"--no-{name}"] if one is False else as_argv({name: one})
     try:
-        parser.parse_args(argv)
+        from_flat(cls, vars(parser.parse_args(argv)))
     except UserError as error:
         raise UserError(f"--config_file {path}: {error}") from None
     return argv
