@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
-import sysconfig
 import time
 import zipfile
 from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
 from packaging.requirements import Requirement
 
 import sdpo
@@ -95,21 +96,28 @@ def test_what_the_wheel_holds(repo, wheel):
         assert f"sdpo/{name}" in names
 
 
-def environment(wheel: Path, directory: Path) -> Path:
-    """Make a virtual environment in `directory` whose packages are those linked in there, and have
-    pip install the wheel without a network; returns its `bin`."""
-    python = directory / "bin" / "python"
-    command = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-index"]
-    done = subprocess.run([*command, str(wheel)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return python.parent
-
-
 def empty_environment(directory: Path) -> Path:
     """Make a virtual environment with nothing in it; returns its site-packages."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", directory], check=True)
     (site,) = (directory / "lib").glob("python*/site-packages")
     return site
+
+
+def environment_like_this(directory: Path) -> Path:
+    """Make a virtual environment that has the packages of this one; returns its `bin`."""
+    site = empty_environment(directory)
+    here = [path for path in sys.path if path.endswith("site-packages")]
+    (site / "others.pth").write_text("\n".join(here))
+    return directory / "bin"
+
+
+def install(wheel: Path, binaries: Path, *options: str) -> None:
+    """Have pip install the wheel into an environment, without a network."""
+    command = [sys.executable, "-m", "pip", "--python", str(binaries / "python"), "install"]
+    done = subprocess.run(
+        [*command, "--no-index", *options, str(wheel)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def needed_by(requirement: str) -> dict[str, metadata.Distribution]:
@@ -146,7 +154,9 @@ def test_the_losses_need_torch_alone(wheel, tmp_path):
         for top in {file.parts[0] for file in distribution.files or ()} - {"..", "__pycache__"}:
             if not (site / top).exists():
                 (site / top).symlink_to(distribution.locate_file(top))
-    binaries = environment(wheel, tmp_path / "alone")
+    binaries = tmp_path / "alone" / "bin"
+    # With its dependencies: pip would refuse if torch were not all that it needs.
+    install(wheel, binaries)
     program = """
 import importlib.util
 import torch
@@ -170,10 +180,10 @@ print(out.loss.item(), pred.grad.abs().sum().item(), loser_scale(pred[:2], pred[
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory) -> Path:
     """`sdpo` of the wheel, in an environment that has all else from this one."""
-    directory = tmp_path_factory.mktemp("installed")
-    site = empty_environment(directory)
-    (site / "others.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
-    return environment(wheel, directory) / "sdpo"
+    binaries = environment_like_this(tmp_path_factory.mktemp("installed"))
+    # In place of this environment's own installation, which is the checkout.
+    install(wheel, binaries, "--no-deps", "--ignore-installed")
+    return binaries / "sdpo"
 
 
 def test_help_lists_the_programs_at_once():
@@ -239,6 +249,77 @@ def test_the_command_runs_from_anywhere(installed, repo, tmp_path):
     assert repo not in Path(train).parents
     assert int(prompts) == 128
     assert directory == "/cache/sdpo/prompts"
+
+
+def test_set_up_installs_the_checkout_itself(repo, tmp_path):
+    """scripts/_env.sh: once, found from any folder, and again where the checkout has moved."""
+    binaries = environment_like_this(tmp_path / "environment")
+    command = "source scripts/_env.sh; install_requirements requirements.txt"
+
+    def set_up(root: Path, **environment: str) -> str:
+        python = str(binaries / "python")
+        environment = {"SDPO_PYTHON": python, "PIP_NO_INDEX": "1", **environment}
+        done = answer("bash", "-c", command, directory=root, **environment)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == ""
+        return done.stdout
+
+    def found() -> str:
+        program = "import sdpo; print(sdpo.__file__)"
+        return answer(binaries / "python", "-c", program, directory=tmp_path).stdout
+
+    assert set_up(repo, SDPO_SKIP_INSTALL="1") == ""
+    assert not (binaries / "sdpo").exists()
+    assert "installing requirements.txt" in set_up(repo)
+    assert found() == f"{repo}/sdpo/__init__.py\n"
+    assert "quickstart" in answer(binaries / "sdpo", "--help", directory=tmp_path).stdout
+    assert set_up(repo) == ""
+    moved = tmp_path / "moved"
+    for name in ("sdpo", "scripts", "prompts"):
+        shutil.copytree(repo / name, moved / name)
+    files = ["pyproject.toml", "README.md", "LICENSE", "train.py", "constraints.txt"]
+    for name in [*files, "requirements.txt", "requirements-dev.txt"]:
+        shutil.copy(repo / name, moved)
+    assert "installing requirements.txt" in set_up(moved)
+    assert found() == f"{moved}/sdpo/__init__.py\n"
+
+
+@pytest.mark.parametrize(("gpus", "started"), [(8, True), (1, False)])
+def test_training_is_checked_once_and_started_on_every_device(monkeypatch, gpus, started):
+    ran, launched = [], []
+    monkeypatch.setattr(cli, "run", lambda *call: ran.append(call) or 0)
+    monkeypatch.setattr(os, "execv", lambda program, argv: launched.append(argv) or 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.delenv("SDPO_LAUNCH_ARGS", raising=False)
+    recipe = ["--config_file", str(cli.RECIPES_DIR / "sd15_dspo.yaml")]
+    argv = [*recipe, "--output_dir", "output/sd15_dspo", "--seed", "3"]
+    monkeypatch.setattr(sys, "argv", ["sdpo", "train", "--recipe", "sd15_dspo", "--seed", "3"])
+    assert cli.main() == 0
+    expected = [("train", ["--check_only", *argv])]
+    here = ["-m", "sdpo.cli", "--here", "train", *argv]
+    if started:
+        assert launched == [[sys.executable, *cli.launcher(gpus, []), *here]]
+    else:
+        expected.append(("train", argv))
+        assert launched == []
+    assert ran == expected
+
+
+def test_a_launch_configuration_says_it_all(monkeypatch):
+    launched = []
+    monkeypatch.setattr(cli, "run", lambda *call: 0)
+    monkeypatch.setattr(os, "execv", lambda program, argv: launched.append(argv) or 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setenv("SDPO_LAUNCH_ARGS", "--machine_rank 1")
+    monkeypatch.setattr(sys, "argv", ["sdpo", "evaluate", "--config=2x8gpu", "--unet", "base"])
+    assert cli.main() == 0
+    given = ["--config_file", str(cli.LAUNCH_DIR / "2x8gpu.yaml"), "--machine_rank", "1"]
+    here = ["-m", "sdpo.cli", "--here", "evaluate", "--unet", "base"]
+    assert launched == [[sys.executable, *cli.launcher(8, given), *here]]
+    assert "--num_processes" not in launched[0]
+    monkeypatch.setattr(sys, "argv", ["sdpo", "evaluate", "--config", "16gpu"])
+    with pytest.raises(UserError, match="--config: there is no 16gpu; there are 1gpu, 2x8gpu"):
+        cli.main()
 
 
 def test_recipes_from_anywhere(installed, tiny_sd15, pairs_dir, tmp_path):
