@@ -93,3 +93,19 @@ def test_scorer(copy):
     flat, halves = map(float, found.split())
     assert flat == 0
     assert halves == pytest.approx(0.5, abs=0.01)
+
+
+def test_family(copy):
+    found = copy(
+        "-c",
+        "import torch; from sdpo.models.sd15 import SD15; from sdpo.models.sd2 import SD2;"
+        "from sdpo.tinyworld.architecture import build_pipeline;"
+        "pipeline = build_pipeline('sd15', 'micro'); unet = pipeline.unet.eval();"
+        "width, channels = unet.config.cross_attention_dim, unet.config.in_channels;"
+        "x, told = torch.randn(2, channels, 16, 16), {'hidden': torch.randn(2, 5, width)};"
+        "t = torch.tensor([3, 700]); torch.set_grad_enabled(False);"
+        "new, known = SD2(), SD15(); schedule = new.process(pipeline.scheduler);"
+        "print(torch.equal(new.predict(unet, x, t, told), known.predict(unet, x, t, told)),"
+        "schedule.target(x, 2 * x, t).equal(2 * x), new.name)",
+    )
+    assert found.split() == ["True", "True", "sd2"]
