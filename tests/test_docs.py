@@ -93,8 +93,6 @@ def test_training_commands_parse(text, tmp_path, monkeypatch):
     monkeypatch.chdir(REPO)
     (example,) = [block for block in blocks(text, "yaml") if "# run.yaml" in block]
     (tmp_path / "run.yaml").write_text(example)
-    recipe = ["--pretrained_model_name_or_path", "base", "--dataset_name", "pairs"]
-    recipe += ["--train_batch_size", "8", "--use_winner_preserving"]
     seen = 0
     for words in commands(text):
         words = [str(tmp_path / word) if word == "run.yaml" else word for word in words]
@@ -107,7 +105,8 @@ def test_training_commands_parse(text, tmp_path, monkeypatch):
                 place = words.index("--config")
                 assert (REPO / "scripts/configs" / f"{words[place + 1]}.yaml").is_file()
                 del words[place : place + 2]
-            config = parse_train([*recipe, *words[2:]])
+            recipe = f"scripts/recipes/{Path(words[1]).stem}.yaml"
+            config = parse_train(["--config_file", recipe, *words[2:]])
         else:
             continue
         assert config.data.location
