@@ -1,4 +1,4 @@
-"""Pairs labelled by a scorer instead of by people: scores kept on disk, and what follows from them.
+"""Label pairs by a scorer instead of by people, from scores that are kept on disk.
 
 As in the public code, ties of the people stay dropped, and where a scorer does not tell the two
 images of a pair apart the people's label stays.
@@ -16,13 +16,13 @@ import pyarrow.parquet as pq
 
 from sdpo.common.errors import UserError
 from sdpo.common.files import written_beside
-from sdpo.data.source import LABEL, PairSource
+from sdpo.data.source import LABEL, PairSource, arrow_column
 
 _COLUMNS = ("row", "score_0", "score_1")
 
 
 class ChoiceScores:
-    """Scores of pairs by row of the dataset, `scores` (rows, 2) float64; NaN where not scored.
+    """Keep scores of pairs by row of the dataset: `scores` (rows, 2) float64, NaN where not scored.
 
     One Parquet file with the columns row, score_0 and score_1; an undecodable pair has no scores
     and is in the file all the same, so that it is not tried again.
@@ -46,7 +46,7 @@ class ChoiceScores:
             self.scores[found, side] = table[name].to_numpy(zero_copy_only=False)
 
     def missing(self, rows: np.ndarray) -> np.ndarray:
-        """Those of `rows` that were not looked at."""
+        """Choose those of `rows` that were not looked at."""
         return rows[~self.seen[rows]]
 
     def put(self, rows: Sequence[int], scores: np.ndarray) -> None:
@@ -67,7 +67,7 @@ class ChoiceScores:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How a scorer's choices compare with the people's. `agree` and `differ` count pairs."""
+    """Count pairs by whether a scorer chooses as the people did."""
 
     agree: int
     differ: int
@@ -83,15 +83,10 @@ class Agreement:
         )
 
 
-def human_labels(source: PairSource) -> np.ndarray:
-    """label_0 of every pair, (n,) float64, 0 or 1."""
-    return np.asarray(source.rows.select_columns([LABEL])[LABEL][:], dtype=np.float64)
-
-
 def with_choices(source: PairSource, found: ChoiceScores) -> tuple[PairSource, Agreement]:
-    """The same pairs, each with the label 1 where image 0 has the larger score, 0 where image 1
-    has."""
-    human = human_labels(source)
+    """Label the pairs 1 where image 0 has the larger score, 0 where image 1 has; how often the
+    people's labels agree."""
+    human = arrow_column(source.rows, LABEL).to_numpy().astype(np.float64)
     scores = found.scores[source.origin]
     difference = scores[:, 0] - scores[:, 1]
     decided = np.isfinite(difference) & (difference != 0)

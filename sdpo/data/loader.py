@@ -1,22 +1,21 @@
-"""From settings to an endless, resumable stream of `PairBatch`, with bad images counted."""
+"""Load batches of pairs without end, resumable, with bad images counted."""
 
 from __future__ import annotations
 
 import logging
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from sdpo.common.errors import UserError
 from sdpo.config import TrainConfig
 from sdpo.data.latents.pairs import CachedPairs
 from sdpo.data.order import FIRST, Place, PlaceSampler
-from sdpo.data.own_shards import OwnShards
-from sdpo.data.pairs import BadRow, PairBatch, PairDataset, PairDecoder, collate
+from sdpo.data.pairs import BadRow, Batch, PairDataset, PairDecoder, collate
 from sdpo.data.source import PairSource
-from sdpo.data.stream import StreamingPairs
+from sdpo.data.stream import OwnShards, StreamingPairs
 from sdpo.data.transforms import PairTransform
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ MIN_SEEN = 200
 
 
 class BadRowCounter:
-    """Names each undecodable row once in the log and stops once too large a share is bad."""
+    """Name each undecodable row once in the log and stop once too large a share is bad."""
 
     def __init__(self, max_fraction: float) -> None:
         self.max_fraction = max_fraction
@@ -57,9 +56,12 @@ class BadRowCounter:
 
 
 class PairLoader:
-    """Endless batches of one process from `start` on.
+    """Give the batches of one process without end, from `start` on.
 
     `place_after(batch)` is what a checkpoint stores to go on from there.
+
+    Raises:
+        UserError: there are too few pairs, or files, for one step of all processes.
     """
 
     def __init__(
@@ -73,45 +75,37 @@ class PairLoader:
         cache: LatentCache | None = None,
     ) -> None:
         data, seed = config.data, config.run.seed
-        self.rank, self.batch_size = rank, config.optim.train_batch_size
+        assert data.resolution
+        self.source, self.cache, self.rank, self._optim = source, cache, rank, config.optim
+        self.batch_size = config.optim.train_batch_size
         self.stride = self.batch_size * world_size
+        self.steps_per_epoch: int | None = None
         self.counter = BadRowCounter(data.max_bad_fraction)
         transform = PairTransform(data.resolution, data.random_crop, not data.no_hflip)
         decoder = PairDecoder(source.columns, source.base, transform, data.proportion_empty_prompts)
-        workers = {
-            "num_workers": data.dataloader_num_workers,
-            "persistent_workers": data.dataloader_num_workers > 0,
-            "pin_memory": pin_memory,
-            "collate_fn": collate,
-        }
-        self.source, self.cache = source, cache
-        self.steps_per_epoch: int | None = None
-        self._optim = config.optim
+        dataset: Dataset[Any]
         if data.streaming:
-            kind = OwnShards if data.stream_shards == "own" else StreamingPairs
-            stream = kind(
-                source,
-                decoder,
-                seed,
-                self.batch_size,
-                rank,
-                world_size,
-                start,
-                data.max_train_samples,
-                data.dreamlike_pairs_only,
-            )
-            self._loader = DataLoader(stream, batch_size=None, **workers)
-            return
-        sampler = PlaceSampler(len(source), self.batch_size, rank, world_size, start)
-        self.steps_per_epoch = sampler.steps_per_epoch
-        if cache is None:
-            dataset = PairDataset(source, decoder, seed)
+            stream = OwnShards if data.stream_shards == "own" else StreamingPairs
+            dataset = stream(source, decoder, config, rank, world_size, start)
+            batches: dict[str, Any] = {"batch_size": None}
         else:
-            dataset = CachedPairs(cache, source, decoder, seed)
-        workers["collate_fn"] = dataset.collate
-        self._loader = DataLoader(dataset, batch_sampler=sampler, **workers)
+            sampler = PlaceSampler(len(source), self.batch_size, rank, world_size, start)
+            self.steps_per_epoch = sampler.steps_per_epoch
+            if cache is None:
+                dataset = PairDataset(source, decoder, seed)
+            else:
+                dataset = CachedPairs(cache, source, decoder, seed)
+            batches = {"batch_sampler": sampler}
+        self._loader = DataLoader(
+            dataset,
+            num_workers=data.dataloader_num_workers,
+            persistent_workers=data.dataloader_num_workers > 0,
+            pin_memory=pin_memory,
+            collate_fn=collate,
+            **batches,
+        )
 
-    def __iter__(self) -> Iterator[PairBatch]:
+    def __iter__(self) -> Iterator[Batch]:
         batches = iter(self._loader)
         while True:
             try:
@@ -124,21 +118,21 @@ class PairLoader:
 
     @property
     def max_train_steps(self) -> int:
-        """Optimizer steps of the run: as many as it names, or as its passes over the data make."""
+        """Count the run's optimizer steps: as many as it names, or as its passes over the data
+        make."""
         optim = self._optim
         if optim.max_train_steps:
             return optim.max_train_steps
-        assert optim.num_train_epochs and self.steps_per_epoch
-        return steps_for_epochs(
-            optim.num_train_epochs, self.steps_per_epoch, optim.gradient_accumulation_steps
-        )
+        epochs, steps = optim.num_train_epochs, self.steps_per_epoch
+        assert epochs and steps
+        return steps_for_epochs(epochs, steps, optim.gradient_accumulation_steps)
 
-    def place_after(self, batch: PairBatch) -> Place:
-        """Where the run stands once every process has taken its part of this step."""
+    def place_after(self, batch: Batch) -> Place:
+        """Tell where the run stands once every process has taken its part of this step."""
         epoch, position = batch.place
         return Place(epoch, position - self.rank * self.batch_size + self.stride)
 
 
 def steps_for_epochs(epochs: int, steps_per_epoch: int, accumulation: int) -> int:
-    """Optimizer steps that `epochs` passes over the data make."""
+    """Count the optimizer steps that `epochs` passes over the data make."""
     return math.ceil(epochs * steps_per_epoch / accumulation)

@@ -1,4 +1,4 @@
-"""Finding pairs on this machine's disk: parquet files, or a folder with a metadata file."""
+"""Find pairs on this machine's disk: parquet files, or a folder with a metadata file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
 
 
 class LocalFiles(NamedTuple):
-    """`kind` as `datasets.load_dataset` knows it; image paths are relative to `base`."""
+    """Name files for `datasets.load_dataset`; image paths are relative to `base`."""
 
     kind: str  # "parquet", "json" or "csv"
     files: list[str]
@@ -22,7 +22,7 @@ class LocalFiles(NamedTuple):
 
 
 def find_local_files(directory: Path, split: str, flag: str) -> LocalFiles:
-    """The files of one split in a local directory.
+    """Find the files of one split in a local directory.
 
     `DIR/metadata.jsonl` (or .csv), `DIR/SPLIT/metadata.jsonl`, or parquet files in DIR or DIR/data:
     those whose name begins with the split's, or, where no name says a split, all of them.

@@ -1,4 +1,5 @@
-"""Which pair stands at which position of which epoch, and which positions a process takes."""
+"""Order pairs: which of them stands at which position of which epoch, and which positions a process
+takes."""
 
 from __future__ import annotations
 
@@ -13,34 +14,36 @@ from sdpo.common.randomness import generator
 
 
 class Place(NamedTuple):
-    """Where a run stands in its data: the next pair to be taken."""
+    """Name the next pair that a run takes from its data."""
 
     epoch: int
     position: int
 
 
-@lru_cache(maxsize=2)
-def epoch_permutation(size: int, seed: int, epoch: int) -> torch.Tensor:
-    """The rows of epoch `epoch` in the order of their positions, (size,) int64."""
-    return torch.randperm(size, generator=generator(seed, epoch, "order"))
-
-
 FIRST = Place(0, 0)
 
 
+@lru_cache(maxsize=2)
+def epoch_permutation(size: int, seed: int, epoch: int) -> torch.Tensor:
+    """Draw the rows of an epoch in the order of their positions, (size,) int64."""
+    return torch.randperm(size, generator=generator(seed, epoch, "order"))
+
+
 class PlaceSampler:
-    """Batch sampler of one process: lists of places, from `start` on, without end.
+    """Sample the batches of one process: lists of places, from `start` on, without end.
 
     The processes together take `batch_size * world_size` consecutive positions at a time; process
     `rank` takes its slice of them. What does not fill such a step is left out at an epoch's end.
+
+    Raises:
+        UserError: there are fewer pairs (`size`) than one step takes.
     """
 
     def __init__(
         self, size: int, batch_size: int, rank: int, world_size: int, start: Place = FIRST
     ) -> None:
-        self.size, self.batch_size, self.rank = size, batch_size, rank
+        self.size, self.batch_size, self.rank, self.start = size, batch_size, rank, start
         self.stride = batch_size * world_size
-        self.start = start
         if size < self.stride:
             raise UserError(
                 f"the data has {size} usable pairs, fewer than one step of all processes takes "
@@ -49,7 +52,7 @@ class PlaceSampler:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Micro-steps in an epoch."""
+        """Count the micro-steps of an epoch."""
         return self.size // self.stride
 
     def __iter__(self) -> Iterator[list[Place]]:

@@ -1,8 +1,8 @@
-"""Training samples: a pair's two images, its caption, and where it stands in the run."""
+"""Make training samples of rows: a pair's two images, its caption, its place in the run."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import Dataset, default_collate
 
 from sdpo.common.errors import UserError
 from sdpo.common.randomness import Key, integer, uniform
@@ -20,13 +21,14 @@ from sdpo.data.transforms import PairTransform, UndecodableImage, open_image
 
 MAX_REPLACEMENTS = 50
 
-NumberedRow = tuple[int | str, dict[str, Any]]
+Row = dict[str, Any]
+NumberedRow = tuple[int | str, Row]
 
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that could not be decoded; `row` counts from 0 in the dataset as it was given, or while
-    streaming several shards in its own ("3 of shard 7")."""
+    """Name a row that could not be decoded; `row` counts from 0 in the dataset as it was given, or
+    while streaming several shards in its own ("3 of shard 7")."""
 
     row: int | str
     reason: str
@@ -34,23 +36,33 @@ class BadRow:
 
 @dataclass(frozen=True)
 class Pair:
-    """One training sample; images (3, R, R) in [-1, 1]."""
+    """Hold one training sample.
+
+    Args:
+        winner, loser: images (3, R, R) in [-1, 1]; from a cache of encodings mean and standard
+            deviation of each image's posterior, (2, C, r, r).
+        caption: its text; from a cache what `Family.encode_text` gave, without the batch's
+            dimension.
+        key: (seed, epoch, position).
+        bad_rows: those that this one replaces.
+    """
 
     winner: Tensor
     loser: Tensor
-    caption: str
-    key: Key  # (seed, epoch, position)
+    caption: str | dict[str, Tensor]
+    key: Key
     bad_rows: tuple[BadRow, ...] = ()
 
 
-class Placed:
-    """A batch whose pairs have keys."""
+class Batch:
+    """Hold B pairs of one process, as a dataclass of images or of their encodings."""
 
     keys: list[Key]
+    bad_rows: list[BadRow]
 
     @property
     def place(self) -> Place:
-        """Where the first pair of this process stands."""
+        """Tell where the first pair of this process stands."""
         return Place(*self.keys[0][1:])
 
     def __len__(self) -> int:
@@ -58,8 +70,8 @@ class Placed:
 
 
 @dataclass(frozen=True)
-class PairBatch(Placed):
-    """B pairs of one process: pixels (2B, 3, R, R), winners first."""
+class PairBatch(Batch):
+    """Hold images: pixels (2B, 3, R, R), winners first, and B captions."""
 
     pixels: Tensor
     captions: list[str]
@@ -67,22 +79,39 @@ class PairBatch(Placed):
     bad_rows: list[BadRow] = field(default_factory=list)
 
     def pin_memory(self) -> PairBatch:
-        """Called by `DataLoader(pin_memory=True)`."""
-        return PairBatch(self.pixels.pin_memory(), self.captions, self.keys, self.bad_rows)
+        """Copy to page-locked memory, for `DataLoader(pin_memory=True)`."""
+        return replace(self, pixels=self.pixels.pin_memory())
 
 
-def collate(pairs: list[Pair]) -> PairBatch:
-    """Stack pairs to a batch."""
-    return PairBatch(
-        pixels=torch.stack([p.winner for p in pairs] + [p.loser for p in pairs]),
-        captions=[p.caption for p in pairs],
-        keys=[p.key for p in pairs],
-        bad_rows=[bad for p in pairs for bad in p.bad_rows],
+@dataclass(frozen=True)
+class EncodedBatch(Batch):
+    """Hold encodings: moments (2B, 2, C, r, r), winners first, and text by name, (B, ...)."""
+
+    moments: Tensor
+    text: dict[str, Tensor]
+    keys: list[Key]
+    bad_rows: list[BadRow] = field(default_factory=list)
+
+    def pin_memory(self) -> EncodedBatch:
+        """Copy to page-locked memory, for `DataLoader(pin_memory=True)`."""
+        text = {name: tensor.pin_memory() for name, tensor in self.text.items()}
+        return replace(self, moments=self.moments.pin_memory(), text=text)
+
+
+def collate(pairs: list[Pair]) -> PairBatch | EncodedBatch:
+    """Stack pairs, which all hold images or all hold encodings, to a batch."""
+    kind = PairBatch if isinstance(pairs[0].caption, str) else EncodedBatch
+    return kind(
+        torch.stack([p.winner for p in pairs] + [p.loser for p in pairs]),
+        # A list of texts, or of the encodings' dicts one dict of stacked tensors.
+        default_collate([p.caption for p in pairs]),
+        [p.key for p in pairs],
+        [bad for p in pairs for bad in p.bad_rows],
     )
 
 
 def as_caption(value: Any, column: str) -> str:
-    """One caption of a column; none is the empty one.
+    """Take one caption of a column; none is the empty one.
 
     Raises:
         UserError: it is not text.
@@ -97,14 +126,14 @@ def as_caption(value: Any, column: str) -> str:
 
 @dataclass(frozen=True)
 class PairDecoder:
-    """Turns a row of the dataset into a `Pair`, given its key."""
+    """Decode a row of the dataset to the `Pair` of a key."""
 
     columns: Columns
     base: Path | None
     transform: PairTransform
     proportion_empty_prompts: float
 
-    def __call__(self, row: dict[str, Any], key: Key) -> Pair:
+    def __call__(self, row: Row, key: Key) -> Pair:
         """Decode one row.
 
         Raises:
@@ -115,19 +144,17 @@ class PairDecoder:
         pixels_w, pixels_l = self.transform(winner, loser, key)
         return Pair(pixels_w, pixels_l, self.caption(row, key), key)
 
-    def images(self, row: dict[str, Any]) -> list[Image.Image]:
-        """Image 0 and image 1 of a row, RGB.
+    def images(self, row: Row) -> list[Image.Image]:
+        """Open image 0 and image 1 of a row, RGB.
 
         Raises:
             UndecodableImage: one of them is missing or broken.
         """
-        return [
-            open_image(row[name], self.base)
-            for name in (self.columns.image_0, self.columns.image_1)
-        ]
+        names = (self.columns.image_0, self.columns.image_1)
+        return [open_image(row[name], self.base) for name in names]
 
-    def caption(self, row: dict[str, Any], key: Key) -> str:
-        """The caption that a row trains with: of several one by the key, or none at all.
+    def caption(self, row: Row, key: Key) -> str:
+        """Choose the caption that a row trains with: of several one by the key, or none at all.
 
         Raises:
             UserError: the column holds something else than text.
@@ -140,13 +167,14 @@ class PairDecoder:
         return as_caption(value, self.columns.caption)
 
 
-class PairDataset(torch.utils.data.Dataset):
-    """Map-style pairs, indexed by `Place`. A row that cannot be decoded is replaced by another,
-    which again is a function of (seed, epoch, position)."""
+Decoder = Callable[[Row, Key], Pair]  # of images, or of what a cache holds of them
 
-    collate = staticmethod(collate)
 
-    def __init__(self, source: PairSource, decoder: PairDecoder, seed: int) -> None:
+class PairDataset(Dataset[Pair]):
+    """Give the pair at a `Place`. A row that cannot be decoded is replaced by another, which again
+    is a function of (seed, epoch, position)."""
+
+    def __init__(self, source: PairSource, decoder: Decoder, seed: int) -> None:
         self.source, self.decoder, self.seed = source, decoder, seed
 
     def __len__(self) -> int:
@@ -157,7 +185,7 @@ class PairDataset(torch.utils.data.Dataset):
         return decode_first(self.decoder, self._candidates(key), key)
 
     def _candidates(self, key: Key) -> Iterator[NumberedRow]:
-        """The row at a place, then replacements without end."""
+        """Give the row at a place, then replacements without end."""
         seed, epoch, position = key
         index = int(epoch_permutation(len(self), seed, epoch)[position])
         for attempt in count(1):
@@ -165,8 +193,8 @@ class PairDataset(torch.utils.data.Dataset):
             index = integer(len(self), *key, "replacement", attempt)
 
 
-def decode_first(decoder: PairDecoder, candidates: Iterable[NumberedRow], key: Key) -> Pair:
-    """The pair of the first candidate that can be decoded; it carries those that could not.
+def decode_first(decoder: Decoder, candidates: Iterable[NumberedRow], key: Key) -> Pair:
+    """Decode the first candidate that can be; its pair names those that could not.
 
     Raises:
         UserError: more than `MAX_REPLACEMENTS` of them, or all there are, cannot.

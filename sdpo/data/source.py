@@ -1,4 +1,4 @@
-"""Opening preference pairs and choosing the rows to train on, without decoding an image.
+"""Open preference pairs and choose the rows to train on, without decoding an image.
 
 Pick-a-Pic's columns (jpg_0, jpg_1, label_0, caption, model_0, model_1), or image_0 and image_1 in
 place of jpg_0 and jpg_1. label_0 is 1 where image 0 is preferred, 0 where image 1 is, 0.5 in a tie.
@@ -18,6 +18,8 @@ from sdpo.data.local import find_local_files
 
 if TYPE_CHECKING:
     import datasets
+    import numpy as np
+    import pyarrow as pa
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +29,7 @@ DREAMLIKE = "dream"
 
 @dataclass(frozen=True)
 class Columns:
-    """The names under which a dataset holds the parts of a pair."""
+    """Name the columns in which a dataset holds the parts of a pair."""
 
     image_0: str
     image_1: str
@@ -36,24 +38,28 @@ class Columns:
 
 @dataclass(frozen=True)
 class PairSource:
-    """Decided pairs: `rows` is a `datasets` object whose images are not decoded.
+    """Hold decided pairs, undecoded.
 
-    `origin[i]` is the row of the dataset as it was given; None while streaming. `labels[i]`, where
-    it is given, takes the place of the row's label_0. `given` is that dataset itself.
+    Args:
+        rows: a `datasets.Dataset` of them; while streaming an `IterableDataset` of all rows.
+        base: what relative paths of images are relative to.
+        origin: their row numbers in the dataset as it was given; None while streaming.
+        labels: what takes the place of the rows' label_0, where it is given.
+        given: the dataset as it was given; None while streaming.
     """
 
-    rows: datasets.Dataset | datasets.IterableDataset
+    rows: Any
     columns: Columns
     base: Path | None
     origin: Any = None
-    labels: Any = None
-    given: datasets.Dataset | None = None
+    labels: np.ndarray | None = None
+    given: Any = None
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def row(self, index: int) -> dict[str, Any]:
-        """One pair, undecoded."""
+        """Give one pair, undecoded."""
         row = self.rows[index]
         return row if self.labels is None else {**row, LABEL: float(self.labels[index])}
 
@@ -135,33 +141,34 @@ def _without_decoding(rows: Any) -> Any:
 
 
 def _choose_rows(rows: datasets.Dataset, data: SourceConfig, seed: int) -> tuple[Any, Any]:
-    """Drop ties and what else the flags exclude, in Arrow; images are not touched."""
+    """Drop ties and what else the flags exclude, in Arrow; images are not touched.
+
+    Returns:
+        The rows left, and their numbers in `rows`, (n,) int64, ascending.
+    """
     import numpy as np
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    labels = _arrow_column(rows, LABEL)
     try:
-        labels = labels.cast(pa.float64())
+        column = arrow_column(rows, LABEL).cast(pa.float64())
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise UserError(f"column {LABEL} must hold 0, 0.5 or 1: {error}") from None
-    decided = pc.fill_null(pc.is_in(labels, value_set=pa.array([0.0, 1.0])), False)
-    tie = pc.fill_null(pc.equal(labels, 0.5), False)
-    _refuse_other_labels(labels, pc.or_(pc.or_(decided, tie), labels.is_null()))
-    keep = decided
+    labels, missing = column.to_numpy(), column.is_null().to_numpy()
+    keep, ties = (labels == 0) | (labels == 1), labels == 0.5
+    other = np.flatnonzero(~(keep | ties | missing))
+    if len(other):
+        raise UserError(bad_label(int(other[0]), labels[other[0]]))
     log.info(
         "%d rows: %d decided pairs, %d ties dropped, %d without a label dropped",
-        len(labels),
-        pc.sum(decided).as_py() or 0,
-        pc.sum(tie).as_py() or 0,
-        labels.null_count,
+        *(len(labels), keep.sum(), ties.sum(), missing.sum()),
     )
     if data.dreamlike_pairs_only:
         for model in ("model_0", "model_1"):
-            from_dreamlike = pc.match_substring(_arrow_column(rows, model), DREAMLIKE)
-            keep = pc.and_(keep, pc.fill_null(from_dreamlike, False))
-        log.info("--dreamlike_pairs_only keeps %d of them", pc.sum(keep).as_py() or 0)
-    origin = np.flatnonzero(keep.to_numpy(zero_copy_only=False))
+            from_dreamlike = pc.match_substring(arrow_column(rows, model), DREAMLIKE)
+            keep &= pc.fill_null(from_dreamlike, False).to_numpy()
+        log.info("--dreamlike_pairs_only keeps %d of them", keep.sum())
+    origin = np.flatnonzero(keep)
     if not len(origin):
         raise UserError("no pair is left to train on: all rows are ties or excluded by the flags")
     if data.max_train_samples is not None and data.max_train_samples < len(origin):
@@ -173,23 +180,13 @@ def _choose_rows(rows: datasets.Dataset, data: SourceConfig, seed: int) -> tuple
     return (rows if len(origin) == len(rows) else rows.select(origin)), origin
 
 
-def _arrow_column(rows: datasets.Dataset, name: str) -> Any:
-    """One column as a pyarrow array, without loading the others."""
-    column = rows.select_columns([name]).with_format("arrow")[:].column(0)
-    return column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
-
-
-def _refuse_other_labels(labels: Any, known: Any) -> None:
-    import pyarrow.compute as pc
-
-    if pc.all(known).as_py() in (True, None):
-        return
-    row = pc.index(known, False).as_py()
-    raise UserError(bad_label(row, labels[row].as_py()))
+def arrow_column(rows: datasets.Dataset, name: str) -> pa.ChunkedArray:
+    """Take one column as it lies in Arrow, without loading the others."""
+    return rows.select_columns([name]).with_format("arrow")[:].column(0)
 
 
 def bad_label(row: int | str, label: float) -> str:
-    """The sentence about a label that is none of 0, 0.5 and 1."""
+    """Say that a label is none of 0, 0.5 and 1."""
     return (
         f"row {row}: {LABEL} is {label}; it must be 1 (image 0 preferred), 0 (image 1 preferred) "
         "or 0.5 (a tie)"

@@ -1,4 +1,4 @@
-"""Image bytes to tensors; both images of a pair get the same flip and the same crop."""
+"""Turn image bytes into tensors; both images of a pair get the same flip and the same crop."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sdpo.common.randomness import Key, uniform
 
 
 class UndecodableImage(Exception):
-    """An image that cannot be read; the message says why."""
+    """Say why an image cannot be read."""
 
 
 def open_image(value: Any, base: Path | None = None) -> Image.Image:
@@ -58,7 +58,7 @@ class PairTransform:
     hflip: bool = True
 
     def __call__(self, winner: Image.Image, loser: Image.Image, key: Key) -> tuple[Tensor, Tensor]:
-        """Two RGB images to two (3, R, R) float32 tensors.
+        """Make two (3, R, R) float32 tensors of two RGB images.
 
         Where the images differ in shape, the crop is at the same relative place.
         """
@@ -66,26 +66,23 @@ class PairTransform:
         if self.random_crop:
             along, across = uniform(*key, "crop-x"), uniform(*key, "crop-y")
         flip = self.flips(key)
-        return (
-            self._one(winner, along, across, flip),
-            self._one(loser, along, across, flip),
-        )
+        return self._one(winner, along, across, flip), self._one(loser, along, across, flip)
 
     def flips(self, key: Key) -> bool:
-        """Whether the pair of this key is flipped."""
+        """Tell whether the pair of this key is flipped."""
         return self.hflip and uniform(*key, "flip") < 0.5
 
     def centred(self, image: Image.Image) -> Tensor:
-        """One image, cropped at the centre, not flipped, (3, R, R) float32. Flipping the
-        tensor's last axis gives to the bit what flipping the image would have given."""
+        """Make a tensor (3, R, R), float32, of an image cropped at the centre and not flipped.
+        Flipping its last axis gives to the bit what flipping the image would have given."""
         return self._one(image, 0.5, 0.5, False)
 
     def _one(self, image: Image.Image, along: float, across: float, flip: bool) -> Tensor:
         r = self.resolution
         shorter = min(image.size)
         if shorter != r:
-            size = tuple(max(r, round(side * r / shorter)) for side in image.size)
-            image = image.resize(size, Image.Resampling.BILINEAR)
+            width, height = (max(r, round(side * r / shorter)) for side in image.size)
+            image = image.resize((width, height), Image.Resampling.BILINEAR)
         left = round((image.width - r) * along)
         top = round((image.height - r) * across)
         image = image.crop((left, top, left + r, top + r))

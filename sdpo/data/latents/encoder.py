@@ -1,4 +1,4 @@
-"""The encoder of a run that trains from a cache of encodings."""
+"""Encode the batches of a run, from a cache of encodings or by the models."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdpo.data.latents.pairs import EncodedBatch
 from sdpo.data.latents.store import LatentCache
+from sdpo.data.pairs import EncodedBatch
 from sdpo.models.base import Conditions, Family, Frozen, ModelSource, load_frozen_as
 from sdpo.models.encoding import Encoder, ModelEncoder
 from sdpo.models.noise import NoiseProcess
 
 
-@dataclass(frozen=True)
+@dataclass
 class CachedEncoder:
-    """Takes what an `EncodedBatch` brings along; neither VAE nor text encoders are in memory."""
+    """Take what an `EncodedBatch` brings along; neither VAE nor text encoders are in memory."""
 
     family: Family
     source: ModelSource
