@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def main() -> int:
     """Train as the command line says; returns the exit code."""
     config = parse_train(sys.argv[1:])
-    choice_weights = check_choice_model(config.data)
+    check_choice_model(config.data)
     check_places(config)
     if config.run.check_only:
         return 0
@@ -28,7 +28,6 @@ def main() -> int:
     # After the checks: these imports take seconds.
     from sdpo.data.source import open_pairs
     from sdpo.evaluation.score.relabel import relabel
-    from sdpo.evaluation.score.scoring import ScoreOptions
     from sdpo.models import open_base
     from sdpo.training.build import build_loader, build_models
     from sdpo.training.run import Run
@@ -39,8 +38,7 @@ def main() -> int:
     with run.accelerator.local_main_process_first():
         pairs = open_pairs(config.data, config.run.seed)
     if config.data.choice_model:
-        scoring = ScoreOptions(weights=choice_weights, cache_dir=config.data.cache_dir)
-        pairs = relabel(pairs, config.data, scoring, run.accelerator)
+        pairs = relabel(pairs, config.data, run.accelerator)
     loader = build_loader(config, base, pairs, run)
     models = build_models(config, base, loader, run)  # the UNet and its frozen reference
     update = Update(config, models, loader.max_train_steps, run)

@@ -186,7 +186,7 @@ def add_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup, cls: ty
                 del options["metavar"]
                 options["choices"] = about.choices
             if several:
-                options["nargs"] = "+"
+                options["nargs"] = "*" if about.positional and not about.required else "+"
             if about.extend:
                 options["action"] = "extend"
             if about.replaces:

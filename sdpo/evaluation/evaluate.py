@@ -6,43 +6,49 @@ at any point, the same command makes and scores only what is missing.
 
 from __future__ import annotations
 
-import argparse
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
-from sdpo.common.cli import Parser
-from sdpo.evaluation.generate.config import add_generation_flags, check_generation_flags
-from sdpo.evaluation.generate.run import check_suites, generate, read_suites
-from sdpo.evaluation.score.config import add_scoring_flags, check_scoring_flags, score_options
+from sdpo.common.flags import flag, parse
+from sdpo.evaluation.generate.config import GenerationConfig, check_suites, fill_in
+from sdpo.evaluation.generate.run import generate, read_suites
+from sdpo.evaluation.score.config import ScoringConfig, check_scoring
 from sdpo.evaluation.score.run import read_manifests, score
-from sdpo.evaluation.score.scorers import PUBLISHED
 
 
-def build_parser() -> argparse.ArgumentParser:
+@dataclass(frozen=True)
+class _ScoringConfig(ScoringConfig):
+    """How images are scored; the flag of generation's batch size has the short name."""
+
+    batch_size: int = flag(32, "images scored at a time", metavar="N", name="score_batch_size")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
     """The flags of generate.py and score.py together."""
-    parser = Parser("evaluate.py", __doc__)
-    add_generation_flags(parser)
-    add_scoring_flags(parser, "--score_batch_size")
-    parser.add_argument("--check_only", action="store_true", help="check the flags, no more")
-    return parser
+
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    scoring: _ScoringConfig = field(default_factory=_ScoringConfig)
+    check_only: bool = flag(False, "check the flags, no more")
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """evaluate.py's flags, checked; `scorer_weights` holds --weights taken apart.
+def parse_args(argv: Sequence[str]) -> EvaluateConfig:
+    """Parse evaluate.py's command line, check it and fill in what depends on other flags.
 
     Raises:
         UserError: naming the flag and what would be right.
     """
-    args = build_parser().parse_args(argv)
-    check_generation_flags(args)
-    args.scorer_weights = check_scoring_flags(args)
-    return args
+    config = parse(EvaluateConfig, argv, "evaluate.py", __doc__)
+    check_scoring(config.scoring)
+    return replace(config, generation=fill_in(config.generation))
 
 
 def main() -> int:
-    """Check, generate, score."""
-    args = parse_args(sys.argv[1:])
-    check_suites(args)
-    if args.check_only:
+    """Check, generate, score; returns the exit code."""
+    config = parse_args(sys.argv[1:])
+    check_suites(config.generation)
+    if config.check_only:
         return 0
 
     from accelerate.utils.memory import clear_device_cache
@@ -51,14 +57,13 @@ def main() -> int:
     from sdpo.evaluation.score.scoring import fetch_weights
 
     accelerator = start()
-    suites = read_suites(args, accelerator)
-    scorers = args.scorers or list(PUBLISHED)
-    options = score_options(args, args.scorer_weights)
+    suites = read_suites(config.generation, accelerator)
+    scorers, options = config.scoring.names, config.scoring.options(config.generation.cache_dir)
     with accelerator.local_main_process_first():
         fetch_weights(scorers, options)
-    paths = generate(args, suites, accelerator)
+    paths = generate(config.generation, suites, accelerator)
     # The generating models are gone before scorers come.
     clear_device_cache(garbage_collection=True)
-    score(read_manifests(paths), scorers, options, args.outdir, accelerator)
+    score(read_manifests(paths), scorers, options, config.generation.outdir, accelerator)
     accelerator.end_training()
     return 0

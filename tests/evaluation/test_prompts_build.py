@@ -357,7 +357,7 @@ def test_constants_are_the_published_suites(published):
 
 
 def test_suite_names():
-    assert parse_args([]).suites == ["papv2", "hpsv2", "partiprompts"]
+    assert parse_args([]).suites == ("papv2", "hpsv2", "partiprompts")
     with pytest.raises(UserError, match="tinyworld is not built here"):
         parse_args(["tinyworld"])
 

@@ -16,8 +16,8 @@ from PIL import Image
 
 from scripts.parity.small_scorers import write_aesthetics, write_clip, write_pickscore
 from sdpo.common.errors import UserError
+from sdpo.evaluation.score.config import ScoreOptions
 from sdpo.evaluation.score.scorers import PUBLISHED, SCORERS_DIR, get_scorer, scorer_names
-from sdpo.evaluation.score.scoring import ScoreOptions
 from sdpo.tinyworld import oracle, world
 
 CPU = torch.device("cpu")

@@ -18,8 +18,9 @@ from scripts.parity.small_scorers import write_all
 from sdpo.common.errors import UserError
 from sdpo.evaluation.generate.manifest import read_manifest, write_manifest
 from sdpo.evaluation.score.checked_precision import CheckedPrecision
+from sdpo.evaluation.score.config import ScoreOptions
 from sdpo.evaluation.score.scorers import PUBLISHED
-from sdpo.evaluation.score.scoring import ScoreOptions, score_manifests
+from sdpo.evaluation.score.scoring import score_manifests
 from sdpo.evaluation.score.table import parquet_path, read_scores
 from sdpo.tinyworld import world
 

@@ -81,9 +81,12 @@ def test_images_are_of_the_model_that_is_trained(content, written, tiny_sd15):
     found = read_sweep(written(content))
     assert found.checkpoints == "all"
     assert found.scorers == ["oracle"]
-    assert found.image_args.pretrained_model_name_or_path == str(tiny_sd15)
-    assert found.image_args.pretrained_vae_model_name_or_path is None
-    assert (found.image_args.resolution, found.image_args.unet) == (32, "base")
+    assert found.image_args.generation.pretrained_model_name_or_path == str(tiny_sd15)
+    assert found.image_args.generation.pretrained_vae_model_name_or_path is None
+    assert (found.image_args.generation.resolution, found.image_args.generation.unet) == (
+        32,
+        "base",
+    )
 
 
 @pytest.mark.parametrize(

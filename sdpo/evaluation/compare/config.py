@@ -2,77 +2,85 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 
-from sdpo.common.cli import Parser, at_least
 from sdpo.common.errors import UserError
 from sdpo.common.files import check_directory
+from sdpo.common.flags import at_least, flag, parse
 from sdpo.evaluation.compare.alignment import ALIGNMENTS, align
 from sdpo.evaluation.compare.results import TIE
 from sdpo.evaluation.compare.statistics import TIES
 from sdpo.evaluation.generate.manifest import Manifest, read_manifest
-from sdpo.evaluation.score.config import add_scoring_flags, check_scoring_flags
+from sdpo.evaluation.score.config import ScoringConfig, check_scoring
 
 _SCORE_SUFFIXES = ("_scores.parquet", "_scores.json")
 
 
-def build_parser(description: str | None) -> argparse.ArgumentParser:
-    """The program's flags; those of the published script keep their names."""
-    parser = Parser("compare.py", description)
-    add = parser.add_argument
-    add("--json_a", metavar="PATH", help="manifest of model A (or its image folder or score file)")
-    add("--json_b", metavar="PATH", help="the same of model B")
-    add("--label_a", help="name of model A (default: the manifest's, or its folder's)")
-    add("--label_b", help="name of model B")
-    add(
-        "--json",
-        nargs="+",
-        action="extend",
-        metavar="NAME=PATH",
-        help="two or more models with their names, instead of --json_a and --json_b",
+@dataclass(frozen=True)
+class CompareConfig:
+    """compare.py's flags; those of the published script keep their names."""
+
+    json_a: str | None = flag(
+        None, "manifest of model A (or its image folder or score file)", metavar="PATH"
     )
-    add("--outdir", metavar="DIR", help="default: output/compare/<label_a>_vs_<label_b>")
-    add("--ties", choices=TIES, default="half", help="what a tie is for the win rate (half)")
-    add("--align", choices=ALIGNMENTS, default="prompt", help="what makes a pair (prompt)")
-    add("--seed", type=int, default=0, help="of the bootstrap (0)")
-    add("--inline_images", action="store_true", help="put thumbnails into report.html itself")
-    add("--cache_dir", metavar="DIR", help="where downloads are kept")
+    json_b: str | None = flag(None, "the same of model B", metavar="PATH")
+    label_a: str | None = flag(None, "name of model A", shown="the manifest's, or its folder's")
+    label_b: str | None = flag(None, "name of model B")
+    json: tuple[str, ...] = flag(
+        (),
+        "two or more models with their names, instead of --json_a and --json_b",
+        metavar="NAME=PATH",
+        extend=True,
+    )
+    outdir: Path = flag(
+        None,
+        "where everything is written",
+        metavar="DIR",
+        shown="output/compare/<label_a>_vs_<label_b>",
+        expand=True,
+    )
+    ties: str = flag("half", "what a tie is for the win rate", choices=TIES)
+    align: str = flag("prompt", "what makes a pair", choices=ALIGNMENTS)
+    seed: int = flag(0, "of the bootstrap", check=at_least(0))
+    inline_images: bool = flag(False, "put thumbnails into report.html itself")
+    cache_dir: str | None = flag(None, "where downloads are kept", metavar="DIR")
     # Scores that are there are used as they are; the rest is computed with these.
-    add_scoring_flags(parser)
-    return parser
+    scoring: ScoringConfig = field(default_factory=ScoringConfig)
 
 
-def parse_args(argv: list[str], description: str | None = None) -> argparse.Namespace:
-    """Flags, with `manifests` (label to manifest, in order), `outdir` and `scorer_weights` made of
-    them.
+def parse_args(
+    argv: Sequence[str], about: str | None = None
+) -> tuple[CompareConfig, dict[str, Manifest]]:
+    """Parse compare.py's command line and read the manifests it names, by label.
 
     Raises:
         UserError: a flag or a file that it names is not usable; two labels are equal; two models
             cannot be aligned.
     """
-    args = build_parser(description).parse_args(argv)
-    args.scorer_weights = check_scoring_flags(args)
-    at_least(args, 0, "seed")
-    args.manifests = _read_manifests(args)
-    for a, b in combinations(args.manifests.values(), 2):
-        align(a, b, args.align)
-    default = Path("output/compare") / folder_name("_vs_".join(args.manifests))
-    args.outdir = Path(os.path.expanduser(args.outdir)) if args.outdir else default
-    _check_outdir(args.outdir)
-    return args
+    config = parse(CompareConfig, argv, "compare.py", about)
+    check_scoring(config.scoring)
+    manifests = _read_manifests(config)
+    for a, b in combinations(manifests.values(), 2):
+        align(a, b, config.align)
+    default = Path("output/compare") / folder_name("_vs_".join(manifests))
+    config = replace(config, outdir=config.outdir or default)
+    _check_outdir(config.outdir)
+    return config, manifests
 
 
-def _read_manifests(args: argparse.Namespace) -> dict[str, Manifest]:
+def _read_manifests(config: CompareConfig) -> dict[str, Manifest]:
     """Label to manifest, of either way to name them."""
-    if args.json:
-        if args.json_a or args.json_b or args.label_a or args.label_b:
+    labels: list[str | None]
+    if config.json:
+        if config.json_a or config.json_b or config.label_a or config.label_b:
             raise UserError("give either --json or --json_a and --json_b with their labels")
-        labels, paths, flags = [], [], ["--json"] * len(args.json)
-        for text in args.json:
+        labels, paths, flags = [], [], ["--json"] * len(config.json)
+        for text in config.json:
             label, equals, path = text.partition("=")
             if not (label.strip() and equals and path):
                 raise UserError(f"--json must be NAME=PATH, got {text!r}")
@@ -80,22 +88,22 @@ def _read_manifests(args: argparse.Namespace) -> dict[str, Manifest]:
             paths.append(path)
         if len(paths) < 2:
             raise UserError("--json needs at least two models to compare")
-    elif args.json_a and args.json_b:
-        labels, paths = [args.label_a, args.label_b], [args.json_a, args.json_b]
+    elif config.json_a and config.json_b:
+        labels, paths = [config.label_a, config.label_b], [config.json_a, config.json_b]
         flags = ["--json_a", "--json_b"]
     else:
         raise UserError("give --json_a and --json_b, or --json NAME=PATH NAME=PATH ...")
-    found = [_manifest_path(path, flag) for path, flag in zip(paths, flags, strict=True)]
+    found = [_manifest_path(*pair) for pair in zip(paths, flags, strict=True)]
     stems, folders = [p.stem for p in found], [p.resolve().parent.name for p in found]
     defaults = stems if len(set(stems)) == len(stems) else folders
-    labels = [label or default for label, default in zip(labels, defaults, strict=True)]
-    if len(set(labels)) < len(labels) or TIE in labels or not all(map(str.strip, labels)):
-        flag = "--json NAME=PATH" if args.json else "--label_a and --label_b"
+    names = [label or default for label, default in zip(labels, defaults, strict=True)]
+    if len(set(names)) < len(names) or TIE in names or not all(map(str.strip, names)):
+        given = "--json NAME=PATH" if config.json else "--label_a and --label_b"
         raise UserError(
-            f"{flag}: the models need names that differ and are not {TIE!r}, got "
-            f"{', '.join(map(repr, labels))}"
+            f"{given}: the models need names that differ and are not {TIE!r}, got "
+            f"{', '.join(map(repr, names))}"
         )
-    return {label: read_manifest(path) for label, path in zip(labels, found, strict=True)}
+    return {name: read_manifest(path) for name, path in zip(names, found, strict=True)}
 
 
 def _manifest_path(given: str, flag: str) -> Path:
@@ -122,5 +130,5 @@ def _check_outdir(outdir: Path) -> None:
 
 
 def folder_name(label: str) -> str:
-    """A label without what does not belong into a folder's name."""
+    """Make a folder's name of a label, without what does not belong into one."""
     return re.sub(r"[^\w.-]+", "_", label).strip("._") or "models"

@@ -2,114 +2,135 @@
 
 from __future__ import annotations
 
-import argparse
-import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sdpo.common.cli import at_least
 from sdpo.common.errors import UserError
 from sdpo.common.files import check_directory
+from sdpo.common.flags import FINITE, at_least, flag, multiple_of
 from sdpo.config.families import FAMILIES
-from sdpo.evaluation.generate.suites import KNOWN_SUITES
+from sdpo.evaluation.generate.suites import BUILT_SUITES, KNOWN_SUITES, read_suite
 from sdpo.evaluation.generate.unets import BASE, check_unet, label_of
 from sdpo.models.locations import check_component_dir, check_family, read_config
 
 PROTOCOL_NAMES = ("paper", "diffusers")
 DTYPE_NAMES = ("bf16", "fp16", "fp32")
-PUBLISHED_SUITES = ("papv2", "hpsv2", "partiprompts")
+_MODEL, _VAE = "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"
 
 
-def add_generation_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of generate.py, which evaluate.py has too."""
-    add = parser.add_argument_group("generation").add_argument
-    add(
-        "--unet",
-        required=True,
-        metavar="UNET",
-        help="unet.pth, .safetensors, a diffusers UNet or pipeline directory, a checkpoint or run "
+@dataclass(frozen=True)
+class GenerationConfig:
+    """Which model makes images of which prompts, and how. `fill_in` sets what is None here."""
+
+    unet: str = flag(
+        "",
+        "unet.pth, .safetensors, a diffusers UNet or pipeline directory, a checkpoint or run "
         "directory of train.py, ORG/REPO:path/unet.pth on the hub, or `base`",
+        metavar="UNET",
+        required=True,
     )
-    add(
-        "--suites",
-        nargs="+",
-        default=list(PUBLISHED_SUITES),
+    suites: tuple[str, ...] = flag(
+        BUILT_SUITES,
+        f"prompts: {', '.join(KNOWN_SUITES)}, or a JSON, JSONL, CSV, TSV or TXT file",
         metavar="SUITE",
-        help=f"prompts: {', '.join(KNOWN_SUITES)}, or a JSON, JSONL, CSV, TSV or TXT file "
-        f"(default: {' '.join(PUBLISHED_SUITES)})",
     )
-    add("--sdxl", action="store_true", help="the model is an SDXL model (default: SD1.5)")
-    add(
-        "--pretrained_model_name_or_path",
+    sdxl: bool = flag(False, "the model is an SDXL model", shown="SD1.5")
+    pretrained_model_name_or_path: str = flag(
+        None,
+        "base pipeline, for all but the UNet",
         metavar="ID_OR_DIR",
-        help="base pipeline, for all but the UNet (default: the family's official one)",
+        shown="the family's official one",
     )
-    add(
-        "--pretrained_vae_model_name_or_path",
+    pretrained_vae_model_name_or_path: str | None = flag(
+        None,
+        "VAE; `base`: the base's own",
         metavar="ID_OR_DIR",
-        help="VAE (default: SD1.5's own; for SDXL madebyollin/sdxl-vae-fp16-fix; `base`: the "
-        "base's own)",
+        shown="SD1.5's own; for SDXL madebyollin/sdxl-vae-fp16-fix",
     )
-    add("--revision", help="git revision of the base on the hub")
-    add("--cache_dir", metavar="DIR", help="where downloads are kept")
-    add("--prompt_source", metavar="DIR", help="files to build missing suites from, off line")
-    add("--outdir", type=Path, metavar="DIR", help="default: output/eval/<name of the UNet>")
-    add(
-        "--protocol",
+    revision: str | None = flag(None, "git revision of the base on the hub")
+    cache_dir: str | None = flag(None, "where downloads are kept", metavar="DIR")
+    prompt_source: str | None = flag(
+        None, "files to build missing suites from, off line", metavar="DIR"
+    )
+    outdir: Path = flag(
+        None,
+        "where images and manifests are written",
+        metavar="DIR",
+        shown="output/eval/<name of the UNet>",
+    )
+    protocol: str = flag(
+        "paper",
+        "paper: as published, one noise for all prompts; diffusers: a plain pipeline with a seed "
+        "for every prompt",
         choices=PROTOCOL_NAMES,
-        default="paper",
-        help="paper (default): as published, one noise for all prompts; diffusers: a plain "
-        "pipeline with a seed for every prompt",
     )
-    add("--steps", type=int, default=50, help="default: 50")
-    add(
-        "--cfg",
-        type=float,
-        help="guidance c (default: 7.5; with --protocol diffusers and --sdxl 5.0). paper: cond + c "
-        "(cond - uncond); diffusers: uncond + c (cond - uncond)",
+    steps: int = flag(50, "sampling steps", check=at_least(1))
+    cfg: float = flag(
+        None,
+        "guidance c; paper: cond + c (cond - uncond); diffusers: uncond + c (cond - uncond)",
+        check=FINITE,
+        shown="7.5; with --protocol diffusers and --sdxl 5.0",
     )
-    add("--seed", type=int, default=0, help="default: 0")
-    add("--resolution", type=int, metavar="PX", help="default: 512, with --sdxl 1024")
-    add("--batch_size", type=int, default=8, metavar="N", help="images at a time (default: 8)")
-    add("--dtype", choices=DTYPE_NAMES, default="bf16", help="of UNet and text encoders")
-    add("--limit", type=int, metavar="N", help="only the first N prompts of each suite")
+    seed: int = flag(0, "of the noise", check=at_least(0))
+    resolution: int = flag(
+        None,
+        "side of the square images, in pixels",
+        metavar="PX",
+        check=(at_least(1), multiple_of(8)),
+        shown="512, with --sdxl 1024",
+    )
+    batch_size: int = flag(8, "images at a time", metavar="N", check=at_least(1))
+    dtype: str = flag("bf16", "of UNet and text encoders", choices=DTYPE_NAMES)
+    limit: int | None = flag(
+        None, "only the first N prompts of each suite", metavar="N", check=at_least(1)
+    )
+
+    @property
+    def family(self) -> str:
+        """The name of the model's family."""
+        return "sdxl" if self.sdxl else "sd15"
 
 
-def check_generation_flags(args: argparse.Namespace) -> None:
-    """Check, and fill in what depends on other flags.
+def fill_in(config: GenerationConfig) -> GenerationConfig:
+    """Fill in what depends on other flags, and check that models and directories can be there.
 
     Raises:
         UserError: naming the flag and what would be right.
     """
-    at_least(args, 1, "steps", "batch_size", "resolution", "limit")
-    if args.resolution is not None and args.resolution % 8:
-        raise UserError(f"--resolution must be a multiple of 8, got {args.resolution}")
-    at_least(args, 0, "seed")
-    if args.cfg is None:
-        args.cfg = 5.0 if args.protocol == "diffusers" and args.sdxl else 7.5
-    if not math.isfinite(args.cfg):
-        raise UserError(f"--cfg must be a number, got {args.cfg}")
-    family = FAMILIES["sdxl" if args.sdxl else "sd15"]
-    args.resolution = args.resolution or family.resolution
-    if args.pretrained_vae_model_name_or_path == "base":
-        args.pretrained_vae_model_name_or_path = None
-    elif args.pretrained_vae_model_name_or_path is None:
-        args.pretrained_vae_model_name_or_path = family.vae
-    args.pretrained_model_name_or_path = args.pretrained_model_name_or_path or family.base
-    check_unet(args.unet, args.sdxl)
-    _check_models(args)
-    if args.outdir is None:
-        # The base of either family is called `base`.
-        label = f"{args.unet}_{'sdxl' if args.sdxl else 'sd15'}" if args.unet == BASE else None
-        args.outdir = Path("output/eval") / (label or label_of(args.unet))
-    check_directory(args.outdir, "--outdir")
+    family, vae = FAMILIES[config.family], config.pretrained_vae_model_name_or_path
+    check_unet(config.unet, config.sdxl)
+    # The base of either family is called `base`.
+    label = f"{BASE}_{config.family}" if config.unet == BASE else label_of(config.unet)
+    guidance = 5.0 if config.protocol == "diffusers" and config.sdxl else 7.5
+    filled = replace(
+        config,
+        cfg=guidance if config.cfg is None else config.cfg,
+        resolution=config.resolution or family.resolution,
+        pretrained_model_name_or_path=config.pretrained_model_name_or_path or family.base,
+        pretrained_vae_model_name_or_path=None if vae == "base" else vae or family.vae,
+        outdir=config.outdir or Path("output/eval") / label,
+    )
+    _check_models(filled)
+    check_directory(filled.outdir, "--outdir")
+    return filled
 
 
-def _check_models(args: argparse.Namespace) -> None:
-    flag, base = "--pretrained_model_name_or_path", args.pretrained_model_name_or_path
-    check_component_dir(base, flag, "unet/config.json")
-    config = Path(base) / "unet/config.json"
-    if config.is_file():
-        check_family(read_config(config), args.sdxl, base)
-    vae = args.pretrained_vae_model_name_or_path
+def _check_models(config: GenerationConfig) -> None:
+    base, vae = config.pretrained_model_name_or_path, config.pretrained_vae_model_name_or_path
+    check_component_dir(base, f"--{_MODEL}", "unet/config.json")
+    about = Path(base) / "unet/config.json"
+    if about.is_file():
+        check_family(read_config(about), config.sdxl, base)
     if vae:
-        check_component_dir(vae, "--pretrained_vae_model_name_or_path", "config.json")
+        check_component_dir(vae, f"--{_VAE}", "config.json")
+
+
+def check_suites(config: GenerationConfig) -> None:
+    """Read what --suites names on this machine; those that are built are looked for later.
+
+    Raises:
+        UserError: a file cannot be read, or two suites have one name.
+    """
+    names = [name if name in KNOWN_SUITES else read_suite(name).name for name in config.suites]
+    if len(set(names)) < len(names):
+        raise UserError(f"--suites: two suites have one name: {' '.join(config.suites)}")

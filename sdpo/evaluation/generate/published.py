@@ -13,31 +13,24 @@ place of the prompts themselves, and the split only has to contain them. Images 
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdpo.common.cli import Parser
 from sdpo.common.errors import UserError, first_line
-from sdpo.common.files import write_json
+from sdpo.common.files import PROMPTS_DIR, write_json
+from sdpo.common.flags import flag, parse
 from sdpo.evaluation.generate.published_sources import NEEDED, on_disk, on_the_network
-from sdpo.evaluation.generate.suites import (
-    BUILT_SUITES,
-    PROMPTS_DIR,
-    Prompt,
-    digest,
-    read_suite_file,
-)
+from sdpo.evaluation.generate.suites import BUILT_SUITES, Prompt, digest, read_suite_file
 
 LOCK_FILE = ".build.lock"
 
 
 @dataclass(frozen=True)
 class Published:
-    """What tells a published suite: `sha256` of its prompts in order, `set_sha256` of its different
-    prompts sorted, both as `sdpo.evaluation.generate.suites.digest`."""
+    """Tells a published suite: the number of its prompts, `digest` of them in order, and of the
+    different ones sorted."""
 
     count: int
     sha256: str
@@ -63,39 +56,38 @@ PUBLISHED = {
 }
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """build.py's flags.
+@dataclass(frozen=True)
+class BuildConfig:
+    """build.py's flags."""
+
+    suites: tuple[str, ...] = flag(BUILT_SUITES, "which to build", metavar="SUITE", positional=True)
+    source: str | None = flag(
+        None, "take files that lie anywhere in DIR, use no network", metavar="DIR"
+    )
+    outdir: Path = flag(PROMPTS_DIR, "where they are written", metavar="DIR", shown="prompts/")
+    cache_dir: str | None = flag(None, "where downloads from the hub are kept", metavar="DIR")
+    force: bool = flag(False, "build again what is there, and overwrite it")
+
+
+def parse_args(argv: Sequence[str]) -> BuildConfig:
+    """Parse build.py's command line.
 
     Raises:
         UserError: a name that is none of the suites built here.
     """
-    parser = Parser("build.py", __doc__)
-    add = parser.add_argument
-    add("suites", nargs="*", metavar="SUITE", help=f"default: {' '.join(BUILT_SUITES)}")
-    add("--source", metavar="DIR", help="take files that lie anywhere in DIR, use no network")
-    add("--outdir", type=Path, default=PROMPTS_DIR, metavar="DIR", help="default: prompts/")
-    add("--cache_dir", metavar="DIR", help="where downloads from the hub are kept")
-    add("--force", action="store_true", help="build again what is there, and overwrite it")
-    args = parser.parse_args(argv)
-    args.suites = args.suites or list(BUILT_SUITES)
-    for name in args.suites:
+    config = parse(BuildConfig, argv, "build.py", __doc__)
+    for name in config.suites:
         if name not in PUBLISHED:
             raise UserError(f"{name} is not built here; name any of {', '.join(BUILT_SUITES)}")
-    return args
+    return config
 
 
 def main() -> int:
-    """Build suites."""
-    args = parse_args(sys.argv[1:])
-    ensure(
-        args.suites,
-        source=args.source,
-        outdir=args.outdir,
-        cache_dir=args.cache_dir,
-        force=args.force,
-    )
-    for name in args.suites:
-        print(f"{args.outdir / name}.json: {PUBLISHED[name].count} prompts, as published")
+    """Build the suites named on the command line; returns the exit code."""
+    config = parse_args(sys.argv[1:])
+    ensure(config.suites, config.source, config.outdir, config.cache_dir, config.force)
+    for name in config.suites:
+        print(f"{config.outdir / name}.json: {PUBLISHED[name].count} prompts, as published")
     return 0
 
 
@@ -107,11 +99,12 @@ def ensure(
     force: bool = False,
     source_flag: str = "--source",
 ) -> None:
-    """Build the suites among `names` that are not there; other names are passed over.
+    """Build the published suites among `names` that are not there.
 
     Several processes may call it at once: one builds, the others wait and find it done.
 
     Args:
+        names: other names than those of published suites are passed over.
         source: take files from this directory, use no network.
         force: build all of them again.
         source_flag: what the calling program calls `source`.
@@ -134,15 +127,14 @@ def ensure(
         with FileLock(outdir / LOCK_FILE):
             for name in wanted:
                 if force or not is_built(name, outdir):
-                    write_suite(
-                        outdir / f"{name}.json", build(name, source, cache_dir, source_flag)
-                    )
+                    prompts = build(name, source, cache_dir, source_flag)
+                    write_suite(outdir / f"{name}.json", prompts)
     except OSError as error:
         raise UserError(f"cannot write prompts to {outdir}: {error.strerror or error}") from None
 
 
 def is_built(name: str, outdir: Path = PROMPTS_DIR) -> bool:
-    """Whether the suite's file is there, verified by its prompts' sha256.
+    """Tell whether a suite's file is there, verified by its prompts' sha256.
 
     Raises:
         UserError: it is there and is not the published suite.
@@ -168,7 +160,7 @@ def build(
     cache_dir: str | None = None,
     source_flag: str = "--source",
 ) -> list[Prompt]:
-    """A suite, proved to be the published one, from the first place that has it.
+    """Read a suite from the first place that has it, and prove it to be the published one.
 
     Raises:
         UserError: none has; says what is wrong with each, and what to give instead.
@@ -203,7 +195,7 @@ def build(
 
 
 def difference(name: str, prompts: list[Prompt]) -> str | None:
-    """How prompts differ from those published, in words; None where they do not."""
+    """Say in words how prompts differ from those published; None where they do not."""
     published, texts = PUBLISHED[name], [prompt.text for prompt in prompts]
     found = digest(texts)
     if (len(texts), found) == (published.count, published.sha256):
@@ -217,11 +209,6 @@ def difference(name: str, prompts: list[Prompt]) -> str | None:
 
 
 def write_suite(path: Path, prompts: list[Prompt]) -> None:
-    """Write a suite as read_suite reads it, whole; `category` where it has one."""
-    write_json(
-        path,
-        [
-            {"prompt": p.text} | ({"category": p.category} if p.category is not None else {})
-            for p in prompts
-        ],
-    )
+    """Write a suite as `read_suite` reads it, whole; `category` where a prompt has one."""
+    rows = [{"prompt": prompt.text, "category": prompt.category} for prompt in prompts]
+    write_json(path, [{k: v for k, v in row.items() if v is not None} for row in rows])

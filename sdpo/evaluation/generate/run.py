@@ -8,17 +8,17 @@ at any point, the same command makes only what is missing.
 
 from __future__ import annotations
 
-import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdpo.common.cli import Parser
 from sdpo.common.errors import UserError
 from sdpo.common.files import differences, write_json
-from sdpo.evaluation.generate.config import add_generation_flags, check_generation_flags
+from sdpo.common.flags import parse
+from sdpo.evaluation.generate.config import GenerationConfig, check_suites, fill_in
 from sdpo.evaluation.generate.manifest import write_manifest
-from sdpo.evaluation.generate.suites import KNOWN_SUITES, Suite, digest, read_suite
+from sdpo.evaluation.generate.suites import Suite, digest, read_suite
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -30,46 +30,30 @@ SETTINGS_FILE = "settings.json"
 IMAGE_DESCRIPTION = 0x010E  # EXIF
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """generate.py's flags, checked.
+def parse_args(argv: Sequence[str]) -> GenerationConfig:
+    """Parse generate.py's command line, check it and fill in what depends on other flags.
 
     Raises:
         UserError: naming the flag and what would be right.
     """
-    parser = Parser("generate.py", __doc__)
-    add_generation_flags(parser)
-    args = parser.parse_args(argv)
-    check_generation_flags(args)
-    return args
+    return fill_in(parse(GenerationConfig, argv, "generate.py", __doc__))
 
 
 def main() -> int:
-    """Generate every suite."""
-    args = parse_args(sys.argv[1:])
-    check_suites(args)
+    """Generate every suite's images; returns the exit code."""
+    config = parse_args(sys.argv[1:])
+    check_suites(config)
 
     from sdpo.common.processes import start
 
     accelerator = start()
-    generate(args, read_suites(args, accelerator), accelerator)
+    generate(config, read_suites(config, accelerator), accelerator)
     accelerator.end_training()
     return 0
 
 
-def check_suites(args: argparse.Namespace) -> None:
-    """Read what --suites names on this machine; those of the published that are missing are built
-    later.
-
-    Raises:
-        UserError: a file cannot be read, or two suites have one name.
-    """
-    names = [name if name in KNOWN_SUITES else read_suite(name).name for name in args.suites]
-    if len(set(names)) < len(names):
-        raise UserError(f"--suites: two suites have one name: {' '.join(args.suites)}")
-
-
-def read_suites(args: argparse.Namespace, accelerator: Accelerator) -> list[Suite]:
-    """The suites of --suites; those of the published that are missing are built first.
+def read_suites(config: GenerationConfig, accelerator: Accelerator) -> list[Suite]:
+    """Read the suites of --suites, up to --limit; the published ones that are missing are built.
 
     Raises:
         UserError: a suite cannot be read or built.
@@ -78,95 +62,102 @@ def read_suites(args: argparse.Namespace, accelerator: Accelerator) -> list[Suit
 
     with accelerator.local_main_process_first():
         ensure(
-            args.suites,
-            source=args.prompt_source,
-            cache_dir=args.cache_dir,
+            config.suites,
+            source=config.prompt_source,
+            cache_dir=config.cache_dir,
             source_flag="--prompt_source",
         )
-    suites = [read_suite(name) for name in args.suites]
-    return [Suite(s.name, s.prompts[: args.limit]) for s in suites] if args.limit else suites
+    suites = map(read_suite, config.suites)
+    return [Suite(suite.name, suite.prompts[: config.limit]) for suite in suites]
 
 
-def stem_of(args: argparse.Namespace, suite: Suite) -> str:
-    """The name of a suite's image folder and manifest."""
-    r, protocol = args.resolution, "" if args.protocol == "paper" else f"_{args.protocol}"
-    return f"{suite.name}_seed{args.seed}_{r}x{r}_{args.steps}s_{args.cfg:g}cfg{protocol}"
-
-
-def generate(args: argparse.Namespace, suites: list[Suite], accelerator: Accelerator) -> list[Path]:
-    """Make what is missing of the suites' images; returns their manifests."""
-    protocol, model = build_protocol(args, accelerator)
+def generate(config: GenerationConfig, suites: list[Suite], accelerator: Accelerator) -> list[Path]:
+    """Make what is missing of the suites' images; returns the paths of their manifests."""
+    protocol, model = build_protocol(config, accelerator)
     manifests = []
     for suite in suites:
-        settings = settings_of(args, suite, protocol, model)
-        folder = args.outdir / stem_of(args, suite)
+        settings = settings_of(config, suite, protocol, model)
+        folder = config.outdir / stem_of(config, suite)
         if accelerator.is_main_process:
             claim(folder, settings)
         accelerator.wait_for_everyone()
-        make_missing(args, suite, folder, protocol, accelerator)
+        make_missing(config, suite, folder, protocol, accelerator)
         accelerator.wait_for_everyone()
         manifest = folder.with_name(f"{folder.name}.json")
         if accelerator.is_main_process:
-            rows = manifest_rows(args, suite, folder, protocol, settings)
-            check_all_there(rows, args.outdir)
+            rows = manifest_rows(suite, folder, protocol, settings)
+            check_all_there(rows, config.outdir)
             write_manifest(manifest, rows)
         manifests.append(manifest)
     accelerator.wait_for_everyone()
     return manifests
 
 
+def stem_of(config: GenerationConfig, suite: Suite) -> str:
+    """Name a suite's image folder and manifest."""
+    side, protocol = config.resolution, config.protocol
+    stem = f"{suite.name}_seed{config.seed}_{side}x{side}_{config.steps}s_{config.cfg:g}cfg"
+    return stem if protocol == "paper" else f"{stem}_{protocol}"
+
+
 def build_protocol(
-    args: argparse.Namespace, accelerator: Accelerator
+    config: GenerationConfig, accelerator: Accelerator
 ) -> tuple[Protocol, dict[str, Any]]:
-    """The models on this process's device, and what says which model it is."""
+    """Load the models to this process's device; returns the protocol, and what tells the model.
+
+    Raises:
+        UserError: a model is not to be had, or the device cannot compute in --dtype.
+    """
     from sdpo.common.precision import DTYPES, check_precision
     from sdpo.evaluation.generate.protocols import PROTOCOLS, Sampling
     from sdpo.evaluation.generate.unets import FLAG, digest_of, locate_unet
     from sdpo.models import get_family
     from sdpo.models.base import ModelSource
 
-    check_precision("--dtype", args.dtype, accelerator.device)
-    family = get_family(args.sdxl)
+    check_precision("--dtype", config.dtype, accelerator.device)
+    family = get_family(config.sdxl)
     with accelerator.local_main_process_first():
         source = ModelSource(
-            base=args.pretrained_model_name_or_path,
-            vae=args.pretrained_vae_model_name_or_path,
-            revision=args.revision,
-            unet_init=locate_unet(args.unet, args.cache_dir),
-            cache_dir=args.cache_dir,
+            base=config.pretrained_model_name_or_path,
+            vae=config.pretrained_vae_model_name_or_path,
+            revision=config.revision,
+            unet_init=locate_unet(config.unet, config.cache_dir),
+            cache_dir=config.cache_dir,
             unet_flag=FLAG,
         )
         unet = family.load_unet(source)
         frozen = family.load_frozen(source)
-    model = {"unet": args.unet}
+    model = {"unet": config.unet}
     if accelerator.is_main_process:
         model["unet_sha256"] = digest_of(unet)
-    sampling = Sampling(args.steps, args.cfg, args.seed, args.resolution, DTYPES[args.dtype])
-    protocol = PROTOCOLS[args.protocol](family, unet, frozen, source, sampling, accelerator.device)
-    return protocol, model
+    sampling = Sampling(
+        config.steps, config.cfg, config.seed, config.resolution, DTYPES[config.dtype]
+    )
+    build = PROTOCOLS[config.protocol]
+    return build(family, unet, frozen, source, sampling, accelerator.device), model
 
 
 def settings_of(
-    args: argparse.Namespace, suite: Suite, protocol: Protocol, model: dict[str, Any]
+    config: GenerationConfig, suite: Suite, protocol: Protocol, model: dict[str, Any]
 ) -> dict[str, Any]:
-    """Everything that an image depends on."""
+    """List everything that a suite's images depend on, by name, ready for JSON."""
     return {
-        "protocol": args.protocol,
+        "protocol": config.protocol,
         **model,
-        "family": protocol.family.name,
-        "base": args.pretrained_model_name_or_path,
-        "revision": args.revision,
-        "vae": args.pretrained_vae_model_name_or_path or "the base's own",
+        "family": config.family,
+        "base": config.pretrained_model_name_or_path,
+        "revision": config.revision,
+        "vae": config.pretrained_vae_model_name_or_path or "the base's own",
         "suite": suite.name,
         "prompts": len(suite.prompts),
         "prompts_sha256": digest([p.text for p in suite.prompts]),
         "negative_prompt": "",
-        "steps": args.steps,
-        "cfg": args.cfg,
-        "seed": args.seed,
-        "height": args.resolution,
-        "width": args.resolution,
-        "dtype": args.dtype,
+        "steps": config.steps,
+        "cfg": config.cfg,
+        "seed": config.seed,
+        "height": config.resolution,
+        "width": config.resolution,
+        "dtype": config.dtype,
         **protocol.describe(),
     }
 
@@ -196,50 +187,49 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
     write_json(path, settings)
 
 
-def image_name(index: int, resolution: int) -> str:
-    """As published: <index>_<H>x<W>.png."""
-    return f"{index}_{resolution}x{resolution}.png"
-
-
 def make_missing(
-    args: argparse.Namespace,
+    config: GenerationConfig,
     suite: Suite,
     folder: Path,
     protocol: Protocol,
     accelerator: Accelerator,
 ) -> None:
-    """This process's share of the images that are not there or are broken."""
+    """Make this process's share of the images that are not there or are broken."""
     from accelerate.utils import gather_object
     from tqdm.auto import tqdm
 
     from sdpo.training.samples import save_image
 
     rank, processes = accelerator.process_index, accelerator.num_processes
-    mine = range(rank, len(suite.prompts), processes)
-    broken = [i for i in mine if not is_whole(folder / image_name(i, args.resolution))]
+    paths = image_paths(suite, folder, protocol)
+    mine = range(rank, len(paths), processes)
     # Agreed on before any process begins, so that none takes an image for done or undone twice.
-    missing = sorted(gather_object(broken))
+    missing = sorted(gather_object([i for i in mine if not is_whole(paths[i])]))
     share = missing[rank::processes]
     with tqdm(
         total=len(missing),
-        desc=f"{suite.name} ({len(suite.prompts) - len(missing)} there)",
+        desc=f"{suite.name} ({len(paths) - len(missing)} there)",
         unit="image",
         disable=not accelerator.is_main_process,
         smoothing=0.1,
     ) as bar:
-        for first in range(0, len(share), args.batch_size):
-            indices = share[first : first + args.batch_size]
+        for first in range(0, len(share), config.batch_size):
+            indices = share[first : first + config.batch_size]
             prompts = [suite.prompts[i].text for i in indices]
-            for index, prompt, image in zip(
-                indices, prompts, protocol(prompts, indices), strict=True
-            ):
-                path = folder / image_name(index, args.resolution)
-                save_image(image, path, exif=prompt_exif(prompt))
+            images = protocol(prompts, indices)
+            for index, prompt, image in zip(indices, prompts, images, strict=True):
+                save_image(image, paths[index], exif=prompt_exif(prompt))
             bar.update(min(len(indices) * processes, len(missing) - bar.n))
 
 
+def image_paths(suite: Suite, folder: Path, protocol: Protocol) -> list[Path]:
+    """Name the images of a suite as published: <index>_<H>x<W>.png."""
+    side = protocol.sampling.resolution
+    return [folder / f"{index}_{side}x{side}.png" for index in range(len(suite.prompts))]
+
+
 def is_whole(path: Path) -> bool:
-    """Whether an image is there and can be decoded to its end."""
+    """Tell whether an image is there and can be decoded to its end."""
     from PIL import Image
 
     try:
@@ -252,7 +242,7 @@ def is_whole(path: Path) -> bool:
 
 
 def prompt_exif(prompt: str) -> Image.Exif:
-    """EXIF with a prompt as its ImageDescription, in UTF-8."""
+    """Make EXIF data with a prompt as its ImageDescription, in UTF-8."""
     from PIL import Image
 
     exif = Image.Exif()
@@ -261,28 +251,24 @@ def prompt_exif(prompt: str) -> Image.Exif:
 
 
 def manifest_rows(
-    args: argparse.Namespace,
-    suite: Suite,
-    folder: Path,
-    protocol: Protocol,
-    settings: dict[str, Any],
+    suite: Suite, folder: Path, protocol: Protocol, settings: dict[str, Any]
 ) -> list[tuple[str, str, dict[str, Any]]]:
-    """Rows for `write_manifest`; every one holds all settings and its own index and seed."""
+    """Make the rows of `write_manifest`; each holds all settings and its own index and seed."""
     rows = []
-    for index, prompt in enumerate(suite.prompts):
-        own = {"index": index, "seed": protocol.seed_of(index)}
+    paths = image_paths(suite, folder, protocol)
+    for index, (prompt, path) in enumerate(zip(suite.prompts, paths, strict=True)):
+        about = {**settings, "index": index, "seed": protocol.seed_of(index)}
         if prompt.category is not None:
-            own["category"] = prompt.category
-        image = f"{folder.name}/{image_name(index, args.resolution)}"
-        rows.append((prompt.text, image, {**settings, **own}))
+            about["category"] = prompt.category
+        rows.append((prompt.text, f"{folder.name}/{path.name}", about))
     return rows
 
 
 def check_all_there(rows: list[tuple[str, str, dict[str, Any]]], outdir: Path) -> None:
-    """Every image must be where this process can see it.
+    """Refuse a manifest whose images this process cannot all see.
 
     Raises:
-        UserError: it is not, as on machines that do not share a disk.
+        UserError: some are not there, as on machines that do not share a disk.
     """
     absent = [image for _, image, _ in rows if not (outdir / image).is_file()]
     if absent:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from sdpo.evaluation.score.views import clip_view
+from sdpo.common.errors import UserError
+from sdpo.evaluation.score.views import CLIP_SIZE, clip_view
 from sdpo.evaluation.score.weights import Part, Weights
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class BaseScorer(ABC):
-    """One scorer with its weights loaded. Subclasses are named `Scorer`, one a file.
+    """Scores images and prompts by weights that are loaded. Subclasses are named `Scorer`, one a
+    file.
 
     Class attributes:
         label: the column's title, e.g. "PickScore".
@@ -28,7 +32,7 @@ class BaseScorer(ABC):
 
     @staticmethod
     def view(image: Image.Image) -> Tensor:
-        """An RGB image to uint8 or int16 (3, H, W), the same H and W for every image."""
+        """Make the view of an RGB image, uint8 or int16 (3, H, W), H and W the same for all."""
         return clip_view(image)
 
     @abstractmethod
@@ -41,22 +45,38 @@ class BaseScorer(ABC):
 
     @abstractmethod
     def score(self, views: Tensor, prompts: list[str]) -> Tensor:
-        """Scores (B,) of B images, their views (B, 3, H, W) on the scorer's device, and prompts.
+        """Score B images by their prompts; larger is better.
 
-        Called without gradients, under autocast where mixed precision is asked for; larger is
-        better.
+        Called without gradients, under autocast where mixed precision is asked for.
+
+        Args:
+            views: (B, 3, H, W), on the scorer's device.
+            prompts: B of them.
+
+        Returns:
+            (B,).
 
         Raises:
             UserError: a prompt that the scorer cannot judge.
         """
 
 
-def frozen(module: nn.Module, device: torch.device) -> nn.Module:
-    """A module in float32 on `device`, in evaluation mode, without gradients."""
+def frozen(module: Module, device: torch.device) -> Module:
+    """Put a module on `device`, float32, in evaluation mode, without gradients."""
     return module.float().to(device).eval().requires_grad_(False)
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Cosine of the rows of two (B, D) tensors, (B,) float32."""
+    """Take the cosine between the rows of two (B, D) tensors, (B,) float32."""
     a, b = a.float(), b.float()
     return (a / a.norm(dim=-1, keepdim=True) * (b / b.norm(dim=-1, keepdim=True))).sum(-1)
+
+
+def check_size(size: int | None, where: str) -> None:
+    """Refuse a model that takes images of another size than the views have.
+
+    Raises:
+        UserError: beginning with `where`.
+    """
+    if size != CLIP_SIZE:
+        raise UserError(f"{where}: takes images of {size} px, not {CLIP_SIZE}")

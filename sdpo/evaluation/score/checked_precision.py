@@ -27,8 +27,7 @@ class CheckedPrecision:
 
     @torch.no_grad()
     def __call__(self, views: Tensor, prompts: list[str]) -> Tensor:
-        """uint8 (B, 3, H, W), wherever they are, and B prompts to scores (B,), float64 on the
-        CPU."""
+        """Score views (B, 3, H, W), on any device, with B prompts: (B,), float64 on the CPU."""
         views = views.to(self.device)
         if self.precision == "no":
             return self._exact(views, prompts)

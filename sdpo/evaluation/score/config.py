@@ -1,101 +1,137 @@
-"""Flags that choose scorers, and every check on them that needs no torch."""
+"""Flags that choose scorers and say how they run, and every check on them that needs no torch."""
 
 from __future__ import annotations
 
-import argparse
 import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdpo.common.errors import UserError
+from sdpo.common.flags import flag
 from sdpo.evaluation.score.scorers import PUBLISHED, scorer_names
 from sdpo.models.locations import HUB_ID
 
 if TYPE_CHECKING:
-    from sdpo.evaluation.score.scoring import ScoreOptions
+    from sdpo.evaluation.score.base import BaseScorer
+    from sdpo.evaluation.score.weights import Weights
 
-PRECISION_NAMES = ("auto", "no", "fp16", "bf16")
+
+@dataclass(frozen=True)
+class ScorerConfig:
+    """Where and how a scorer runs."""
+
+    device: str | None = flag(None, "e.g. cuda:1, mps, cpu", shown="the best there is")
+    batch_size: int = flag(32, "images scored at a time", metavar="N")
+    mixed_precision: str = flag(
+        "auto",
+        "of the scorers; auto: fp16 on CUDA, else no; where it changes the first batch's scores by "
+        "more than 2% of their spread, float32 is used",
+        choices=("auto", "no", "fp16", "bf16"),
+    )
+
+    def options_for(self, weights: dict[str, str], cache_dir: str | None) -> ScoreOptions:
+        """Complete these flags by the scorers' weights and the place of downloads."""
+        return ScoreOptions(weights, self.device, self.batch_size, self.mixed_precision, cache_dir)
 
 
-def add_scoring_flags(parser: argparse.ArgumentParser, batch_flag: str = "--batch_size") -> None:
-    """The flags of score.py; evaluate.py's batch size of generation has the usual name there."""
-    group = parser.add_argument_group("scoring")
-    group.add_argument(
-        "--scorers",
-        nargs="+",
+@dataclass(frozen=True)
+class ScoringConfig(ScorerConfig):
+    """Which scorers run, with which weights, and how."""
+
+    scorers: tuple[str, ...] = flag(
+        (),
+        f"of {', '.join(scorer_names())}",
         metavar="NAME",
-        help=f"of {', '.join(scorer_names())} (default: {' '.join(PUBLISHED)})",
+        shown=" ".join(PUBLISHED),
     )
-    group.add_argument(
-        "--weights",
-        nargs="+",
-        action="extend",
-        default=[],
+    weights: tuple[str, ...] = flag(
+        (),
+        "weights of a scorer from this machine instead of the hub, e.g. pickscore=DIR, "
+        "hpsv2=HPS_v2_compressed.pt, aesthetics.clip=DIR",
         metavar="NAME=PATH",
-        help="weights of a scorer from this machine instead of the hub, e.g. "
-        "pickscore=DIR, hpsv2=HPS_v2_compressed.pt, aesthetics.clip=DIR",
-    )
-    add_device_flags(group, batch_flag)
-
-
-def add_device_flags(group: argparse._ArgumentGroup, batch_flag: str = "--batch_size") -> None:
-    """Where and how scorers run."""
-    add = group.add_argument
-    add("--device", help="e.g. cuda:1, mps, cpu (default: the best there is)")
-    add(
-        batch_flag,
-        dest="score_batch_size",
-        type=int,
-        default=32,
-        metavar="N",
-        help="images scored at a time (default: 32)",
-    )
-    add(
-        "--mixed_precision",
-        choices=PRECISION_NAMES,
-        default="auto",
-        help="of the scorers (default: auto: fp16 on CUDA, else no); where it changes the first "
-        "batch's scores by more than 2%% of their spread, float32 is used",
+        extend=True,
     )
 
+    @property
+    def names(self) -> list[str]:
+        """The scorers that were chosen, else the published ones."""
+        return list(self.scorers or PUBLISHED)
 
-def check_scoring_flags(args: argparse.Namespace) -> dict[str, str]:
-    """The weights by scorer and part, "NAME" or "NAME.PART" to a path.
+    def options(self, cache_dir: str | None) -> ScoreOptions:
+        """Complete these flags by the place of downloads.
+
+        Raises:
+            UserError: --weights is not usable.
+        """
+        return self.options_for(parse_weights(self.weights, "--weights"), cache_dir)
+
+
+@dataclass(frozen=True)
+class ScoreOptions:
+    """How to score.
+
+    Attributes:
+        weights: SCORER or SCORER.PART to a path or hub id.
+        device: torch's name of it; None for the process's own.
+        batch_size: images at a time.
+        mixed_precision: "auto" (fp16 on CUDA, else none), "no", "fp16" or "bf16".
+        cache_dir: where downloads are kept.
+        workers: threads that decode images.
+    """
+
+    weights: dict[str, str] = field(default_factory=dict)
+    device: str | None = None
+    batch_size: int = 32
+    mixed_precision: str = "auto"
+    cache_dir: str | None = None
+    workers: int = field(default_factory=lambda: min(8, os.cpu_count() or 1))
+
+    def of(self, name: str, scorer: type[BaseScorer]) -> Weights:
+        """Pick the weights of one scorer.
+
+        Raises:
+            UserError: a part that the scorer does not have.
+        """
+        from sdpo.evaluation.score.weights import Weights
+
+        split = ((key.partition("."), path) for key, path in self.weights.items())
+        mine = {part or "model": path for (own, _, part), path in split if own == name}
+        for part in mine.keys() - scorer.parts.keys():
+            known = ", ".join(k if k == "model" else f"{name}.{k}" for k in scorer.parts) or "none"
+            raise UserError(f"--weights {name}.{part}: {name} has no such part; it has: {known}")
+        return Weights(name, scorer.parts, mine, self.cache_dir)
+
+
+def check_scoring(config: ScoringConfig) -> None:
+    """Refuse flags of scoring that are not usable.
 
     Raises:
-        UserError: naming the flag and what would be right.
+        UserError: a scorer is unknown or named twice; no batch; weights that are not there.
     """
-    check_scorers(args.scorers or [])
-    check_batch_size(args)
-    return parse_weights(args.weights, "--weights")
-
-
-def check_scorers(names: list[str]) -> None:
-    """Values of --scorers.
-
-    Raises:
-        UserError: one is unknown or named twice.
-    """
-    known = scorer_names()
+    names, known = config.scorers, scorer_names()
     if len(set(names)) < len(names):
         raise UserError(f"--scorers: one is named twice: {' '.join(names)}")
     for name in names:
         if name not in known:
             raise UserError(f"--scorers: there is no scorer {name!r}; there are: {' '.join(known)}")
+    check_batch_size(config)
+    parse_weights(config.weights, "--weights")
 
 
-def check_batch_size(args: argparse.Namespace) -> None:
-    """A scoring batch holds at least one image.
+def check_batch_size(config: ScorerConfig) -> None:
+    """Refuse a batch without an image.
 
     Raises:
-        UserError: otherwise.
+        UserError: it is one.
     """
-    if args.score_batch_size < 1:
-        raise UserError(f"the scorers' batch size must be at least 1, got {args.score_batch_size}")
+    if config.batch_size < 1:
+        raise UserError(f"the scorers' batch size must be at least 1, got {config.batch_size}")
 
 
-def parse_weights(given: list[str], flag: str) -> dict[str, str]:
-    """["NAME=PATH", "NAME.PART=PATH"] as a dict.
+def parse_weights(given: Iterable[str], flag: str) -> dict[str, str]:
+    """Take ["NAME=PATH", "NAME.PART=PATH"] apart: from name or name and part to path or hub id.
 
     Raises:
         UserError: of another form, an unknown scorer, or a path that is not there; names `flag`.
@@ -114,16 +150,3 @@ def parse_weights(given: list[str], flag: str) -> dict[str, str]:
             raise UserError(f"{flag} {name}: there is no file or directory {path}")
         weights[name] = str(local) if local.exists() else path
     return weights
-
-
-def score_options(args: argparse.Namespace, weights: dict[str, str]) -> ScoreOptions:
-    """What `sdpo.evaluation.score.scoring.score_manifests` takes."""
-    from sdpo.evaluation.score.scoring import ScoreOptions
-
-    return ScoreOptions(
-        weights=weights,
-        device=args.device,
-        batch_size=args.score_batch_size,
-        mixed_precision=args.mixed_precision,
-        cache_dir=args.cache_dir,
-    )

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,8 +23,13 @@ from sdpo.common.flags import flag, parse
 from sdpo.config import SourceConfig
 from sdpo.config.rules import check_source
 from sdpo.data.local import check_data_location
-from sdpo.evaluation.score.config import parse_weights
-from sdpo.evaluation.score.scorers import scorer_names
+from sdpo.evaluation.score.config import (
+    ScoreOptions,
+    ScorerConfig,
+    check_batch_size,
+    parse_weights,
+)
+from sdpo.evaluation.score.scorers import get_scorer, scorer_names
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +38,6 @@ if TYPE_CHECKING:
     from sdpo.data.ai_labels import ChoiceScores
     from sdpo.data.source import PairSource
     from sdpo.evaluation.score.checked_precision import CheckedPrecision
-    from sdpo.evaluation.score.scoring import ScoreOptions
     from sdpo.evaluation.score.weights import Weights
 
 PAIRS_A_SAVE = 2048  # of each process
@@ -44,20 +49,13 @@ class RelabelConfig:
     """relabel.py's flags; those that name the data are train.py's."""
 
     data: SourceConfig = field(default_factory=SourceConfig)
-    device: str | None = flag(None, "e.g. cuda:1, mps, cpu", shown="the best there is")
-    batch_size: int = flag(32, "images scored at a time", metavar="N")
-    mixed_precision: str = flag(
-        "auto",
-        "of the scorers: auto: fp16 on CUDA, else no; where it changes the first batch's scores by "
-        "more than 2% of their spread, float32 is used",
-        choices=("auto", "no", "fp16", "bf16"),
-    )
+    scoring: ScorerConfig = field(default_factory=ScorerConfig)
     seed: int = flag(0, "of --max_train_samples")
     check_only: bool = flag(False, "check the flags, no more")
 
 
-def parse_config(argv: list[str]) -> tuple[RelabelConfig, dict[str, str]]:
-    """Parse the program's flags; the scorer's weights are given beside them.
+def parse_args(argv: Sequence[str]) -> RelabelConfig:
+    """Parse relabel.py's command line and check it.
 
     Raises:
         UserError: naming the flag and what would be right.
@@ -66,26 +64,29 @@ def parse_config(argv: list[str]) -> tuple[RelabelConfig, dict[str, str]]:
     if config.data.choice_model is None:
         raise UserError("--choice_model is missing: which scorer shall label the pairs?")
     check_source(config.data)
-    if config.batch_size < 1:
-        raise UserError(f"the scorers' batch size must be at least 1, got {config.batch_size}")
-    weights = check_choice_model(config.data)
+    check_choice_model(config.data)
+    check_batch_size(config.scoring)
     check_data_location(config.data)
-    return config, weights
+    return config
 
 
 def check_choice_model(data: SourceConfig) -> dict[str, str]:
-    """Check --choice_model and --choice_weights; returns the weights by scorer and part.
+    """Check the flags that name a labelling scorer and its weights; needs no torch.
+
+    Returns:
+        --choice_weights taken apart, as `parse_weights`.
 
     Raises:
-        UserError: an unknown scorer, or weights of another form, of another scorer, or not there.
+        UserError: there is no such scorer; its weights are of another form, of another scorer, or
+            not there.
     """
-    known = scorer_names()
-    if data.choice_model is not None and data.choice_model not in known:
-        names = ", ".join(map(repr, known))
+    if data.choice_model is not None and data.choice_model not in scorer_names():
+        known = ", ".join(map(repr, scorer_names()))
         raise UserError(
-            f"argument --choice_model: invalid choice: {data.choice_model!r} (choose from {names})"
+            f"argument --choice_model: invalid choice: {data.choice_model!r} (choose from {known}) "
+            "(see --help)"
         )
-    weights = parse_weights(list(data.choice_weights), "--choice_weights")
+    weights = parse_weights(data.choice_weights, "--choice_weights")
     for name in weights:
         if name.partition(".")[0] != data.choice_model:
             raise UserError(f"--choice_weights: {name} is not a part of {data.choice_model}")
@@ -93,37 +94,36 @@ def check_choice_model(data: SourceConfig) -> dict[str, str]:
 
 
 def main() -> int:
-    """Score what is missing, print the agreement."""
-    config, weights = parse_config(sys.argv[1:])
+    """Score the pairs that are not scored, print the agreement; returns the exit code."""
+    config = parse_args(sys.argv[1:])
     if config.check_only:
         return 0
 
     from sdpo.common.processes import start
     from sdpo.data.source import open_pairs
-    from sdpo.evaluation.score.scoring import ScoreOptions
 
     accelerator = start()
     with accelerator.local_main_process_first():
         pairs = open_pairs(config.data, config.seed)
-    options = ScoreOptions(
-        weights=weights,
-        device=config.device,
-        batch_size=config.batch_size,
-        mixed_precision=config.mixed_precision,
-        cache_dir=config.data.cache_dir,
-    )
-    relabel(pairs, config.data, options, accelerator)
+    relabel(pairs, config.data, accelerator, config.scoring)
     accelerator.end_training()
     return 0
 
 
 def relabel(
-    pairs: PairSource, data: SourceConfig, options: ScoreOptions, accelerator: Accelerator
+    pairs: PairSource,
+    data: SourceConfig,
+    accelerator: Accelerator,
+    scoring: ScorerConfig | None = None,
 ) -> PairSource:
-    """The pairs with --choice_model's labels; what is not scored yet is scored now.
+    """Give pairs the labels of --choice_model, scoring those that are not scored yet.
 
-    With several processes each
-    scores its share and the main one saves.
+    With several processes each scores its share and the main one saves.
+
+    Args:
+        pairs: as `open_pairs` opens them.
+        data: the flags that name them and their scorer.
+        scoring: where and how the scorer runs.
 
     Raises:
         UserError: weights that are not to be had.
@@ -131,10 +131,9 @@ def relabel(
     from accelerate.utils import broadcast_object_list
 
     from sdpo.data.ai_labels import ChoiceScores, with_choices
-    from sdpo.evaluation.score.scorers import get_scorer
 
-    name = data.choice_model
-    assert name
+    name = data.choice_model or ""
+    options = (scoring or ScorerConfig()).options_for(check_choice_model(data), data.cache_dir)
     weights = options.of(name, get_scorer(name))
     path = choices_path(pairs, data, weights.identity())
     found = ChoiceScores(path, int(pairs.origin.max()) + 1)
@@ -149,8 +148,8 @@ def relabel(
 
 
 def choices_path(pairs: PairSource, data: SourceConfig, identity: dict[str, Any]) -> Path:
-    """Where the scores are: beside the dataset's own files in the cache of `datasets`, which tells
-    one version of the data from another."""
+    """Name the file of scores: beside the dataset's own files in the cache of `datasets`, which
+    tells one version of the data from another; of each scorer's weights another."""
     about = [identity, data.caption_column, pairs.columns.image_0, pairs.columns.image_1]
     key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]
     first = Path(pairs.rows.cache_files[0]["filename"])
@@ -165,14 +164,13 @@ def score_missing(
     options: ScoreOptions,
     accelerator: Accelerator,
 ) -> None:
-    """Score the pairs that `found` has not seen, and save as it goes."""
+    """Score the pairs that `found` has not seen, and save after every `PAIRS_A_SAVE`."""
     import numpy as np
     from accelerate.utils import gather_object
     from tqdm.auto import tqdm
 
     from sdpo.common.processes import device_of
     from sdpo.evaluation.score.checked_precision import CheckedPrecision
-    from sdpo.evaluation.score.scorers import get_scorer
 
     device = device_of(options.device, accelerator)
     scorer = get_scorer(name)(weights, device)
@@ -199,7 +197,7 @@ def score_missing(
 def score_pairs(
     pairs: PairSource, places: list[int], run: CheckedPrecision, options: ScoreOptions
 ) -> list[Scored]:
-    """Scores of both images of some pairs; NaN where one of them cannot be decoded."""
+    """Score both images of the pairs at some places; NaN where one of them cannot be decoded."""
     import torch
 
     from sdpo.data.transforms import UndecodableImage, open_image
@@ -220,21 +218,21 @@ def score_pairs(
         for first in range(0, len(places), at_once):
             chosen = places[first : first + at_once]
             rows = [pairs.rows[place] for place in chosen]
-            views = list(pool.map(look, rows))
-            whole = [i for i, view in enumerate(views) if view is not None]
+            views = dict(enumerate(pool.map(look, rows)))
+            whole = {i: view for i, view in views.items() if view is not None}
             scores = torch.full((len(chosen), 2), math.nan, dtype=torch.float64)
             if whole:
-                prompts = [first_caption(rows[i], pairs.columns.caption) for i in whole]
-                stacked = torch.cat([views[i] for i in whole])
-                both = [prompt for prompt in prompts for _ in range(2)]
-                scores[whole] = run(stacked, both).reshape(-1, 2)
+                captions = [first_caption(rows[i], pairs.columns.caption) for i in whole]
+                both = [caption for caption in captions for _ in range(2)]
+                found = run(torch.cat(list(whole.values())), both)
+                scores[list(whole)] = found.reshape(-1, 2)
             numbers = (int(pairs.origin[place]) for place in chosen)
             scored += [(n, *s) for n, s in zip(numbers, scores.tolist(), strict=True)]
     return scored
 
 
 def first_caption(row: dict[str, Any], column: str) -> str:
-    """A pair's caption; of several the first."""
+    """Read a pair's caption; of several the first."""
     from sdpo.data.pairs import as_caption
 
     value = row[column]

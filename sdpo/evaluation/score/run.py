@@ -7,58 +7,64 @@ computes only what is missing; means go to summary.json, summary.csv and summary
 
 from __future__ import annotations
 
-import argparse
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sdpo.common.cli import Parser
 from sdpo.common.errors import UserError
+from sdpo.common.flags import flag, parse
 from sdpo.evaluation.generate.manifest import Manifest, read_manifest
-from sdpo.evaluation.score.config import add_scoring_flags, check_scoring_flags, score_options
-from sdpo.evaluation.score.scorers import PUBLISHED
+from sdpo.evaluation.score.config import ScoreOptions, ScoringConfig, check_scoring
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from sdpo.evaluation.score.scoring import ScoreOptions
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """score.py's flags; `parse_args` fills in outdir."""
+
+    manifests: tuple[Path, ...] = flag(
+        (),
+        "as generate.py writes them",
+        metavar="MANIFEST.json",
+        positional=True,
+        required=True,
+    )
+    outdir: Path = flag(None, "where the summary goes", shown="the first manifest's place")
+    cache_dir: str | None = flag(None, "where downloads are kept", metavar="DIR")
+    scoring: ScoringConfig = field(default_factory=ScoringConfig)
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """score.py's flags; `scorer_weights` holds --weights taken apart.
+def parse_args(argv: Sequence[str]) -> ScoreConfig:
+    """Parse score.py's command line and check it.
 
     Raises:
         UserError: naming the flag and what would be right.
     """
-    parser = Parser("score.py", __doc__)
-    parser.add_argument("manifests", nargs="+", type=Path, metavar="MANIFEST.json")
-    parser.add_argument(
-        "--outdir", type=Path, help="where the summary goes (default: the first manifest's place)"
-    )
-    parser.add_argument("--cache_dir", metavar="DIR", help="where downloads are kept")
-    add_scoring_flags(parser)
-    args = parser.parse_args(argv)
-    args.scorer_weights = check_scoring_flags(args)
-    args.outdir = args.outdir or args.manifests[0].parent
-    return args
+    config = parse(ScoreConfig, argv, "score.py", __doc__)
+    check_scoring(config.scoring)
+    return replace(config, outdir=config.outdir or config.manifests[0].parent)
 
 
 def main() -> int:
-    """Score what is missing, print and write the means."""
-    args = parse_args(sys.argv[1:])
-    manifests = read_manifests(args.manifests)
+    """Score what is missing, print and write the means; returns the exit code."""
+    config = parse_args(sys.argv[1:])
+    manifests = read_manifests(config.manifests)
 
     from sdpo.common.processes import start
 
     accelerator = start()
-    scorers = args.scorers or list(PUBLISHED)
-    score(manifests, scorers, score_options(args, args.scorer_weights), args.outdir, accelerator)
+    options = config.scoring.options(config.cache_dir)
+    score(manifests, config.scoring.names, options, config.outdir, accelerator)
     accelerator.end_training()
     return 0
 
 
-def read_manifests(paths: list[Path]) -> list[Manifest]:
-    """Read and check them all.
+def read_manifests(paths: Sequence[Path]) -> list[Manifest]:
+    """Read and check several manifests.
 
     Raises:
         UserError: one cannot be read, or is given twice.
@@ -75,7 +81,7 @@ def score(
     outdir: Path,
     accelerator: Accelerator,
 ) -> None:
-    """Score, and on the main process print the means and write them to `outdir`."""
+    """Score manifests; the main process prints the means and writes them to `outdir`."""
     from sdpo.evaluation.score.scoring import score_manifests
     from sdpo.evaluation.score.summary import grid, print_grid, summarise, write_summary
 

@@ -7,11 +7,10 @@ images (small, 8 bit) wait for them in a temporary file.
 from __future__ import annotations
 
 import math
-import os
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,49 +23,18 @@ from sdpo.common.processes import device_of, start
 from sdpo.data.transforms import UndecodableImage, open_image
 from sdpo.evaluation.generate.manifest import Manifest
 from sdpo.evaluation.score.checked_precision import CheckedPrecision
+from sdpo.evaluation.score.config import ScoreOptions
 from sdpo.evaluation.score.scorers import get_scorer
 from sdpo.evaluation.score.table import ScoreTable, read_scores
-from sdpo.evaluation.score.weights import Weights
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from sdpo.evaluation.score.base import BaseScorer
-
 BATCHES_A_SAVE = 8
 
 
-@dataclass
-class ScoreOptions:
-    """How to score. `weights` maps SCORER or SCORER.PART to a path; `mixed_precision` is "auto"
-    (fp16 on CUDA, else none), "no", "fp16" or "bf16"."""
-
-    weights: dict[str, str] = field(default_factory=dict)
-    device: str | None = None
-    batch_size: int = 32
-    mixed_precision: str = "auto"
-    cache_dir: str | None = None
-    workers: int = field(default_factory=lambda: min(8, os.cpu_count() or 1))
-
-    def of(self, name: str, scorer: type[BaseScorer]) -> Weights:
-        """The weights of one scorer.
-
-        Raises:
-            UserError: a part that the scorer does not have.
-        """
-        mine = {
-            key.partition(".")[2] or "model": path
-            for key, path in self.weights.items()
-            if key.partition(".")[0] == name
-        }
-        for part in mine.keys() - scorer.parts.keys():
-            known = ", ".join(k if k == "model" else f"{name}.{k}" for k in scorer.parts) or "none"
-            raise UserError(f"--weights {name}.{part}: {name} has no such part; it has: {known}")
-        return Weights(name, scorer.parts, mine, self.cache_dir)
-
-
 def fetch_weights(scorers: list[str], options: ScoreOptions) -> None:
-    """Make sure that the single files of all scorers are on this machine, and whole.
+    """Bring the single files of all scorers to this machine, whole.
 
     Raises:
         UserError: one of them is not to be had.
@@ -78,7 +46,10 @@ def fetch_weights(scorers: list[str], options: ScoreOptions) -> None:
             weights.file(part) if wanted.file else weights.source(part)
 
 
-@dataclass(frozen=True)
+View = Callable[[Image.Image], Tensor]
+
+
+@dataclass(frozen=True, order=True)
 class _Item:
     """An image to be scored: a row of one of the tables."""
 
@@ -92,7 +63,7 @@ def score_manifests(
     options: ScoreOptions | None = None,
     accelerator: Accelerator | None = None,
 ) -> list[ScoreTable]:
-    """Score what is missing, save, and return all scores.
+    """Score what is missing of several manifests, save, and return all scores.
 
     With several processes each scores its share; the main one saves.
 
@@ -116,7 +87,7 @@ def score_manifests(
         name: {_Item(t, int(r)) for t, table in enumerate(tables) for r in table.missing(name)}
         for name in scorers
     }
-    items = sorted(set().union(*missing.values()), key=lambda item: (item.table, item.row))
+    items = sorted(set().union(*missing.values()))
     shares = [items[rank :: accelerator.num_processes] for rank in range(accelerator.num_processes)]
     mine = shares[accelerator.process_index]
     needed = {name: cls.view for name, cls in classes.items() if missing[name]}
@@ -149,18 +120,18 @@ def _drop_if_stale(
 def decode(
     tables: list[ScoreTable],
     items: list[_Item],
-    kinds: set[Callable[[Image.Image], Tensor]],
+    kinds: set[View],
     workers: int,
     accelerator: Accelerator,
-) -> dict[Callable[[Image.Image], Tensor], np.ndarray]:
-    """Every kind of view of every item, (items, 3, H, W) in a temporary file.
+) -> dict[View, np.ndarray]:
+    """Decode images and keep every kind of view of them, (items, 3, H, W) in a temporary file.
 
     Raises:
         UserError: an image cannot be decoded; names manifest, row and file.
     """
     from tqdm.auto import tqdm
 
-    def look(item: _Item) -> dict[Callable[[Image.Image], Tensor], np.ndarray]:
+    def look(item: _Item) -> dict[View, np.ndarray]:
         manifest = tables[item.table].manifest
         path = manifest.entries[item.row].image
         try:
@@ -172,7 +143,7 @@ def decode(
             ) from None
         return {kind: kind(image).numpy() for kind in kinds}
 
-    views: dict[Callable[[Image.Image], Tensor], np.ndarray] = {}
+    views: dict[View, np.ndarray] = {}
     with ThreadPoolExecutor(workers) as pool:
         found = tqdm(
             pool.map(look, items),
@@ -195,22 +166,17 @@ def _room(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         return np.memmap(file, dtype, "w+", shape=shape)
 
 
+@dataclass(frozen=True)
 class _Run:
     """One scorer over one process's share."""
 
-    def __init__(
-        self,
-        name: str,
-        scorer: CheckedPrecision,
-        about: dict[str, Any],
-        views: np.ndarray,
-        tables: list[ScoreTable],
-        options: ScoreOptions,
-        accelerator: Accelerator,
-    ) -> None:
-        self.name, self.scorer, self.about = name, scorer, about
-        self.views, self.tables = views, tables
-        self.options, self.accelerator = options, accelerator
+    name: str
+    scorer: CheckedPrecision
+    about: dict[str, Any]
+    views: np.ndarray
+    tables: list[ScoreTable]
+    options: ScoreOptions
+    accelerator: Accelerator
 
     def score(self, work: list[list[_Item]], places: list[int]) -> None:
         """Score this process's items, `places` in `views`; `work` is every process's share."""

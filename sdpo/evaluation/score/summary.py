@@ -19,7 +19,7 @@ ALL = "all suites"
 
 @dataclass(frozen=True)
 class Row:
-    """The mean of one scorer over one suite; `standard_error` is s / sqrt(n), None for n = 1."""
+    """Holds a scorer's mean over one suite; `standard_error` is s / sqrt(n), None for n = 1."""
 
     suite: str
     scorer: str
@@ -30,7 +30,7 @@ class Row:
 
 
 def summarise(tables: Sequence[ScoreTable], scorers: Sequence[str]) -> list[Row]:
-    """A row per suite and scorer; where there are several suites, one more over all images.
+    """Take means, a row per suite and scorer; of several suites one more over all images.
 
     Where one suite occurs more than once the manifests are of several models: their folders' names
     are added, and there is no row over all.
@@ -51,7 +51,7 @@ def summarise(tables: Sequence[ScoreTable], scorers: Sequence[str]) -> list[Row]
 
 
 def suite_of(table: ScoreTable) -> str:
-    """The suite's name, as generate.py noted it, else the manifest's."""
+    """Name a table's suite, as generate.py noted it, else by the manifest."""
     return table.manifest.entries[0].metadata.get("suite") or table.manifest.stem
 
 
@@ -62,7 +62,7 @@ def _row(suite: str, scorer: str, label: str, values: np.ndarray) -> Row:
 
 
 def grid(rows: Sequence[Row]) -> list[list[str]]:
-    """A line per suite, a column per scorer, as text; the first line is the head."""
+    """Lay means out as text: a line per suite, a column per scorer; the first line is the head."""
     suites = list(dict.fromkeys(row.suite for row in rows))
     scorers = list(dict.fromkeys((row.scorer, row.label) for row in rows))
     cells = {(row.suite, row.scorer): row for row in rows}
@@ -79,25 +79,30 @@ def _cell(row: Row) -> str:
 
 
 def write_summary(outdir: Path, rows: Sequence[Row], about: dict[str, Any]) -> None:
-    """summary.json, summary.csv and summary.md; `about` goes into the JSON."""
+    """Write summary.json, summary.csv and summary.md; `about` goes into the JSON."""
     outdir.mkdir(parents=True, exist_ok=True)
     write_json(outdir / "summary.json", {**about, "rows": [asdict(row) for row in rows]})
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(asdict(rows[0])), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(asdict(row) for row in rows)
-    write_text(outdir / "summary.csv", text.getvalue())
+    write_text(outdir / "summary.csv", as_csv([asdict(row) for row in rows]))
     write_text(outdir / "summary.md", markdown(grid(rows)))
 
 
+def as_csv(rows: Sequence[dict[str, Any]]) -> str:
+    """Write rows of the same names as CSV; the first line is the names."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
 def markdown(lines: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; the first line is the head."""
-    head, *body = (["| " + " | ".join(line) + " |"] for line in lines)
-    return "\n".join([*head, "|---" * len(lines[0]) + "|", *(b[0] for b in body)]) + "\n"
+    """Write a table in Markdown; the first line is the head."""
+    head, *body = (f"| {' | '.join(line)} |\n" for line in lines)
+    return "".join([head, "|---" * len(lines[0]) + "|\n", *body])
 
 
 def print_grid(lines: Sequence[Sequence[str]]) -> None:
-    """A table on the console, the first column to the left."""
+    """Print a table on the console, the first column to the left."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     for line in lines:
         cells = [line[0].ljust(widths[0])]

@@ -27,20 +27,23 @@ _ROW_COLUMNS = ("prompt", "gen_image_path", "image_sha256")
 
 
 def parquet_path(manifest: Path) -> Path:
-    """Where a manifest's scores are."""
+    """Name the file of a manifest's scores."""
     return manifest.with_name(f"{manifest.stem}_scores.parquet")
 
 
 def json_path(manifest: Path) -> Path:
-    """Where a manifest's scores are, in JSON."""
+    """Name the file of a manifest's scores in JSON."""
     return manifest.with_name(f"{manifest.stem}_scores.json")
 
 
 @dataclass
 class ScoreTable:
-    """Scores of a manifest's images: `columns[scorer]` is (n,) float64, NaN where not scored.
+    """Holds the scores of a manifest's n images.
 
-    `about[scorer]` says what made them: label, weights and precision.
+    Attributes:
+        digests: sha256 of every image.
+        columns: of each scorer (n,) float64, NaN where not scored.
+        about: of each scorer, what made its scores: label, weights and precision.
     """
 
     manifest: Manifest
@@ -49,13 +52,13 @@ class ScoreTable:
     about: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def missing(self, scorer: str) -> np.ndarray:
-        """Row numbers without a score."""
+        """Number the rows without a score."""
         if scorer not in self.columns:
             return np.arange(len(self.manifest))
         return np.flatnonzero(np.isnan(self.columns[scorer]))
 
     def complete(self) -> list[str]:
-        """The scorers that have scored every image."""
+        """Name the scorers that have scored every image."""
         return [name for name in self.columns if not len(self.missing(name))]
 
     def put(self, scorer: str, rows: np.ndarray, values: np.ndarray) -> None:
@@ -86,7 +89,7 @@ class ScoreTable:
 
 
 def read_scores(manifest: Manifest) -> ScoreTable:
-    """What has been scored of a manifest, as far as it still holds.
+    """Read what has been scored of a manifest, as far as it still holds.
 
     A row's scores are kept where the file has a row of the same prompt and the same image bytes.
 

@@ -20,18 +20,19 @@ FIXED_POINT = 2**14
 
 
 def as_tensor(image: Image.Image) -> Tensor:
-    """An RGB image as uint8 (3, H, W)."""
+    """Turn an image into RGB, uint8 (3, H, W)."""
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
 
 
 def clip_view(image: Image.Image) -> Tensor:
-    """As CLIP and BLIP: shorter side to 224 px (bicubic, antialiased), centre crop."""
+    """View an image as CLIP and BLIP do, uint8 (3, 224, 224): shorter side to 224 px (bicubic,
+    antialiased), centre crop."""
     image = F.resize(image, CLIP_SIZE, interpolation=F.InterpolationMode.BICUBIC)
     return as_tensor(F.center_crop(image, CLIP_SIZE))
 
 
 def whole_pixels(image: Image.Image) -> Tensor:
-    """As the package hpsv2: longer side to 224 px, black bars beside the rest, nothing cropped.
+    """Resize as the package hpsv2: longer side to 224 px, black bars beside the rest, no crop.
 
     It resizes floats (bicubic, antialiased, not clamped): float32 (3, 224, 224), about 0 to 1.
     """
@@ -45,14 +46,13 @@ def whole_pixels(image: Image.Image) -> Tensor:
 
 
 def whole_view(image: Image.Image) -> Tensor:
-    """`whole_pixels` as int16 (3, 224, 224), in steps of 1 / FIXED_POINT."""
+    """View an image by `whole_pixels`, int16 (3, 224, 224) in steps of 1 / FIXED_POINT."""
     return (whole_pixels(image) * FIXED_POINT).round().to(torch.int16)
 
 
 def clip_pixels(views: Tensor) -> Tensor:
-    """(B, 3, H, W), uint8 or int16 in steps of 1 / FIXED_POINT, to float32 with CLIP's mean and
-    standard deviation removed."""
-    mean = torch.tensor(CLIP_MEAN, device=views.device).view(3, 1, 1)
-    std = torch.tensor(CLIP_STD, device=views.device).view(3, 1, 1)
+    """Turn views (B, 3, H, W), uint8 or int16 in steps of 1 / FIXED_POINT, into float32 with CLIP's
+    mean and standard deviation removed."""
+    mean, std = torch.tensor([CLIP_MEAN, CLIP_STD], device=views.device).view(2, 3, 1, 1)
     pixels = views.float() / (FIXED_POINT if views.dtype == torch.int16 else 255)
     return (pixels - mean) / std

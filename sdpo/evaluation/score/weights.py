@@ -10,7 +10,7 @@ import hashlib
 import logging
 import textwrap
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Part:
-    """One thing that a scorer loads.
+    """Names one thing that a scorer loads.
 
     `hub` is a repository id; with `file` the part is that one file of it, else the repository as a
     whole (what `from_pretrained` takes). `url` is where a file that is not on the hub can be had.
@@ -41,31 +41,34 @@ class Part:
 
     @property
     def source(self) -> str:
-        """In words: where it is had by default."""
+        """Where it is had by default, in words."""
         if self.hub:
             return f"{self.hub}/{self.file}" if self.file else self.hub
         return self.url or "--weights"
 
 
+@dataclass(frozen=True)
 class Weights:
-    """The parts of one scorer; `overrides` maps part names to local paths (or hub ids)."""
+    """Finds and loads the parts of one scorer.
 
-    def __init__(
-        self,
-        scorer: str,
-        parts: dict[str, Part],
-        overrides: dict[str, str] | None = None,
-        cache_dir: str | None = None,
-    ) -> None:
-        self.scorer, self.parts, self.cache_dir = scorer, parts, cache_dir
-        self.overrides = overrides or {}
+    Attributes:
+        scorer: its name.
+        parts: part name to where the part is had by default.
+        overrides: part name to a local path (or hub id) to take instead.
+        cache_dir: where downloads are kept.
+    """
+
+    scorer: str
+    parts: dict[str, Part]
+    overrides: dict[str, str] = field(default_factory=dict)
+    cache_dir: str | None = None
 
     def flag(self, part: str = "model") -> str:
-        """What a user writes to replace a part, without the path."""
+        """Spell what a user writes to replace a part, without the path."""
         return f"--weights {self.scorer}{'' if part == 'model' else '.' + part}"
 
     def source(self, part: str = "model") -> str:
-        """A directory or hub id for `from_pretrained`.
+        """Name the directory or hub id that `from_pretrained` takes for a part.
 
         Raises:
             UserError: the override looks like a path and is not there.
@@ -78,7 +81,7 @@ class Weights:
         return given
 
     def file(self, part: str = "model") -> Path:
-        """One file on this machine, downloaded where need be, and verified.
+        """Find a part's file on this machine, downloaded where need be, and verify it.
 
         An override may be the file or a directory that holds it under its own name.
 
@@ -111,11 +114,16 @@ class Weights:
                 f"({first_line(error)}); download it elsewhere, put it on this machine and give "
                 f"{self.flag(part)}=PATH"
             ) from error
-        self._verify(path, wanted, part)
+        known = wanted.sha256 or hub_sha256(path)
+        if known and file_sha256(path) != known:
+            raise UserError(
+                f"{self.scorer}: {path} is damaged (its sha256 is not {known}); delete it to "
+                f"download it again, or give {self.flag(part)}=PATH"
+            )
         return path
 
     def pretrained(self, cls: Any, part: str) -> Any:
-        """`cls.from_pretrained` of a part that is a repository or directory.
+        """Call `cls.from_pretrained` on a part that is a repository or directory.
 
         Raises:
             UserError: nothing of the kind there, or no network and no cache.
@@ -142,20 +150,12 @@ class Weights:
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
             # Written to a temporary file and moved when whole.
-            download_url_to_file(wanted.url, str(path), hash_prefix=wanted.sha256)
+            download_url_to_file(wanted.source, str(path), hash_prefix=wanted.sha256)
         return path
 
-    def _verify(self, path: Path, wanted: Part, part: str) -> None:
-        known = wanted.sha256 or hub_sha256(path)
-        if known and file_sha256(path) != known:
-            raise UserError(
-                f"{self.scorer}: {path} is damaged (its sha256 is not {known}); delete it to "
-                f"download it again, or give {self.flag(part)}=PATH"
-            )
-
     def identity(self) -> dict[str, Any]:
-        """What tells these weights from others, without reading them: sources, and for local
-        files their size and time of change."""
+        """Tell these weights from others without reading them: by their sources, and local files by
+        size and time of change."""
         return {part: _identity(self._place(part)) for part in sorted(self.parts)}
 
     def _place(self, part: str) -> str:
@@ -175,7 +175,7 @@ def _identity(source: str) -> list[Any]:
 
 
 def read_tensors(path: Path, flag: str) -> Any:
-    """What a file of weights holds, on the CPU; never runs pickled code.
+    """Read what a file of weights holds, to the CPU, without running pickled code.
 
     Raises:
         UserError: missing, truncated, or not a file of tensors; names `flag`.
@@ -194,8 +194,8 @@ def read_tensors(path: Path, flag: str) -> Any:
 
 
 def load_exactly(module: nn.Module, state: Any, where: str) -> None:
-    """Load a state dict; every name and every shape must fit. The module may be on meta: it takes
-    over the tensors themselves.
+    """Load a state dict of which every name and every shape fits. The module may be on meta: it
+    takes over the tensors themselves.
 
     Raises:
         UserError: saying one thing that does not; begins with `where`.

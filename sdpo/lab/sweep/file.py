@@ -15,8 +15,9 @@ import yaml
 from sdpo import args as train_args
 from sdpo.common.cli import as_argv
 from sdpo.common.errors import UserError, first_line
+from sdpo.common.flags import build_parser
 from sdpo.evaluation import evaluate, heldout
-from sdpo.evaluation.score.scorers import PUBLISHED
+from sdpo.evaluation.generate.config import check_suites
 from sdpo.models.locations import check_data_location
 
 KEYS = ("name", "flags", "variants", "grid", "seeds", "heldout", "images")
@@ -55,13 +56,13 @@ class Sweep:
     has_variants: bool
     heldout: dict[str, Any] | None
     images: dict[str, Any] | None
-    image_args: argparse.Namespace | None
+    image_args: evaluate.EvaluateConfig | None
     checkpoints: str
 
     @property
     def scorers(self) -> list[str]:
         """Those that score the images."""
-        return self.image_args.scorers or list(PUBLISHED)
+        return self.image_args.scoring.names
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -205,9 +206,9 @@ def _checked(
     path: Path,
     where: str,
     flags: dict[str, Any],
-    parse: Callable[[list[str]], argparse.Namespace],
+    parse: Callable[[list[str]], Any],
     first: tuple[str, ...] = (),
-) -> argparse.Namespace:
+) -> Any:
     try:
         return parse([*first, *as_argv(flags)])
     except UserError as error:
@@ -231,12 +232,14 @@ def _heldout(path: Path, value: Any, runs: list[PlannedRun]) -> dict[str, Any]:
 
 def _images(
     path: Path, value: Any, runs: list[PlannedRun]
-) -> tuple[dict[str, Any], argparse.Namespace, str]:
+) -> tuple[dict[str, Any], evaluate.EvaluateConfig, str]:
     value = dict(_mapping(path, "images", value))
     checkpoints = value.pop("checkpoints", "last")
     if checkpoints not in CHECKPOINTS:
         raise UserError(f"{path}: images, checkpoints: must be last or all, got {checkpoints!r}")
-    flags = _flags(path, "images", value, evaluate.build_parser(), _OWN_IMAGES)
+    flags = _flags(
+        path, "images", value, build_parser(evaluate.EvaluateConfig, "evaluate.py"), _OWN_IMAGES
+    )
     first = runs[0].args
     for run in runs[1:]:
         for name in _MODEL:
@@ -250,5 +253,5 @@ def _images(
     vae = "pretrained_vae_model_name_or_path"
     flags = {**model, vae: model[vae] or "base", **flags, "unet": first.unet_init or "base"}
     args = _checked(path, "images", flags, evaluate.parse_args)
-    evaluate.check_suites(args)
+    check_suites(args.generation)
     return flags, args, checkpoints

@@ -40,6 +40,7 @@ from typing import Any
 
 from sdpo.common.cli import Parser, at_least
 from sdpo.common.files import check_claim, check_directory, claim_directory
+from sdpo.common.flags import flat
 from sdpo.common.programs import Programs
 from sdpo.lab.sweep.file import Sweep, read_sweep
 from sdpo.lab.sweep.stages import Stage, run_dir, stages_of
@@ -106,7 +107,7 @@ def _claims(sweep: Sweep, out: Path) -> list[tuple[Path, dict[str, Any], str]]:
         flags = {k: v for k, v in flags.items() if k not in ("output_dir", "cache_dir")}
         claims.append((run_dir(out, run), flags, "a run"))
     if sweep.image_args is not None:
-        flags = {k: v for k, v in vars(sweep.image_args).items() if k not in _NOT_CLAIMED}
+        flags = {k: v for k, v in flat(sweep.image_args).items() if k not in _NOT_CLAIMED}
         claims.append((out / "images", flags, "images"))
     return claims
 

@@ -6,14 +6,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sdpo.common.errors import UserError
-from sdpo.evaluation.score.base import BaseScorer, frozen
-from sdpo.evaluation.score.views import CLIP_SIZE, clip_pixels
+from sdpo.evaluation.score.base import BaseScorer, check_size, frozen
+from sdpo.evaluation.score.views import clip_pixels
 from sdpo.evaluation.score.weights import Part, Weights, load_exactly, read_tensors
 
 
 class AestheticHead(nn.Module):
-    """(B, width) embeddings to (B,) scores; no activations, and dropout only in training."""
+    """Maps (B, width) embeddings to (B,) scores; no activations, and dropout only in training."""
 
     def __init__(self, width: int = 768) -> None:
         super().__init__()
@@ -29,7 +28,7 @@ class AestheticHead(nn.Module):
         )
 
     def forward(self, embedding: Tensor) -> Tensor:
-        """Scores of embeddings of unit length."""
+        """Score embeddings of unit length, (B, width)."""
         return self.layers(embedding).squeeze(-1)
 
 
@@ -48,23 +47,17 @@ class Scorer(BaseScorer):
     }
 
     def __init__(self, weights: Weights, device: torch.device) -> None:
-        """See `BaseScorer.__init__`."""
         from transformers import CLIPVisionModelWithProjection
 
         path = weights.file("model")
         state = read_tensors(path, weights.flag("model"))
         clip = weights.pretrained(CLIPVisionModelWithProjection, "clip")
-        if clip.config.image_size != CLIP_SIZE:
-            raise UserError(
-                f"{weights.flag('clip')}: takes images of {clip.config.image_size} px, not "
-                f"{CLIP_SIZE}"
-            )
+        check_size(clip.config.image_size, weights.flag("clip"))
         head = AestheticHead(clip.config.projection_dim)
         load_exactly(head, state, f"{weights.flag('model')}={path}")
         self.clip, self.head = frozen(clip, device), frozen(head, device)
 
     def score(self, views: Tensor, prompts: list[str]) -> Tensor:
-        """See `BaseScorer.score`."""
         embedding = self.clip(pixel_values=clip_pixels(views)).image_embeds.float()
         # The head's maps multiply errors; it costs nothing to keep it in float32.
         with torch.autocast(views.device.type, enabled=False):

@@ -26,10 +26,10 @@ class Scorer(hpsv2.Scorer):
 
     @staticmethod
     def view(image: Image.Image) -> Tensor:
-        """The centre, uint8 (3, 224, 224)."""
+        """View the centre, uint8 (3, 224, 224)."""
         return clip_view(image)
 
     @staticmethod
     def state_of(held: Any, where: str) -> dict[str, Tensor]:
-        """The file's own content."""
+        """Take the weights as they lie in the file."""
         return held

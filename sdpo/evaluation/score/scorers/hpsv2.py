@@ -12,8 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from sdpo.common.errors import UserError, first_line
-from sdpo.evaluation.score.base import BaseScorer, cosine, frozen
-from sdpo.evaluation.score.views import CLIP_SIZE, clip_pixels, whole_view
+from sdpo.evaluation.score.base import BaseScorer, check_size, cosine, frozen
+from sdpo.evaluation.score.views import clip_pixels, whole_view
 from sdpo.evaluation.score.weights import Part, Weights, load_exactly, read_tensors
 
 if TYPE_CHECKING:
@@ -34,13 +34,14 @@ class Scorer(BaseScorer):
 
     @staticmethod
     def view(image: Image.Image) -> Tensor:
-        """The whole image, int16 (3, 224, 224)."""
+        """View the whole image, int16 (3, 224, 224)."""
         return whole_view(image)
 
     def __init__(self, weights: Weights, device: torch.device) -> None:
-        """See `BaseScorer.__init__`.
+        """Load the weights; an open_clip_config.json beside a user's own tells which CLIP's.
 
-        An open_clip_config.json beside the user's own weights says which CLIP they are of.
+        Raises:
+            UserError: they are not to be had, or are not what they should be.
         """
         path = weights.file("model")
         beside = path.with_name(CONFIG_FILE)
@@ -55,7 +56,7 @@ class Scorer(BaseScorer):
 
     @staticmethod
     def state_of(held: Any, where: str) -> dict[str, Tensor]:
-        """CLIP's weights in what the file holds.
+        """Find CLIP's weights in what the file holds.
 
         Raises:
             UserError: they are not where HPSv2's are.
@@ -65,20 +66,19 @@ class Scorer(BaseScorer):
         return held["state_dict"]
 
     def tokens(self, prompts: list[str]) -> Tensor:
-        """(B, 77) token ids: longer captions are cut."""
+        """Tokenize B prompts to ids (B, 77); longer ones are cut."""
         from open_clip import tokenize
 
         return tokenize(prompts, self.tokens_length)
 
     def score(self, views: Tensor, prompts: list[str]) -> Tensor:
-        """See `BaseScorer.score`."""
         seen = self.model.encode_image(clip_pixels(views))
         read = self.model.encode_text(self.tokens(prompts).to(self.device))
         return cosine(seen, read)
 
 
 def build_clip(config: dict[str, Any], state: dict[str, Tensor], where: str) -> CLIP:
-    """open_clip's CLIP of a configuration, with these weights.
+    """Build open_clip's CLIP from its configuration and its weights.
 
     Raises:
         UserError: the weights do not fit, or it is not a CLIP for images of 224 px; begins with
@@ -86,9 +86,7 @@ def build_clip(config: dict[str, Any], state: dict[str, Tensor], where: str) -> 
     """
     from open_clip import CLIP
 
-    size = config.get("vision_cfg", {}).get("image_size")
-    if size != CLIP_SIZE:
-        raise UserError(f"{where}: takes images of {size} px, not {CLIP_SIZE}")
+    check_size(config.get("vision_cfg", {}).get("image_size"), where)
     try:
         # On meta no random weights are drawn; all of them come from the file.
         with torch.device("meta"):

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from sdpo.common.errors import UserError, first_line
-from sdpo.evaluation.score.base import BaseScorer, frozen
+from sdpo.evaluation.score.base import BaseScorer, check_size, frozen
 from sdpo.evaluation.score.scorers.aesthetics import AestheticHead
-from sdpo.evaluation.score.views import CLIP_SIZE, clip_pixels
+from sdpo.evaluation.score.views import clip_pixels
 from sdpo.evaluation.score.weights import Part, Weights, load_exactly, read_tensors
 
 if TYPE_CHECKING:
@@ -31,6 +31,11 @@ _VISION, _TEXT, _HEAD = "blip.visual_encoder.", "blip.text_encoder.", "mlp."
 # The published file is a whole BLIP in training: projections of its contrastive loss and what else
 # does not begin with one of the three above plays no part in the reward. This one is a constant.
 _CONSTANT = "embeddings.position_ids"
+# Of the text encoder's configuration, what BLIP's has too.
+_TEXT_CONFIG = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "max_position_embeddings", "hidden_act", "layer_norm_eps"),
+)
 # Names of timm's ViT to those of transformers' BLIP.
 _VISION_NAMES = (
     (r"^cls_token$", "embeddings.class_embedding"),
@@ -55,7 +60,6 @@ class Scorer(BaseScorer):
     }
 
     def __init__(self, weights: Weights, device: torch.device) -> None:
-        """See `BaseScorer.__init__`."""
         path = weights.file("model")
         config, config_path = _read_config(weights)
         self.tokenizer = load_tokenizer(weights)
@@ -72,23 +76,18 @@ class Scorer(BaseScorer):
         self.vision = frozen(build_vision(vision, where), device)
         width = self.vision.config.hidden_size
         self.text = frozen(build_text(text, config, width, where, config_path), device)
-        self.head = AestheticHead(self.text.config.hidden_size)  # the same chain of maps
-        load_exactly(self.head, head, where)
-        self.head = frozen(self.head, device)
+        maps = AestheticHead(self.text.config.hidden_size)  # the same chain of maps
+        load_exactly(maps, head, where)
+        self.head = frozen(maps, device)
         self.device = device
 
     def tokens(self, prompts: list[str]) -> Any:
-        """`input_ids` and `attention_mask`, each (B, 35): longer captions are cut."""
-        return self.tokenizer(
-            prompts,
-            padding="max_length",
-            truncation=True,
-            max_length=TOKENS,
-            return_tensors="pt",
-        )
+        """Tokenize B prompts to `input_ids` and `attention_mask`, each (B, 35); longer ones are
+        cut."""
+        cut = {"padding": "max_length", "truncation": True, "max_length": TOKENS}
+        return self.tokenizer(prompts, **cut, return_tensors="pt")
 
     def score(self, views: Tensor, prompts: list[str]) -> Tensor:
-        """See `BaseScorer.score`."""
         tokens = self.tokens(prompts).to(self.device)
         # Every patch is attended to, so the image needs no mask.
         seen = self.vision(pixel_values=clip_pixels(views)).last_hidden_state
@@ -103,7 +102,7 @@ class Scorer(BaseScorer):
 
 
 def load_tokenizer(weights: Weights) -> BertTokenizer:
-    """BERT's, with the two tokens that BLIP adds at the end of its vocabulary.
+    """Load BERT's tokenizer, with the two tokens that BLIP adds at the end of its vocabulary.
 
     Raises:
         UserError: not to be had.
@@ -126,7 +125,7 @@ def load_tokenizer(weights: Weights) -> BertTokenizer:
 
 
 def build_vision(state: dict[str, Tensor], where: str) -> BlipVisionModel:
-    """BLIP's image encoder from the weights of a ViT in timm's names; its size is read off them.
+    """Build BLIP's image encoder from a ViT's weights in timm's names; they tell its size.
 
     Raises:
         UserError: something is missing or does not fit; it is not for images of 224 px.
@@ -138,8 +137,7 @@ def build_vision(state: dict[str, Tensor], where: str) -> BlipVisionModel:
             raise UserError(f"{where} is not ImageReward's: no {_VISION}{name} of a ViT in it")
     width, _, patch, _ = state["patch_embed.proj.weight"].shape
     side = round((state["pos_embed"].shape[1] - 1) ** 0.5) * patch
-    if side != CLIP_SIZE:
-        raise UserError(f"{where}: takes images of {side} px, not {CLIP_SIZE}")
+    check_size(side, where)
     hidden = state.get("blocks.0.mlp.fc1.bias")
     config = BlipVisionConfig(
         hidden_size=width,
@@ -169,21 +167,19 @@ def build_text(
     where: str,
     config_path: Path,
 ) -> BlipTextModel:
-    """BLIP's text encoder, which attends to an image encoded `image_width` wide.
+    """Build BLIP's text encoder, which attends to an encoded image, (B, tokens, image_width).
 
     Raises:
         UserError: `config` (of the file `config_path`) or `state` does not fit it.
     """
     from transformers import BlipTextConfig, BlipTextModel
 
-    known = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
-    known += ("num_attention_heads", "max_position_embeddings", "hidden_act", "layer_norm_eps")
-    missing = [name for name in known if name not in config]
+    missing = [name for name in _TEXT_CONFIG if name not in config]
     if missing:
         raise UserError(f"{config_path} has no {missing[0]}; it should be ImageReward's own")
     try:
         text_config = BlipTextConfig(
-            **{name: config[name] for name in known},
+            **{name: config[name] for name in _TEXT_CONFIG},
             pad_token_id=config.get("pad_token_id", 0),
             encoder_hidden_size=image_width,
             is_decoder=True,  # its word for: with cross attention

@@ -22,15 +22,14 @@ class Scorer(BaseScorer):
 
     @staticmethod
     def view(image: Image.Image) -> Tensor:
-        """The size at which the world is drawn; (3, 64, 64)."""
+        """View the image at the size at which the world is drawn, uint8 (3, 64, 64)."""
         size = (world.IMAGE_SIZE, world.IMAGE_SIZE)
         return as_tensor(image if image.size == size else image.resize(size, Image.Resampling.BOX))
 
     def __init__(self, weights: Weights, device: torch.device) -> None:
-        """Nothing to load."""
+        """Load nothing: the oracle is code."""
 
     def score(self, views: Tensor, prompts: list[str]) -> Tensor:
-        """See `BaseScorer.score`."""
         pixels = views.permute(0, 2, 3, 1).cpu().numpy()
         try:
             scores = [oracle.score(p, t).score for p, t in zip(pixels, prompts, strict=True)]

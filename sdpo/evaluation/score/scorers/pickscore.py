@@ -8,9 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sdpo.common.errors import UserError
-from sdpo.evaluation.score.base import BaseScorer, cosine, frozen
-from sdpo.evaluation.score.views import CLIP_SIZE, clip_pixels
+from sdpo.evaluation.score.base import BaseScorer, check_size, cosine, frozen
+from sdpo.evaluation.score.views import clip_pixels
 from sdpo.evaluation.score.weights import Part, Weights
 
 TOKENS = 77
@@ -26,13 +25,10 @@ class Scorer(BaseScorer):
     }
 
     def __init__(self, weights: Weights, device: torch.device) -> None:
-        """See `BaseScorer.__init__`."""
         from transformers import AutoTokenizer, CLIPModel
 
         self.model = frozen(weights.pretrained(CLIPModel, "model"), device)
-        size = self.model.config.vision_config.image_size
-        if size != CLIP_SIZE:
-            raise UserError(f"{weights.flag()}: takes images of {size} px, not {CLIP_SIZE}")
+        check_size(self.model.config.vision_config.image_size, weights.flag())
         own = Path(weights.source("model"))
         beside = any((own / name).is_file() for name in ("tokenizer.json", "vocab.json"))
         part = "model" if beside and "processor" not in weights.overrides else "processor"
@@ -40,7 +36,6 @@ class Scorer(BaseScorer):
         self.device = device
 
     def score(self, views: Tensor, prompts: list[str]) -> Tensor:
-        """See `BaseScorer.score`."""
         tokens = self.tokenizer(
             prompts, padding=True, truncation=True, max_length=TOKENS, return_tensors="pt"
         ).to(self.device)
