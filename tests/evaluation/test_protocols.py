@@ -41,6 +41,12 @@ def array(images):
     return np.stack([np.asarray(image) for image in images]).astype(np.int16)
 
 
+def called(unet, x, t, told):
+    """The UNet's output, called as diffusers documents it."""
+    added = {name: value for name, value in told.items() if name != "hidden"}
+    return unet(x, t, encoder_hidden_states=told["hidden"], added_cond_kwargs=added).sample
+
+
 @pytest.mark.parametrize("spacing", ["linspace", "leading"])
 @torch.no_grad()
 def test_paper_is_the_published_loop(base, spacing, tmp_path):
@@ -86,8 +92,7 @@ def test_paper_is_the_published_loop(base, spacing, tmp_path):
         x = noise.double() * first
         for i, t in enumerate(times):
             scaled = x / (sigmas[i] ** 2 + 1).sqrt()
-            e_cond = unet(scaled, t, **cond.unet_kwargs()).sample
-            e_uncond = unet(scaled, t, **uncond.unet_kwargs()).sample
+            e_cond, e_uncond = (called(unet, scaled, t, told) for told in (cond, uncond))
             # c = 3 here is 4 in diffusers' convention
             x = x + (sigmas[i + 1] - sigmas[i]) * (e_uncond + (c + 1) * (e_cond - e_uncond))
         decoded = frozen.vae.decode(x.float() / frozen.vae.config.scaling_factor).sample

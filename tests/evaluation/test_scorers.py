@@ -38,7 +38,7 @@ def images():
 
 
 def load(name, weights):
-    return get_scorer(name)(ScoreOptions(weights).of(name, get_scorer(name)), CPU)
+    return get_scorer(name)(ScoreOptions(weights=weights).of(name, get_scorer(name)), CPU)
 
 
 @torch.no_grad()

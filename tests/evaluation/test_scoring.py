@@ -18,7 +18,7 @@ from scripts.parity.small_scorers import write_all
 from sdpo.common.errors import UserError
 from sdpo.evaluation.generate.manifest import read_manifest, write_manifest
 from sdpo.evaluation.score.checked_precision import CheckedPrecision
-from sdpo.evaluation.score.config import ScoreOptions
+from sdpo.evaluation.score.config import ScoreOptions, ScorerConfig
 from sdpo.evaluation.score.scorers import PUBLISHED
 from sdpo.evaluation.score.scoring import score_manifests
 from sdpo.evaluation.score.table import parquet_path, read_scores
@@ -122,7 +122,7 @@ def test_the_program(manifests, weights, counted, tmp_path, capsys):
 
 def score(manifests, names, weights, **options):
     read = [read_manifest(m) for m in manifests]
-    return score_manifests(read, names, ScoreOptions(weights, workers=1, **options))
+    return score_manifests(read, names, ScoreOptions(ScorerConfig(**options), weights, workers=1))
 
 
 def test_only_what_is_missing(manifests, weights, counted):

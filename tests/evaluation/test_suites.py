@@ -14,7 +14,7 @@ import pytest
 
 from sdpo.common.errors import UserError
 from sdpo.evaluation.generate import suites
-from sdpo.evaluation.generate.suites import Prompt, digest, known_suites, read_suite
+from sdpo.evaluation.generate.suites import KNOWN_SUITES, Prompt, digest, read_suite
 
 # Outer blanks, tab and newline, quotes, commas, a line separator of Unicode, beyond latin-1.
 TEXTS = [" a cat ", "b,\t\nc", 'say "hi"', "l\u2028s", "Ångström 猫", "a\r\nb", " a cat "]
@@ -168,7 +168,7 @@ def test_tinyworld_is_what_the_tiny_world_says():
     assert suite == suites.Suite("tinyworld", want)
     assert len({prompt.text for prompt in want}) == 128
     assert [p.category for p in suite.prompts].count("one object") == 64
-    assert suite.name in known_suites()
+    assert suite.name in KNOWN_SUITES
 
 
 def test_digest():

@@ -17,7 +17,7 @@ ALIGNMENTS = ("prompt", "index")
 
 @dataclass(frozen=True)
 class Alignment:
-    """Row numbers of two manifests: pair i is (rows_a[i], rows_b[i]), in the order of A.
+    """Pairs the rows of two manifests: pair i is (rows_a[i], rows_b[i]), in the order of A.
 
     `unmatched_*` are rows without a partner; `differing` are the pairs whose prompts differ, which
     only an alignment by index can have.

@@ -13,6 +13,7 @@ import io
 import json
 import os
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -74,7 +75,7 @@ def write_report(
 
 
 def render(title: str, data: dict[str, Any]) -> str:
-    """The page's text. Scripts and style are allowed by their hash and nothing else is, so that
+    """Put the page together. Scripts and style are allowed by their hash and nothing else is, so that
     markup which got into the page all the same would neither run nor load anything."""
     script = "\n".join(_read(name) for name in _SCRIPTS)
     style = _read("style.css")
@@ -103,11 +104,7 @@ def _comparison(c: Comparison, number: dict[str, int]) -> dict[str, Any]:
     return {
         "a": number[c.a.label],
         "b": number[c.b.label],
-        "rows_a": c.alignment.rows_a,
-        "rows_b": c.alignment.rows_b,
-        "unmatched_a": c.alignment.unmatched_a,
-        "unmatched_b": c.alignment.unmatched_b,
-        "differing": c.alignment.differing,
+        **asdict(c.alignment),
         "pair_categories": c.pair_categories,
         "results": {name: result_fields(r) for name, r in c.results.items()},
         "categories": {
@@ -132,19 +129,15 @@ def _images(model: Model, rows: set[int], directory: Path, inline: bool) -> list
 
 
 def _thumbnail(path: Path) -> str:
-    """The image as a data URI, at most 512 px a side. Small ones stay as they are."""
+    """Make a data URI of an image, at most 512 px a side; small ones stay as they are."""
     try:
         with Image.open(path) as image:
             small = image.convert("RGB")
     except (OSError, ValueError) as error:
         raise UserError(f"--inline_images: cannot decode {path}: {error}") from None
-    data = io.BytesIO()
     # JPEG would smear what a tiny image shows, and saves nothing there.
-    if max(small.size) <= THUMBNAIL_SIDE // 4:
-        small.save(data, "PNG")
-        kind = "png"
-    else:
-        small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-        small.save(data, "JPEG", quality=_JPEG_QUALITY)
-        kind = "jpeg"
+    kind = "png" if max(small.size) <= THUMBNAIL_SIDE // 4 else "jpeg"
+    small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+    data = io.BytesIO()
+    small.save(data, kind, quality=_JPEG_QUALITY)
     return f"data:image/{kind};base64,{base64.b64encode(data.getvalue()).decode()}"

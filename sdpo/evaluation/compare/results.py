@@ -25,19 +25,19 @@ _TIES_POLICY = {"half": "half", "loss": "loss_for_a"}  # as the published files 
 
 @dataclass(frozen=True)
 class Model:
-    """A model's images and scores under the name it is reported by."""
+    """Holds a model's images and scores under the name it is reported by."""
 
     label: str
     table: ScoreTable
 
     def title(self, metric: str) -> str:
-        """The metric's name as people know it."""
+        """Name a metric as people know it."""
         return str(self.table.about.get(metric, {}).get("label", metric))
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A against B: `results[metric]` over all pairs, `categories[metric][category]` over some."""
+    """Holds A against B: `results[metric]` over all pairs, `categories[metric][category]` over some."""
 
     a: Model
     b: Model
@@ -50,14 +50,14 @@ class Comparison:
 
     @property
     def pair_categories(self) -> list[str | None]:
-        """One a pair: the prompt's category in its suite."""
+        """Every pair's category in its suite."""
         rows = self.a.table.manifest.entries, self.b.table.manifest.entries
         pairs = zip(self.alignment.rows_a, self.alignment.rows_b, strict=True)
         found = (rows[0][i].category or rows[1][j].category for i, j in pairs)
         return [None if category is None else str(category) for category in found]
 
     def scores(self, metric: str) -> tuple[np.ndarray, np.ndarray]:
-        """Both sides' scores, (pairs,) each."""
+        """Give both sides' scores, (pairs,) each."""
         return (
             self.a.table.columns[metric][self.alignment.rows_a],
             self.b.table.columns[metric][self.alignment.rows_b],
@@ -96,7 +96,7 @@ def compare_models(
 
 
 def notes(models: list[Model], metrics: list[str]) -> list[str]:
-    """What a reader must know before trusting the numbers: scores that were not made alike."""
+    """Note what a reader must know before trusting the numbers: scores that were not made alike."""
     found = []
     for metric in metrics:
         first = models[0].table.about.get(metric, {})
@@ -112,7 +112,7 @@ def notes(models: list[Model], metrics: list[str]) -> list[str]:
 
 
 def result_fields(result: Result) -> dict[str, Any]:
-    """A result under the names that the published summary uses, and the added ones."""
+    """List a result under the names that the published summary uses, and the added ones."""
     return {
         "mean_a": result.mean_a,
         "mean_b": result.mean_b,
@@ -131,7 +131,7 @@ def result_fields(result: Result) -> dict[str, Any]:
 
 
 def pair_file(comparison: Comparison, metric: str, directory: Path) -> dict[str, Any]:
-    """`pair_<metric>.json`, to be written to `directory`: image paths are relative to it."""
+    """Make the content of `pair_<metric>.json`; image paths are relative to `directory`."""
     c, result = comparison, comparison.results[metric]
     sides = (c.alignment.rows_a, c.a), (c.alignment.rows_b, c.b)
     entries_a, entries_b = ([m.table.manifest.entries[row] for row in rows] for rows, m in sides)
@@ -171,12 +171,12 @@ def pair_file(comparison: Comparison, metric: str, directory: Path) -> dict[str,
 
 
 def leftovers(model: Model, rows: list[int]) -> list[dict[str, Any]]:
-    """Rows without a partner, by number and prompt."""
+    """List rows without a partner, by number and prompt."""
     return [{"row": row, "prompt": model.table.manifest.prompts[row]} for row in rows]
 
 
 def summary(comparison: Comparison, noted: list[str]) -> dict[str, Any]:
-    """`summary.json` of two models."""
+    """Make the content of `summary.json` of two models."""
     c = comparison
     metrics = [
         {
@@ -219,7 +219,8 @@ def summary(comparison: Comparison, noted: list[str]) -> dict[str, Any]:
 
 
 def matrix(models: list[Model], comparisons: list[Comparison], metric: str) -> dict[str, Any]:
-    """`matrix_<metric>.json`: row i, column j is model i over model j; None on the diagonal."""
+    """Make the content of `matrix_<metric>.json`: row i, column j is model i over model j; None on
+    the diagonal."""
     number = {model.label: i for i, model in enumerate(models)}
     names = ("win_rate", "ci95_low", "ci95_high", "wins", "ties", "total_pairs", "sign_test_p")
     cells: dict[str, list[list[Any]]] = {

@@ -21,7 +21,7 @@ _RESAMPLED_AT_ONCE = 2_000_000  # pairs drawn; bounds the memory
 
 @dataclass(frozen=True)
 class Result:
-    """A against B over some pairs; `mean_difference` is of A's score minus B's."""
+    """Holds A against B over some pairs; `mean_difference` is of A's score minus B's."""
 
     total_pairs: int
     wins_a: int
@@ -78,14 +78,14 @@ def compare(a: np.ndarray, b: np.ndarray, ties: str = "half", seed: int = 0) -> 
 
 
 def outcomes(difference: np.ndarray, ties: str) -> np.ndarray:
-    """What each pair adds to the win count of the side that is better where `difference` > 0: 1, 0,
-    or for a tie 1/2 ("half") or 0 ("loss"); of the same shape."""
+    """Tell what each pair adds to the win count of the side that is better where `difference` > 0: 1,
+    0, or for a tie 1/2 ("half") or 0 ("loss"); of the same shape."""
     tied = 0.5 if ties == "half" else 0.0
     return np.where(difference == 0, tied, (difference > 0).astype(np.float64))
 
 
 def bootstrap_means(values: np.ndarray, seed: int, resamples: int = RESAMPLES) -> np.ndarray:
-    """Percentile bootstrap intervals of the column means of (n, k) values, as (2, k): low, high."""
+    """Bootstrap percentile intervals of the column means of (n, k) values, as (2, k): low, high."""
     n = len(values)
     rng = np.random.default_rng(seed)
     means = []
@@ -102,8 +102,8 @@ def bootstrap_means(values: np.ndarray, seed: int, resamples: int = RESAMPLES) -
 
 
 def t_interval(values: np.ndarray) -> tuple[float, float] | None:
-    """95% interval of the mean of a few independent values, (n,), by Student's t with n - 1 degrees
-    of freedom; None for fewer than two."""
+    """Bound the mean of a few independent values, (n,), by a 95% interval of Student's t with n - 1
+    degrees of freedom; None for fewer than two."""
     n = len(values)
     if n < 2:
         return None

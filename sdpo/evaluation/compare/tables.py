@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from typing import Any
 
 from sdpo.evaluation.compare.results import Comparison, Model, matrix, result_fields
 from sdpo.evaluation.compare.statistics import Result
-from sdpo.evaluation.score.summary import markdown
+from sdpo.evaluation.score.summary import as_csv, markdown
 
 _NAMED = 5  # leftovers named in tables; summary.json has them all
 
@@ -47,20 +45,20 @@ _RESULT_HEADER = [
 
 
 def headline(comparison: Comparison) -> str:
-    """Who A and B are, and what a tie counts."""
+    """Say who A and B are, and what a tie counts."""
     policy = "half a win" if comparison.ties == "half" else "a loss for A"
     return f"A = {comparison.a.label}, B = {comparison.b.label}; a tie counts as {policy}"
 
 
 def metric_grid(comparison: Comparison) -> list[list[str]]:
-    """A line per metric; the first line is the head."""
+    """Lay results out as text, a line per metric; the first line is the head."""
     c = comparison
     rows = [[c.a.title(name), *_result_cells(result)] for name, result in c.results.items()]
     return [["metric", *_RESULT_HEADER], *rows]
 
 
 def footnotes(comparison: Comparison) -> list[str]:
-    """One sentence for each side with images that have no partner, and for pairs by index whose
+    """Write a sentence for each side with images that have no partner, and for pairs by index whose
     prompts differ."""
     c = comparison
     lines = []
@@ -88,7 +86,7 @@ def _name_some(prompts: list[str]) -> str:
 
 
 def category_grid(comparison: Comparison) -> list[list[str]]:
-    """Win rates by category, a column per metric; no line where there are no categories."""
+    """Lay win rates out by category, a column per metric; no line where there are no categories."""
     by_metric = comparison.categories
     names = list(next(iter(by_metric.values())))
     titles = [comparison.a.title(metric) for metric in by_metric]
@@ -100,7 +98,7 @@ def category_grid(comparison: Comparison) -> list[list[str]]:
 
 
 def matrix_grid(models: list[Model], comparisons: list[Comparison], metric: str) -> list[list[str]]:
-    """Win rates of the row's model over the column's."""
+    """Lay win rates out, of the row's model over the column's."""
     values = matrix(models, comparisons, metric)
     rows = [
         [label, *("-" if rate is None else _percent(rate) for rate in rates)]
@@ -112,7 +110,7 @@ def matrix_grid(models: list[Model], comparisons: list[Comparison], metric: str)
 def summary_markdown(
     models: list[Model], comparisons: list[Comparison], metrics: list[str], noted: list[str]
 ) -> str:
-    """`summary.md`."""
+    """Write the text of `summary.md`."""
     parts = [f"# {' vs '.join(model.label for model in models)}\n"]
     parts += [f"Note: {note}\n" for note in noted]
     if len(models) > 2:
@@ -132,15 +130,11 @@ def _table(lines: list[list[str]]) -> str:
 
 
 def summary_csv(comparisons: list[Comparison]) -> str:
-    """`summary.csv`: one row a pair of models, metric and category ("" for all pairs)."""
+    """Write the text of `summary.csv`: a row per two models, metric and category ("" for all)."""
     rows: list[dict[str, Any]] = []
     for c in comparisons:
         for name, result in c.results.items():
             for category, part in {"": result, **c.categories[name]}.items():
                 head = {"model_a": c.a.label, "model_b": c.b.label, "metric": c.a.title(name)}
                 rows.append({**head, "name": name, "category": category, **result_fields(part)})
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    return as_csv(rows)

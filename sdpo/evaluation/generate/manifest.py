@@ -17,7 +17,7 @@ from sdpo.common.files import write_json
 
 @dataclass(frozen=True)
 class Entry:
-    """One image. `image` is where it was found (absolute or as reachable from here)."""
+    """Names an image and its prompt; `image` is where it was found, as reachable from here."""
 
     prompt: str
     image: Path
@@ -25,13 +25,13 @@ class Entry:
 
     @property
     def category(self) -> str | None:
-        """The prompt's category in its suite, where that has categories."""
+        """The prompt's category in its suite; None where that has none."""
         return self.metadata.get("category")
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """A manifest that was read, and found to be whole."""
+    """Holds a manifest that was read, and found to be whole."""
 
     path: Path
     entries: list[Entry]
@@ -97,7 +97,7 @@ def _find_image(path: Path, number: int, written: str) -> Path:
 
 
 def write_manifest(path: Path, rows: list[tuple[str, str, dict[str, Any]]]) -> None:
-    """Write (prompt, image path relative to the manifest, metadata) rows, whole."""
+    """Write a manifest whole, of rows (prompt, image path relative to the manifest, metadata)."""
     entries = [
         {"prompt": prompt, "gen_image_path": image, "raw_image_path": "", "metadata": metadata}
         for prompt, image, metadata in rows

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
@@ -22,7 +22,7 @@ DECODED_PIXELS = 2**21  # at a time: 8 images of 512 px
 
 @dataclass(frozen=True)
 class Sampling:
-    """The numbers of a protocol. `cfg` is as each protocol defines it; `resolution` in pixels."""
+    """Holds a protocol's numbers. `cfg` is as each protocol defines it; `resolution` in pixels."""
 
     steps: int
     cfg: float
@@ -32,7 +32,13 @@ class Sampling:
 
 
 class Protocol(ABC):
-    """A way of sampling, with its models on their device."""
+    """Samples images from prompts by models that lie on their device.
+
+    Class attributes:
+        noise_used: where an image's noise comes from, in words.
+    """
+
+    noise_used: ClassVar[str]
 
     def __init__(
         self,
@@ -44,45 +50,65 @@ class Protocol(ABC):
         device: torch.device,
     ) -> None:
         self.family, self.frozen, self.sampling, self.device = family, frozen, sampling, device
+        self.scheduler: Any = None
+        self.vae: Any = frozen.vae
         self.unet = unet.to(device, sampling.dtype).eval()
         frozen.to(device, sampling.dtype, self.vae_dtype())
         self.prepare(source)
 
     @abstractmethod
     def vae_dtype(self) -> torch.dtype:
-        """What the VAE decodes in."""
+        """Choose the dtype that the VAE decodes in."""
 
     @abstractmethod
     def prepare(self, source: ModelSource) -> None:
-        """Build the scheduler and whatever else is the same for all prompts."""
+        """Build `scheduler` and whatever else is the same for all prompts."""
 
     @abstractmethod
     def __call__(self, prompts: Sequence[str], indices: Sequence[int]) -> list[Image.Image]:
-        """One image a prompt; `indices` are the prompts' places in the suite."""
+        """Make an image of every prompt; `indices` are the prompts' places in the suite."""
 
     @abstractmethod
-    def describe(self) -> dict[str, Any]:
-        """Settings that the flags do not show: scheduler, guidance in diffusers' convention."""
+    def guidance_scale(self) -> float:
+        """Convert the guidance c to diffusers' convention."""
 
     def seed_of(self, index: int) -> int:
-        """The seed of the noise of the prompt at `index`."""
+        """Give the seed of the noise of the prompt at `index`."""
         return self.sampling.seed
+
+    def describe(self) -> dict[str, Any]:
+        """List the settings that the flags do not show, ready for JSON."""
+        config = sorted(dict(self.scheduler.config).items())
+        return {
+            "scheduler": type(self.scheduler).__name__,
+            # Without what diffusers keeps for itself.
+            "scheduler_config": {k: v for k, v in config if not k.startswith("_")},
+            "guidance_scale_diffusers": self.guidance_scale(),
+            "noise": self.noise_used,
+            "vae_dtype": str(self.vae.dtype),
+        }
 
 
 class Paper(Protocol):
-    """The published evaluation.
+    """Samples as the published evaluation does.
 
     Euler discrete scheduler from the base's own configuration; cond + c * (cond - uncond), which
     is diffusers' guidance scale c + 1; the unconditional half is the encoding of ""; one noise for
     all prompts, drawn on the device in the models' dtype; VAE in float32.
     """
 
+    noise_used = "one for all prompts, drawn on the device"
+
     def vae_dtype(self) -> torch.dtype:
-        """float32."""
+        """Choose float32."""
         return torch.float32
 
+    def guidance_scale(self) -> float:
+        """Add 1 to c: cond + c (cond - uncond) = uncond + (c + 1) (cond - uncond)."""
+        return self.sampling.cfg + 1
+
     def prepare(self, source: ModelSource) -> None:
-        """Scheduler, noise (1, C, r, r) and the unconditional embedding."""
+        """Build the scheduler, the noise (1, C, r, r) and the unconditional embedding."""
         from diffusers import EulerDiscreteScheduler
 
         sampling = self.sampling
@@ -96,12 +122,12 @@ class Paper(Protocol):
         self.unconditional = self.encode([""])
 
     def encode(self, prompts: Sequence[str]) -> Conditions:
-        """What the UNet is told about prompts."""
+        """Encode prompts to the UNet's conditions."""
         return self.family.encode_captions(self.frozen, list(prompts), self.sampling.resolution)
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str], indices: Sequence[int]) -> list[Image.Image]:
-        """See `Protocol.__call__`; the indices play no part."""
+        """Make an image of every prompt by Euler's method; the indices play no part."""
         count, scheduler = len(prompts), self.scheduler
         both = joined([repeat(self.unconditional, count), self.encode(prompts)])
         scheduler.set_timesteps(self.sampling.steps, device=self.device)
@@ -115,48 +141,41 @@ class Paper(Protocol):
         return self.decode(latents)
 
     def decode(self, latents: Tensor) -> list[Image.Image]:
-        """Latents (B, C, r, r) to images."""
-        vae = self.frozen.vae
-        scaled = self.family.denormalise(latents.to(vae.dtype), vae.config)
+        """Decode latents (B, C, r, r) to B images."""
+        scaled = self.family.denormalise(latents.to(self.vae.dtype), self.vae.config)
         at_once = max(1, DECODED_PIXELS // self.sampling.resolution**2)
-        decoded = [vae.decode(part).sample for part in scaled.split(at_once)]
+        decoded = [self.vae.decode(part).sample for part in scaled.split(at_once)]
         pixels = (torch.cat(decoded) / 2 + 0.5).clamp(0, 1)
-        return [
-            Image.fromarray(image)
-            for image in (pixels * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-        ]
-
-    def describe(self) -> dict[str, Any]:
-        """See `Protocol.describe`."""
-        return {
-            "scheduler": "EulerDiscreteScheduler",
-            "scheduler_config": plain_config(self.scheduler.config),
-            "guidance_scale_diffusers": self.sampling.cfg + 1,
-            "noise": "one for all prompts, drawn on the device",
-            "vae_dtype": str(self.frozen.vae.dtype),
-        }
+        levels = (pixels * 255).round().byte().permute(0, 2, 3, 1)
+        return [Image.fromarray(image) for image in levels.cpu().numpy()]
 
 
 class Diffusers(Protocol):
-    """What `StableDiffusionPipeline(prompt, generator=torch.Generator().manual_seed(seed + index))`
-    gives: the base's own scheduler, diffusers' guidance, a noise of its own for every prompt."""
+    """Samples as `StableDiffusionPipeline(prompt, generator=torch.Generator().manual_seed(seed +
+    index))`: the base's own scheduler, diffusers' guidance, a noise of its own for every prompt."""
+
+    noise_used = "seed + index for every prompt, drawn on the CPU"
 
     def vae_dtype(self) -> torch.dtype:
-        """The models', or float32 for a VAE that overflows in it."""
-        return self.family.vae_dtype(self.frozen.vae, self.sampling.dtype)
+        """Choose the models' dtype, or float32 for a VAE that overflows in it."""
+        return self.family.vae_dtype(self.vae, self.sampling.dtype)
+
+    def guidance_scale(self) -> float:
+        """Give c as it is: uncond + c (cond - uncond)."""
+        return self.sampling.cfg
 
     def prepare(self, source: ModelSource) -> None:
-        """The pipeline."""
+        """Build the pipeline."""
         self.pipeline = self.family.pipeline(self.unet, self.frozen, source)
         self.pipeline.set_progress_bar_config(disable=True)
+        self.scheduler = self.pipeline.scheduler
 
     def seed_of(self, index: int) -> int:
-        """Another for every prompt."""
+        """Give every prompt a seed of its own."""
         return self.sampling.seed + index
 
     def __call__(self, prompts: Sequence[str], indices: Sequence[int]) -> list[Image.Image]:
-        """See `Protocol.__call__`; noise is drawn on the CPU, so it does not depend on the
-        device."""
+        """Make an image of every prompt, its noise drawn on the CPU, whatever the device."""
         return self.pipeline(
             list(prompts),
             height=self.sampling.resolution,
@@ -166,21 +185,5 @@ class Diffusers(Protocol):
             generator=[torch.Generator().manual_seed(self.seed_of(i)) for i in indices],
         ).images
 
-    def describe(self) -> dict[str, Any]:
-        """See `Protocol.describe`."""
-        scheduler = self.pipeline.scheduler
-        return {
-            "scheduler": type(scheduler).__name__,
-            "scheduler_config": plain_config(scheduler.config),
-            "guidance_scale_diffusers": self.sampling.cfg,
-            "noise": "seed + index for every prompt, drawn on the CPU",
-            "vae_dtype": str(self.frozen.vae.dtype),
-        }
-
 
 PROTOCOLS: dict[str, type[Protocol]] = {"paper": Paper, "diffusers": Diffusers}
-
-
-def plain_config(config: Any) -> dict[str, Any]:
-    """A scheduler's configuration without what diffusers keeps for itself, ready for JSON."""
-    return {k: v for k, v in sorted(dict(config).items()) if not k.startswith("_")}

@@ -39,14 +39,14 @@ NEEDED = {
 
 @dataclass(frozen=True)
 class Candidate:
-    """One place that may hold a suite. `read` raises whatever its file or network raises."""
+    """Names a place that may hold a suite. `read` raises whatever its file or network raises."""
 
     where: str
     read: Callable[[], list[Prompt]]
 
 
 def on_the_network(name: str, cache_dir: str | None) -> list[Candidate]:
-    """The public sources of a suite, the preferred one first."""
+    """List the public sources of a suite, the preferred one first."""
     if name == "papv2":
         return [
             Candidate(f"data/{PAPV2_FILES} of {repo}", partial(_papv2_of_hub, repo))
@@ -57,11 +57,11 @@ def on_the_network(name: str, cache_dir: str | None) -> list[Candidate]:
             Candidate(f"benchmark/*.json of {repo}", partial(_hpsv2_of_hub, repo, cache_dir))
             for repo in HPSV2_REPOS
         ]
-    return [Candidate(PARTI_URL, _parti_of_url)]
+    return [Candidate(PARTI_URL, partial(_parti, _download_parti))]
 
 
 def on_disk(name: str, source: Path) -> list[Candidate]:
-    """What can make a suite of the files anywhere under `source`: its public source files, else
+    """List what can make a suite of the files anywhere under `source`: its public source files, then
     lists NAME.json that somebody built or published."""
     found = []
     if name == "papv2":
@@ -75,7 +75,7 @@ def on_disk(name: str, source: Path) -> list[Candidate]:
                 found.append(Candidate(f"{first.parent}/*.json", partial(_hpsv2_of_files, files)))
     if name == "partiprompts":
         found += [
-            Candidate(str(path), partial(_parti_of_file, path))
+            Candidate(str(path), partial(_parti, path.read_bytes))
             for path in sorted(source.rglob(PARTI_FILE))
         ]
     lists = sorted(source.rglob(f"{name}.json"))
@@ -83,12 +83,12 @@ def on_disk(name: str, source: Path) -> list[Candidate]:
 
 
 def pin(prompt: str) -> str:
-    """A line of papv2.order: the first 16 hex digits of the prompt's sha256."""
+    """Make a prompt's line of papv2.order: the first 16 hex digits of its sha256."""
     return hashlib.sha256(prompt.encode("utf-8")).hexdigest()[:16]
 
 
 def in_papv2_order(captions: Iterable[str | None]) -> list[Prompt]:
-    """The captions that papv2.order pins, in its order; all others are left out.
+    """Pick the captions that papv2.order pins, in its order; all others are left out.
 
     A caption may also be pinned without its outer white space.
 
@@ -109,8 +109,8 @@ def in_papv2_order(captions: Iterable[str | None]) -> list[Prompt]:
 
 
 def read_captions(file: BinaryIO) -> list[str | None]:
-    """The column `caption` of an open parquet file. Of the other columns nothing is read but what
-    lies in the file's last 64 KiB, where its footer is looked for.
+    """Read the column `caption` of an open parquet file. Of the other columns nothing is read but
+    what lies in the file's last 64 KiB, where its footer is looked for.
 
     Raises:
         UserError: there is no such column.
@@ -173,20 +173,16 @@ def _hpsv2_of_files(paths: list[Path]) -> list[Prompt]:
     ]
 
 
-def _parti_of_url() -> list[Prompt]:
+def _download_parti() -> bytes:
     # Held in memory and checked as a whole: nothing half-downloaded can be left behind.
     with urlopen(PARTI_URL, timeout=TIMEOUT) as answer:
-        return _parti(answer.read())
+        return bytes(answer.read())
 
 
-def _parti_of_file(path: Path) -> list[Prompt]:
-    return _parti(path.read_bytes())
-
-
-def _parti(table: bytes) -> list[Prompt]:
+def _parti(read: Callable[[], bytes]) -> list[Prompt]:
     # Not strict, unlike suites.py: one prompt begins with a quoted word, and the published list has
     # it without these quotes, which is what the lenient reading gives.
-    text = io.StringIO(table.decode("utf-8-sig"), newline="")
+    text = io.StringIO(read().decode("utf-8-sig"), newline="")
     rows = csv.DictReader(text, delimiter="\t")
     if not {"Prompt", "Category"} <= set(rows.fieldnames or []):
         raise UserError("it has no columns Prompt and Category")

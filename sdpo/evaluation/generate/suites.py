@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ _CATEGORY_KEYS = ("category", "Category")
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt, and its category in the suite where that has categories."""
+    """Holds one prompt, and its category in the suite where that has categories."""
 
     text: str
     category: str | None = None
@@ -36,24 +37,19 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Suite:
-    """Prompts in the order in which they count; `name` is fit for file names."""
+    """Holds prompts in the order in which they count; `name` is fit for file names."""
 
     name: str
     prompts: list[Prompt]
 
 
-def known_suites() -> list[str]:
-    """Names that `read_suite` takes besides paths."""
-    return list(KNOWN_SUITES)
-
-
 def digest(prompts: Iterable[str]) -> str:
-    """sha256, in hex, of the prompts in order, joined by newlines, as UTF-8."""
+    """Compute the sha256, in hex, of prompts in order, joined by newlines, as UTF-8."""
     return hashlib.sha256("\n".join(prompts).encode("utf-8")).hexdigest()
 
 
 def read_suite(name_or_path: str) -> Suite:
-    """A known suite by its name, else the one in a file.
+    """Read a known suite by its name, else the one in a file.
 
     JSON: a list of strings, or of objects with `prompt` and perhaps `category` (manifests and the
     published lists are such). JSONL: one of these a line. CSV, TSV: a column `prompt` or `caption`,
@@ -77,7 +73,7 @@ def read_suite(name_or_path: str) -> Suite:
 
 
 def read_suite_file(path: Path) -> Suite:
-    """The suite in a file, named after it.
+    """Read the suite in a file; it is named after the file.
 
     Raises:
         UserError: see `read_suite`.
@@ -119,23 +115,6 @@ def _txt(path: Path, text: str) -> Iterator[Prompt]:
         yield _prompt(where, line)
 
 
-def _csv(path: Path, text: str) -> Iterator[Prompt]:
-    return _table(path, text, ",")
-
-
-def _tsv(path: Path, text: str) -> Iterator[Prompt]:
-    return _table(path, text, "\t")
-
-
-_READERS: dict[str, Callable[[Path, str], Iterator[Prompt]]] = {
-    ".json": _json,
-    ".jsonl": _jsonl,
-    ".csv": _csv,
-    ".tsv": _tsv,
-    ".txt": _txt,
-}
-
-
 def _table(path: Path, text: str, delimiter: str) -> Iterator[Prompt]:
     # Strict: otherwise stray quotes silently vanish from prompts or swallow the rows after them.
     rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
@@ -163,6 +142,15 @@ def _table(path: Path, text: str, delimiter: str) -> Iterator[Prompt]:
             f"{path}, the row from line {last + 1} on: {error}; a field that begins with a quote "
             "must end with one, and quotes inside it are doubled"
         ) from None
+
+
+_READERS: dict[str, Callable[[Path, str], Iterator[Prompt]]] = {
+    ".json": _json,
+    ".jsonl": _jsonl,
+    ".csv": partial(_table, delimiter=","),
+    ".tsv": partial(_table, delimiter="\t"),
+    ".txt": _txt,
+}
 
 
 def _lines(path: Path, text: str) -> Iterator[tuple[str, str]]:

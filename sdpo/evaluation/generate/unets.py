@@ -62,7 +62,7 @@ def _inside(path: Path) -> Path:
 
 
 def locate_unet(name: str, cache_dir: str | None) -> str | None:
-    """What `ModelSource.unet_init` should be for a value of `--unet`; downloads a hub file.
+    """Find what a value of `--unet` names, as `ModelSource.unet_init` takes it; downloads a hub file.
 
     Raises:
         UserError: see `check_unet`; or the hub cannot be reached and the file is not cached.
@@ -88,7 +88,7 @@ def locate_unet(name: str, cache_dir: str | None) -> str | None:
 
 
 def label_of(name: str) -> str:
-    """A short name for a model, fit for a directory: `output/run/checkpoint-500/unet.pth` is
+    """Make a short name of a model, fit for a directory: `output/run/checkpoint-500/unet.pth` is
     "run_checkpoint-500", `unet_ema.pth` beside it the same with "_ema",
     `AIDC-AI/Diffusion-SDPO:sd1.5/dmpo/unet.pth` "sd1.5_dmpo"."""
     match = _HUB_FILE.fullmatch(name)
@@ -109,7 +109,7 @@ def _is_file(name: str) -> bool:
 
 
 def digest_of(unet: nn.Module) -> str:
-    """sha256 over a UNet's float32 weights and their names, whatever file they came from."""
+    """Compute a sha256 over a UNet's float32 weights and names, whatever file they came from."""
     digest = hashlib.sha256()
     for name, value in sorted(unet.state_dict().items()):
         digest.update(name.encode())

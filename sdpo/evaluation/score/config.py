@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ScorerConfig:
-    """Where and how a scorer runs."""
+    """Says where and how a scorer runs."""
 
     device: str | None = flag(None, "e.g. cuda:1, mps, cpu", shown="the best there is")
     batch_size: int = flag(32, "images scored at a time", metavar="N")
@@ -31,14 +31,10 @@ class ScorerConfig:
         choices=("auto", "no", "fp16", "bf16"),
     )
 
-    def options_for(self, weights: dict[str, str], cache_dir: str | None) -> ScoreOptions:
-        """Complete these flags by the scorers' weights and the place of downloads."""
-        return ScoreOptions(weights, self.device, self.batch_size, self.mixed_precision, cache_dir)
-
 
 @dataclass(frozen=True)
 class ScoringConfig(ScorerConfig):
-    """Which scorers run, with which weights, and how."""
+    """Says which scorers run, with which weights, and how."""
 
     scorers: tuple[str, ...] = flag(
         (),
@@ -60,31 +56,27 @@ class ScoringConfig(ScorerConfig):
         return list(self.scorers or PUBLISHED)
 
     def options(self, cache_dir: str | None) -> ScoreOptions:
-        """Complete these flags by the place of downloads.
+        """Complete these flags by what --weights names and the place of downloads.
 
         Raises:
             UserError: --weights is not usable.
         """
-        return self.options_for(parse_weights(self.weights, "--weights"), cache_dir)
+        return ScoreOptions(self, parse_weights(self.weights, "--weights"), cache_dir)
 
 
 @dataclass(frozen=True)
 class ScoreOptions:
-    """How to score.
+    """Says all of how to score.
 
     Attributes:
+        how: device, batch size and precision.
         weights: SCORER or SCORER.PART to a path or hub id.
-        device: torch's name of it; None for the process's own.
-        batch_size: images at a time.
-        mixed_precision: "auto" (fp16 on CUDA, else none), "no", "fp16" or "bf16".
         cache_dir: where downloads are kept.
         workers: threads that decode images.
     """
 
+    how: ScorerConfig = field(default_factory=ScorerConfig)
     weights: dict[str, str] = field(default_factory=dict)
-    device: str | None = None
-    batch_size: int = 32
-    mixed_precision: str = "auto"
     cache_dir: str | None = None
     workers: int = field(default_factory=lambda: min(8, os.cpu_count() or 1))
 

@@ -133,7 +133,7 @@ def relabel(
     from sdpo.data.ai_labels import ChoiceScores, with_choices
 
     name = data.choice_model or ""
-    options = (scoring or ScorerConfig()).options_for(check_choice_model(data), data.cache_dir)
+    options = ScoreOptions(scoring or ScorerConfig(), check_choice_model(data), data.cache_dir)
     weights = options.of(name, get_scorer(name))
     path = choices_path(pairs, data, weights.identity())
     found = ChoiceScores(path, int(pairs.origin.max()) + 1)
@@ -172,9 +172,9 @@ def score_missing(
     from sdpo.common.processes import device_of
     from sdpo.evaluation.score.checked_precision import CheckedPrecision
 
-    device = device_of(options.device, accelerator)
+    device = device_of(options.how.device, accelerator)
     scorer = get_scorer(name)(weights, device)
-    run = CheckedPrecision(name, scorer, options.mixed_precision, device)
+    run = CheckedPrecision(name, scorer, options.how.mixed_precision, device)
     places = np.flatnonzero(~found.seen[pairs.origin])
     chunk = PAIRS_A_SAVE * accelerator.num_processes
     with tqdm(
@@ -213,7 +213,7 @@ def score_pairs(
         return torch.stack([run.scorer.view(image) for image in images])
 
     scored: list[Scored] = []
-    at_once = max(1, options.batch_size // 2)
+    at_once = max(1, options.how.batch_size // 2)
     with ThreadPoolExecutor(options.workers) as pool:
         for first in range(0, len(places), at_once):
             chosen = places[first : first + at_once]

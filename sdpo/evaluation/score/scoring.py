@@ -74,7 +74,7 @@ def score_manifests(
 
     options = options or ScoreOptions()
     accelerator = accelerator or start()
-    device = device_of(options.device, accelerator)
+    device = device_of(options.how.device, accelerator)
     classes = {name: get_scorer(name) for name in scorers}
     weights = {name: options.of(name, cls) for name, cls in classes.items()}
     identities = {name: each.identity() for name, each in weights.items()}
@@ -97,7 +97,7 @@ def score_manifests(
         places = [place for place, item in enumerate(mine) if item in missing[name]]
         scorer = classes[name](weights[name], device)
         about = {"label": scorer.label, "weights": identities[name]}
-        checked = CheckedPrecision(name, scorer, options.mixed_precision, device)
+        checked = CheckedPrecision(name, scorer, options.how.mixed_precision, device)
         run = _Run(name, checked, about, views[view], tables, options, accelerator)
         run.score(work, places)
         del scorer, checked, run
@@ -112,7 +112,7 @@ def _drop_if_stale(
     about = table.about.get(name)
     if about is None:
         return
-    precise = options.mixed_precision in ("auto", about.get("precision"))
+    precise = options.how.mixed_precision in ("auto", about.get("precision"))
     if about.get("weights") != identity or not precise:
         table.drop(name)
 
@@ -184,7 +184,7 @@ class _Run:
         from tqdm.auto import tqdm
 
         mine = work[self.accelerator.process_index]
-        a_round = self.options.batch_size * BATCHES_A_SAVE
+        a_round = self.options.how.batch_size * BATCHES_A_SAVE
         rounds = math.ceil(max(map(len, work)) / a_round)
         with tqdm(
             total=sum(map(len, work)),
@@ -198,9 +198,9 @@ class _Run:
 
     def _some(self, items: list[_Item], places: list[int], bar: Any) -> list[tuple[_Item, float]]:
         scored: list[tuple[_Item, float]] = []
-        for first in range(0, len(items), self.options.batch_size):
-            batch = items[first : first + self.options.batch_size]
-            chosen = places[first : first + self.options.batch_size]
+        for first in range(0, len(items), self.options.how.batch_size):
+            batch = items[first : first + self.options.how.batch_size]
+            chosen = places[first : first + self.options.how.batch_size]
             views = torch.from_numpy(np.stack([self.views[p] for p in chosen]))
             prompts = [self.tables[i.table].manifest.prompts[i.row] for i in batch]
             values = self.scorer(views, prompts)
