@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import scipy.stats
@@ -15,7 +17,6 @@ from sdpo.evaluation.compare.statistics import (
     outcomes,
     sign_test,
     t_interval,
-    t_quantile,
 )
 
 SCORES = st.lists(
@@ -86,8 +87,11 @@ def test_all_wins():
 @pytest.mark.parametrize(
     ("wins", "losses"), [(1, 0), (5, 5), (3, 9), (40, 60), (287, 200), (1700, 1500), (900, 100)]
 )
-def test_sign_test_is_scipys_binomial_test(wins, losses):
-    expected = scipy.stats.binomtest(wins, wins + losses, 0.5).pvalue
+def test_sign_test_is_the_exact_one(wins, losses):
+    """p = min(1, 2 sum_{i <= min(wins, losses)} C(n, i) / 2^n), in integers until the division."""
+    n = wins + losses
+    tail = sum(math.comb(n, i) for i in range(min(wins, losses) + 1))
+    expected = min(1.0, 2 * tail / 2**n)
     assert sign_test(wins, losses) == pytest.approx(expected, rel=1e-9)
     assert sign_test(losses, wins) == sign_test(wins, losses)
 
@@ -149,8 +153,17 @@ def test_outcomes():
 
 
 @pytest.mark.parametrize("degrees", [1, 2, 3, 7, 30, 400])
-def test_t_quantile_is_scipys(degrees):
-    assert t_quantile(degrees) == pytest.approx(scipy.stats.t.ppf(0.975, degrees), rel=1e-7)
+def test_t_interval_is_as_wide_as_the_density_says(degrees):
+    """With T = sqrt(degrees) tan(a) the density of the angle a is proportional to
+    cos(a)^(degrees - 1), which is summed by the trapezoidal rule."""
+    angles = np.linspace(0.0, np.pi / 2, 200_001)
+    density = np.cos(angles) ** (degrees - 1)
+    below = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
+    quantile = degrees**0.5 * np.tan(np.interp(0.95, below / below[-1], angles))
+    values = np.random.default_rng(degrees).normal(size=degrees + 1)
+    low, high = t_interval(values)
+    error = np.std(values, ddof=1) / (degrees + 1) ** 0.5
+    assert (high - low) / 2 == pytest.approx(quantile * error, rel=1e-7)
 
 
 def test_t_interval_is_scipys():

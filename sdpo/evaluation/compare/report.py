@@ -75,8 +75,8 @@ def write_report(
 
 
 def render(title: str, data: dict[str, Any]) -> str:
-    """Put the page together. Scripts and style are allowed by their hash and nothing else is, so that
-    markup which got into the page all the same would neither run nor load anything."""
+    """Put the page together. Scripts and style are allowed by their hash, and nothing else: markup
+    that got into the page all the same would neither run nor load anything."""
     script = "\n".join(_read(name) for name in _SCRIPTS)
     style = _read("style.css")
     parts = {

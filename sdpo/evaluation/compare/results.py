@@ -37,7 +37,8 @@ class Model:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Holds A against B: `results[metric]` over all pairs, `categories[metric][category]` over some."""
+    """Holds A against B: `results[metric]` over all pairs, `categories[metric][category]` over a
+    category's."""
 
     a: Model
     b: Model

@@ -78,8 +78,11 @@ def compare(a: np.ndarray, b: np.ndarray, ties: str = "half", seed: int = 0) -> 
 
 
 def outcomes(difference: np.ndarray, ties: str) -> np.ndarray:
-    """Tell what each pair adds to the win count of the side that is better where `difference` > 0: 1,
-    0, or for a tie 1/2 ("half") or 0 ("loss"); of the same shape."""
+    """Count what each pair adds to the wins of the side that is better where `difference` > 0.
+
+    Returns:
+        Of the same shape: 1, 0, or for a tie 1/2 ("half") or 0 ("loss").
+    """
     tied = 0.5 if ties == "half" else 0.0
     return np.where(difference == 0, tied, (difference > 0).astype(np.float64))
 
@@ -104,35 +107,18 @@ def bootstrap_means(values: np.ndarray, seed: int, resamples: int = RESAMPLES) -
 def t_interval(values: np.ndarray) -> tuple[float, float] | None:
     """Bound the mean of a few independent values, (n,), by a 95% interval of Student's t with n - 1
     degrees of freedom; None for fewer than two."""
+    from scipy import stats
+
     n = len(values)
     if n < 2:
         return None
-    half = t_quantile(n - 1) * float(np.std(values, ddof=1)) / n**0.5
-    mean = float(np.mean(values))
-    return mean - half, mean + half
-
-
-def t_quantile(degrees: int) -> float:
-    """The t that |T| exceeds with probability 1 - `CONFIDENCE`.
-
-    With T = sqrt(degrees) tan(a) the density of the angle a is proportional to
-    cos(a)^(degrees - 1), which is summed by the trapezoidal rule.
-    """
-    angles = np.linspace(0.0, np.pi / 2, 200_001)
-    density = np.cos(angles) ** (degrees - 1)
-    below = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
-    angle = np.interp(CONFIDENCE, below / below[-1], angles)
-    return float(degrees**0.5 * np.tan(angle))
+    half = stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * np.std(values, ddof=1) / n**0.5
+    mean = np.mean(values)
+    return float(mean - half), float(mean + half)
 
 
 def sign_test(wins: int, losses: int) -> float:
-    """Two-sided p of as one-sided a split, or more, of wins + losses fair coin flips.
+    """Compute the two-sided p of a split as one-sided, or more, of wins + losses fair coins."""
+    from scipy import stats
 
-    p = min(1, 2 sum_{i <= min(wins, losses)} C(n, i) / 2^n), in integers until the last division.
-    """
-    n = wins + losses
-    term = tail = 1
-    for i in range(min(wins, losses)):
-        term = term * (n - i) // (i + 1)
-        tail += term
-    return min(1.0, 2 * tail / 2**n)
+    return float(stats.binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0

@@ -52,7 +52,7 @@ class Protocol(ABC):
         self.family, self.frozen, self.sampling, self.device = family, frozen, sampling, device
         self.scheduler: Any = None
         self.vae: Any = frozen.vae
-        self.unet = unet.to(device, sampling.dtype).eval()
+        self.unet: Any = unet.to(device, sampling.dtype).eval()
         frozen.to(device, sampling.dtype, self.vae_dtype())
         self.prepare(source)
 

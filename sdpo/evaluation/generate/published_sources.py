@@ -61,8 +61,8 @@ def on_the_network(name: str, cache_dir: str | None) -> list[Candidate]:
 
 
 def on_disk(name: str, source: Path) -> list[Candidate]:
-    """List what can make a suite of the files anywhere under `source`: its public source files, then
-    lists NAME.json that somebody built or published."""
+    """List what can make a suite among the files anywhere under `source`: its public source files,
+    then lists NAME.json that somebody built or published."""
     found = []
     if name == "papv2":
         splits = sorted(source.rglob(PAPV2_FILES))

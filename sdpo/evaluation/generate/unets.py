@@ -62,7 +62,7 @@ def _inside(path: Path) -> Path:
 
 
 def locate_unet(name: str, cache_dir: str | None) -> str | None:
-    """Find what a value of `--unet` names, as `ModelSource.unet_init` takes it; downloads a hub file.
+    """Find what a value of `--unet` names, for `ModelSource.unet_init`; downloads a hub file.
 
     Raises:
         UserError: see `check_unet`; or the hub cannot be reached and the file is not cached.
