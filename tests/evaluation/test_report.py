@@ -20,7 +20,7 @@ from scored import make_model
 
 from sdpo.common.errors import UserError
 from sdpo.evaluation.compare.report import render, write_report
-from sdpo.evaluation.compare.results import Model, compare_models
+from sdpo.evaluation.compare.results import Model, Study, compare_models
 from sdpo.evaluation.generate.manifest import read_manifest
 from sdpo.evaluation.score.table import read_scores
 
@@ -41,7 +41,8 @@ def write_page(folder: Path, models: list[Model], **options: Any) -> Path:
         compare_models(a, b, METRICS, "prompt", "half", 0) for a, b in combinations(models, 2)
     ]
     folder.mkdir(exist_ok=True)
-    write_report(folder / "report.html", models, comparisons, METRICS, ["<b>note</b>"], **options)
+    study = Study(models, METRICS, comparisons, ["<b>note</b>"])
+    write_report(folder / "report.html", study, **options)
     return folder / "report.html"
 
 

@@ -79,15 +79,14 @@ def _read_manifests(config: CompareConfig) -> dict[str, Manifest]:
     if config.json:
         if config.json_a or config.json_b or config.label_a or config.label_b:
             raise UserError("give either --json or --json_a and --json_b with their labels")
-        labels, paths, flags = [], [], ["--json"] * len(config.json)
-        for text in config.json:
-            label, equals, path = text.partition("=")
-            if not (label.strip() and equals and path):
+        split = [text.partition("=") for text in config.json]
+        for text, (label, _, path) in zip(config.json, split, strict=True):
+            if not (label.strip() and path):
                 raise UserError(f"--json must be NAME=PATH, got {text!r}")
-            labels.append(label.strip())
-            paths.append(path)
-        if len(paths) < 2:
+        if len(split) < 2:
             raise UserError("--json needs at least two models to compare")
+        labels, paths = [label.strip() for label, _, _ in split], [path for _, _, path in split]
+        flags = ["--json"] * len(paths)
     elif config.json_a and config.json_b:
         labels, paths = [config.label_a, config.label_b], [config.json_a, config.json_b]
         flags = ["--json_a", "--json_b"]

@@ -22,7 +22,7 @@ from PIL import Image
 
 from sdpo.common.errors import UserError
 from sdpo.common.files import write_text
-from sdpo.evaluation.compare.results import Comparison, Model, matrix, result_fields
+from sdpo.evaluation.compare.results import Comparison, Model, Study, result_fields
 from sdpo.evaluation.compare.statistics import RESAMPLES
 
 THUMBNAIL_SIDE = 512
@@ -31,16 +31,8 @@ _PAGE = Path(__file__).resolve().parent / "page"
 _SCRIPTS = ("tables.js", "charts.js", "pairs.js")
 
 
-def write_report(
-    path: Path,
-    models: list[Model],
-    comparisons: list[Comparison],
-    metrics: list[str],
-    noted: list[str],
-    *,
-    inline_images: bool = False,
-) -> None:
-    """Write the page for two or more models.
+def write_report(path: Path, study: Study, *, inline_images: bool = False) -> None:
+    """Write the page of a comparison of two or more models.
 
     Images are referred to by their path relative to the page, so that page and images can be moved
     together; with `inline_images` the page holds thumbnails of at most 512 px instead.
@@ -48,9 +40,10 @@ def write_report(
     Raises:
         UserError: an image to be inlined cannot be decoded.
     """
+    models, metrics = study.models, study.metrics
     shown: list[set[int]] = [set() for _ in models]
     number = {model.label: i for i, model in enumerate(models)}
-    for c in comparisons:
+    for c in study.comparisons:
         shown[number[c.a.label]].update(c.alignment.rows_a)
         shown[number[c.b.label]].update(c.alignment.rows_b)
     data = {
@@ -64,12 +57,12 @@ def write_report(
             }
             for model, rows in zip(models, shown, strict=True)
         ],
-        "comparisons": [_comparison(c, number) for c in comparisons],
-        "matrices": [matrix(models, comparisons, name) for name in metrics],
-        "ties": comparisons[0].ties,
-        "align": comparisons[0].by,
+        "comparisons": [_comparison(c, number) for c in study.comparisons],
+        "matrices": [study.matrix(name) for name in metrics],
+        "ties": study.comparisons[0].ties,
+        "align": study.comparisons[0].by,
         "resamples": RESAMPLES,
-        "notes": noted,
+        "notes": study.notes,
     }
     write_text(path, render(" vs ".join(number), data))
 

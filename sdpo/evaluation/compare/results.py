@@ -219,27 +219,31 @@ def summary(comparison: Comparison, noted: list[str]) -> dict[str, Any]:
     }
 
 
-def matrix(models: list[Model], comparisons: list[Comparison], metric: str) -> dict[str, Any]:
-    """Make the content of `matrix_<metric>.json`: row i, column j is model i over model j; None on
-    the diagonal."""
-    number = {model.label: i for i, model in enumerate(models)}
-    names = ("win_rate", "ci95_low", "ci95_high", "wins", "ties", "total_pairs", "sign_test_p")
-    cells: dict[str, list[list[Any]]] = {
-        name: [[None] * len(models) for _ in models] for name in names
-    }
-    for c in comparisons:
-        r, i, j = c.results[metric], number[c.a.label], number[c.b.label]
-        for row, column, rate, interval, wins in (
-            (i, j, r.win_rate_a, r.win_rate_a_interval, r.wins_a),
-            (j, i, r.win_rate_b, r.win_rate_b_interval, r.wins_b),
-        ):
-            values = (rate, *interval, wins, r.ties, r.total_pairs, r.sign_test_p)
-            for name, value in zip(names, values, strict=True):
-                cells[name][row][column] = value
-    return {
-        "metric": models[0].title(metric),
-        "name": metric,
-        "models": list(number),
-        "ties": comparisons[0].ties,
-        **cells,
-    }
+@dataclass(frozen=True)
+class Study:
+    """Holds two or more models, every two of them compared, and what a reader must know first."""
+
+    models: list[Model]
+    metrics: list[str]
+    comparisons: list[Comparison]
+    notes: list[str]
+
+    def matrix(self, metric: str) -> dict[str, Any]:
+        """Make the content of `matrix_<metric>.json`: row i, column j is model i over model j; None
+        on the diagonal."""
+        number = {model.label: i for i, model in enumerate(self.models)}
+        names = ("win_rate", "ci95_low", "ci95_high", "wins", "ties", "total_pairs", "sign_test_p")
+        cells: dict[str, list[list[Any]]] = {
+            name: [[None] * len(number) for _ in number] for name in names
+        }
+        for c in self.comparisons:
+            r, i, j = c.results[metric], number[c.a.label], number[c.b.label]
+            for row, column, rate, interval, wins in (
+                (i, j, r.win_rate_a, r.win_rate_a_interval, r.wins_a),
+                (j, i, r.win_rate_b, r.win_rate_b_interval, r.wins_b),
+            ):
+                values = (rate, *interval, wins, r.ties, r.total_pairs, r.sign_test_p)
+                for name, value in zip(names, values, strict=True):
+                    cells[name][row][column] = value
+        about = {"metric": self.models[0].title(metric), "name": metric, "models": list(number)}
+        return {**about, "ties": self.comparisons[0].ties, **cells}

@@ -22,8 +22,8 @@ from sdpo.evaluation.compare.report import write_report
 from sdpo.evaluation.compare.results import (
     Comparison,
     Model,
+    Study,
     compare_models,
-    matrix,
     notes,
     pair_file,
     summary,
@@ -93,30 +93,24 @@ def write_two(comparison: Comparison, noted: list[str], directory: Path) -> dict
     return value
 
 
-def write_many(
-    models: list[Model],
-    comparisons: list[Comparison],
-    metrics: list[str],
-    noted: list[str],
-    config: CompareConfig,
-) -> None:
+def write_many(study: Study, config: CompareConfig) -> None:
     """Write a folder for each two of the models, the matrices, and a summary.json of all."""
     folders: dict[str, Comparison] = {}
-    for number, c in enumerate(comparisons):
+    for number, c in enumerate(study.comparisons):
         name = folder_name(f"{c.a.label}_vs_{c.b.label}")
         folders[name if name not in folders else f"{name}_{number}"] = c
-    pairs = {k: write_two(c, noted, config.outdir / k) for k, c in folders.items()}
-    matrices = [matrix(models, comparisons, metric) for metric in metrics]
+    pairs = {k: write_two(c, study.notes, config.outdir / k) for k, c in folders.items()}
+    matrices = [study.matrix(metric) for metric in study.metrics]
     for value in matrices:
         write_json(config.outdir / f"matrix_{value['name']}.json", value)
     whole = {
-        "models": {m.label: str(m.table.manifest.path) for m in models},
+        "models": {m.label: str(m.table.manifest.path) for m in study.models},
         "align": config.align,
         "ties": config.ties,
         "seed": config.seed,
         "matrices": matrices,
         "pairs": pairs,
-        "notes": noted,
+        "notes": study.notes,
     }
     write_json(config.outdir / "summary.json", whole)
 
@@ -125,27 +119,27 @@ def main() -> int:
     """Score what is missing, compare, write everything and print a table; returns the exit code."""
     config, manifests = parse_args(sys.argv[1:], __doc__)
     models, metrics = load_models(config, manifests)
-    noted = notes(models, metrics)
     comparisons = [
         compare_models(a, b, metrics, config.align, config.ties, config.seed)
         for a, b in combinations(models, 2)
     ]
+    study = Study(models, metrics, comparisons, notes(models, metrics))
     if len(models) == 2:
-        write_two(comparisons[0], noted, config.outdir)
+        write_two(comparisons[0], study.notes, config.outdir)
         print(f"{headline(comparisons[0])}\n")
         print_grid(metric_grid(comparisons[0]))
     else:
-        write_many(models, comparisons, metrics, noted, config)
+        write_many(study, config)
         for metric in metrics:
-            print_grid(matrix_grid(models, comparisons, metric))
+            print_grid(matrix_grid(study, metric))
             print()
     for line in [line for c in comparisons for line in footnotes(c)]:
         print(f"\n{line}")
     write_text(config.outdir / "summary.csv", summary_csv(comparisons))
-    write_text(config.outdir / "summary.md", summary_markdown(models, comparisons, metrics, noted))
+    write_text(config.outdir / "summary.md", summary_markdown(study))
     page = config.outdir / "report.html"
-    write_report(page, models, comparisons, metrics, noted, inline_images=config.inline_images)
-    for note in noted:
+    write_report(page, study, inline_images=config.inline_images)
+    for note in study.notes:
         print(f"compare.py: note: {note}", file=sys.stderr)
     print(f"\nwrote {page}, summary.json, summary.csv and summary.md")
     return 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sdpo.evaluation.compare.results import Comparison, Model, matrix, result_fields
+from sdpo.evaluation.compare.results import Comparison, Study, result_fields
 from sdpo.evaluation.compare.statistics import Result
 from sdpo.evaluation.score.summary import as_csv, markdown
 
@@ -97,9 +97,9 @@ def category_grid(comparison: Comparison) -> list[list[str]]:
     return rows if names else []
 
 
-def matrix_grid(models: list[Model], comparisons: list[Comparison], metric: str) -> list[list[str]]:
+def matrix_grid(study: Study, metric: str) -> list[list[str]]:
     """Lay win rates out, of the row's model over the column's."""
-    values = matrix(models, comparisons, metric)
+    values = study.matrix(metric)
     rows = [
         [label, *("-" if rate is None else _percent(rate) for rate in rates)]
         for label, rates in zip(values["models"], values["win_rate"], strict=True)
@@ -107,16 +107,15 @@ def matrix_grid(models: list[Model], comparisons: list[Comparison], metric: str)
     return [[f"{values['metric']}: row over column", *values["models"]], *rows]
 
 
-def summary_markdown(
-    models: list[Model], comparisons: list[Comparison], metrics: list[str], noted: list[str]
-) -> str:
+def summary_markdown(study: Study) -> str:
     """Write the text of `summary.md`."""
-    parts = [f"# {' vs '.join(model.label for model in models)}\n"]
-    parts += [f"Note: {note}\n" for note in noted]
-    if len(models) > 2:
-        parts += [_table(matrix_grid(models, comparisons, metric)) for metric in metrics]
-    for comparison in comparisons:
-        if len(models) > 2:
+    several = len(study.models) > 2
+    parts = [f"# {' vs '.join(model.label for model in study.models)}\n"]
+    parts += [f"Note: {note}\n" for note in study.notes]
+    if several:
+        parts += [_table(matrix_grid(study, metric)) for metric in study.metrics]
+    for comparison in study.comparisons:
+        if several:
             parts.append(f"## {comparison.a.label} vs {comparison.b.label}\n")
         parts += [f"{headline(comparison)}\n", _table(metric_grid(comparison))]
         parts += [f"{line}\n" for line in footnotes(comparison)]

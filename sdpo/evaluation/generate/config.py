@@ -8,14 +8,14 @@ from pathlib import Path
 from sdpo.common.errors import UserError
 from sdpo.common.files import check_directory
 from sdpo.common.flags import FINITE, at_least, flag, multiple_of
+from sdpo.config import ModelConfig
 from sdpo.config.families import FAMILIES
 from sdpo.evaluation.generate.suites import BUILT_SUITES, KNOWN_SUITES, read_suite
 from sdpo.evaluation.generate.unets import BASE, check_unet, label_of
-from sdpo.models.locations import check_component_dir, check_family, read_config
+from sdpo.models.locations import check_model_location
 
 PROTOCOL_NAMES = ("paper", "diffusers")
 DTYPE_NAMES = ("bf16", "fp16", "fp32")
-_MODEL, _VAE = "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"
 
 
 @dataclass(frozen=True)
@@ -110,19 +110,15 @@ def fill_in(config: GenerationConfig) -> GenerationConfig:
         pretrained_vae_model_name_or_path=None if vae == "base" else vae or family.vae,
         outdir=config.outdir or Path("output/eval") / label,
     )
-    _check_models(filled)
+    check_model_location(
+        ModelConfig(
+            pretrained_model_name_or_path=filled.pretrained_model_name_or_path,
+            pretrained_vae_model_name_or_path=filled.pretrained_vae_model_name_or_path,
+            sdxl=filled.sdxl,
+        )
+    )
     check_directory(filled.outdir, "--outdir")
     return filled
-
-
-def _check_models(config: GenerationConfig) -> None:
-    base, vae = config.pretrained_model_name_or_path, config.pretrained_vae_model_name_or_path
-    check_component_dir(base, f"--{_MODEL}", "unet/config.json")
-    about = Path(base) / "unet/config.json"
-    if about.is_file():
-        check_family(read_config(about), config.sdxl, base)
-    if vae:
-        check_component_dir(vae, f"--{_VAE}", "config.json")
 
 
 def check_suites(config: GenerationConfig) -> None:

@@ -98,14 +98,11 @@ def label_of(name: str) -> str:
         parts.pop()
     if len(parts) > 1 and parts[-1] in ("unet", "pipeline", "pipeline_ema"):
         parts.pop()
-    parts[-1] = parts[-1].removesuffix(Path(parts[-1]).suffix) if _is_file(parts[-1]) else parts[-1]
+    suffix = Path(parts[-1]).suffix
+    parts[-1] = parts[-1].removesuffix(suffix if suffix in WEIGHT_SUFFIXES else "")
     wanted = 2 if match or parts[-1].startswith("checkpoint-") else 1
     label = "_".join(parts[-wanted:]) + ("_ema" if averaged else "")
     return re.sub(r"[^\w.-]+", "_", label)
-
-
-def _is_file(name: str) -> bool:
-    return Path(name).suffix in WEIGHT_SUFFIXES
 
 
 def digest_of(unet: nn.Module) -> str:

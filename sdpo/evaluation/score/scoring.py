@@ -81,8 +81,12 @@ def score_manifests(
     tables = [read_scores(manifest) for manifest in manifests]
     accelerator.wait_for_everyone()  # nobody may read what another has already begun to write
     for table in tables:
-        for name in scorers:
-            _drop_if_stale(table, name, identities[name], options)
+        for name in table.about.keys() & identities.keys():
+            made = table.about[name]
+            # By other weights, or in a precision that is not the one asked for.
+            precise = options.how.mixed_precision in ("auto", made.get("precision"))
+            if made.get("weights") != identities[name] or not precise:
+                table.drop(name)
     missing = {
         name: {_Item(t, int(r)) for t, table in enumerate(tables) for r in table.missing(name)}
         for name in scorers
@@ -93,28 +97,16 @@ def score_manifests(
     needed = {name: cls.view for name, cls in classes.items() if missing[name]}
     views = decode(tables, mine, set(needed.values()), options.workers, accelerator)
     for name, view in needed.items():
-        work = [[i for i in share if i in missing[name]] for share in shares]
-        places = [place for place, item in enumerate(mine) if item in missing[name]]
+        todo = [(i, v) for i, v in zip(mine, views[view], strict=True) if i in missing[name]]
+        counts = [sum(item in missing[name] for item in share) for share in shares]
         scorer = classes[name](weights[name], device)
         about = {"label": scorer.label, "weights": identities[name]}
         checked = CheckedPrecision(name, scorer, options.how.mixed_precision, device)
-        run = _Run(name, checked, about, views[view], tables, options, accelerator)
-        run.score(work, places)
+        run = _Run(name, checked, about, tables, options.how.batch_size, accelerator)
+        run.score(todo, counts)
         del scorer, checked, run
         clear_device_cache(garbage_collection=True)
     return tables
-
-
-def _drop_if_stale(
-    table: ScoreTable, name: str, identity: dict[str, Any], options: ScoreOptions
-) -> None:
-    """Forget scores made by other weights, or in a precision that is not the one asked for."""
-    about = table.about.get(name)
-    if about is None:
-        return
-    precise = options.how.mixed_precision in ("auto", about.get("precision"))
-    if about.get("weights") != identity or not precise:
-        table.drop(name)
 
 
 def decode(
@@ -173,37 +165,32 @@ class _Run:
     name: str
     scorer: CheckedPrecision
     about: dict[str, Any]
-    views: np.ndarray
     tables: list[ScoreTable]
-    options: ScoreOptions
+    batch_size: int
     accelerator: Accelerator
 
-    def score(self, work: list[list[_Item]], places: list[int]) -> None:
-        """Score this process's items, `places` in `views`; `work` is every process's share."""
+    def score(self, todo: list[tuple[_Item, np.ndarray]], counts: list[int]) -> None:
+        """Score this process's items by their views; `counts` are every process's numbers of them,
+        since all save together."""
         from accelerate.utils import gather_object
         from tqdm.auto import tqdm
 
-        mine = work[self.accelerator.process_index]
-        a_round = self.options.how.batch_size * BATCHES_A_SAVE
-        rounds = math.ceil(max(map(len, work)) / a_round)
+        a_round = self.batch_size * BATCHES_A_SAVE
         with tqdm(
-            total=sum(map(len, work)),
+            total=sum(counts),
             desc=self.about["label"],
             unit="image",
             disable=not self.accelerator.is_main_process,
         ) as bar:
-            for number in range(rounds):
-                part = slice(number * a_round, (number + 1) * a_round)
-                self._enter(gather_object(self._some(mine[part], places[part], bar)))
+            for first in range(0, max(counts), a_round):
+                self._enter(gather_object(self._some(todo[first : first + a_round], bar)))
 
-    def _some(self, items: list[_Item], places: list[int], bar: Any) -> list[tuple[_Item, float]]:
+    def _some(self, todo: list[tuple[_Item, np.ndarray]], bar: Any) -> list[tuple[_Item, float]]:
         scored: list[tuple[_Item, float]] = []
-        for first in range(0, len(items), self.options.how.batch_size):
-            batch = items[first : first + self.options.how.batch_size]
-            chosen = places[first : first + self.options.how.batch_size]
-            views = torch.from_numpy(np.stack([self.views[p] for p in chosen]))
+        for first in range(0, len(todo), self.batch_size):
+            batch, views = zip(*todo[first : first + self.batch_size], strict=True)
             prompts = [self.tables[i.table].manifest.prompts[i.row] for i in batch]
-            values = self.scorer(views, prompts)
+            values = self.scorer(torch.from_numpy(np.stack(views)), prompts)
             for item, value in zip(batch, values.tolist(), strict=True):
                 if not math.isfinite(value):
                     manifest = self.tables[item.table].manifest

@@ -43,10 +43,12 @@ class Scorer(BaseScorer):
         Raises:
             UserError: they are not to be had, or are not what they should be.
         """
+        from open_clip import get_model_config
+
         path = weights.file("model")
         beside = path.with_name(CONFIG_FILE)
         given = "model" in weights.overrides and beside.is_file()
-        config = _read_config(beside, weights.flag()) if given else _published_config()
+        config = _read_config(beside, weights.flag()) if given else get_model_config(ARCHITECTURE)
         held = read_tensors(path, weights.flag())
         where = f"{weights.flag()}={path}"
         state = self.state_of(held, where)
@@ -98,12 +100,6 @@ def build_clip(config: dict[str, Any], state: dict[str, Tensor], where: str) -> 
         # A constant that is not among the weights: tokens attend to themselves and those before.
         model.attn_mask = torch.full(model.attn_mask.shape, float("-inf")).triu(1)
     return model
-
-
-def _published_config() -> dict[str, Any]:
-    from open_clip import get_model_config
-
-    return get_model_config(ARCHITECTURE)
 
 
 def _read_config(path: Path, flag: str) -> dict[str, Any]:

@@ -1,0 +1,75 @@
+"""The evaluation programs' settings: what depends on other flags, and names shared by two flags."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sdpo.common.errors import UserError
+from sdpo.config import SourceConfig
+from sdpo.evaluation import evaluate
+from sdpo.evaluation.generate import run as generate
+from sdpo.evaluation.score import relabel
+from sdpo.evaluation.score import run as score_run
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ((), (7.5, 512, None, "base_sd15")),
+        (("--sdxl",), (7.5, 1024, "madebyollin/sdxl-vae-fp16-fix", "base_sdxl")),
+        (("--sdxl", "--protocol", "diffusers"), (5.0, 1024, "madebyollin/sdxl-vae-fp16-fix", None)),
+        (("--sdxl", "--pretrained_vae_model_name_or_path", "base"), (7.5, 1024, None, None)),
+        (("--cfg", "0", "--resolution", "64", "--outdir", "x"), (0.0, 64, None, None)),
+    ],
+)
+def test_generation_is_filled_in(flags, expected):
+    config = generate.parse_args(["--unet", "base", *flags])
+    found = (config.cfg, config.resolution, config.pretrained_vae_model_name_or_path)
+    assert found == expected[:3]
+    if expected[3]:
+        assert config.outdir == Path("output/eval") / expected[3]
+    elif "--outdir" in flags:
+        assert config.outdir == Path("x")
+
+
+def test_batch_sizes_of_images_and_scores():
+    flags = ["--unet", "base", "--batch_size", "3", "--score_batch_size", "5"]
+    config = evaluate.parse_args(flags)
+    assert (config.generation.batch_size, config.scoring.batch_size) == (3, 5)
+    assert score_run.parse_args(["a/m.json", "--batch_size", "7"]).scoring.batch_size == 7
+    with pytest.raises(UserError, match="the scorers' batch size must be at least 1, got 0"):
+        evaluate.parse_args([*flags, "--score_batch_size", "0"])
+
+
+def test_score_takes_manifests_and_writes_beside_the_first():
+    config = score_run.parse_args(["a/m.json", "b/m.json", "--weights", "clip=x/y"])
+    assert config.manifests == (Path("a/m.json"), Path("b/m.json"))
+    assert config.outdir == Path("a")
+    assert config.scoring.options(None).weights == {"clip": "x/y"}
+    with pytest.raises(UserError, match=re.escape("arguments are required: MANIFEST.json")):
+        score_run.parse_args([])
+
+
+def test_choice_model():
+    check = relabel.check_choice_model
+    assert check(SourceConfig()) == {}
+    data = SourceConfig(choice_model="clip", choice_weights=("clip=x/y",))
+    assert check(data) == {"clip": "x/y"}
+    known = r"argument --choice_model: invalid choice: 'mine' \(choose from 'aesthetics', 'clip', "
+    with pytest.raises(UserError, match=known):
+        check(SourceConfig(choice_model="mine"))
+    with pytest.raises(UserError, match="clip is not a part of oracle"):
+        check(SourceConfig(choice_model="oracle", choice_weights=("clip=x/y",)))
+
+
+def test_flags_need_no_torch(repo):
+    code = (
+        "import sys; import sdpo.evaluation.evaluate, sdpo.evaluation.score.relabel, "
+        "sdpo.evaluation.compare.run; sys.exit('torch' in sys.modules or 'scipy' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=repo).returncode == 0
