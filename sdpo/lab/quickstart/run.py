@@ -17,7 +17,7 @@ from pathlib import Path
 
 from sdpo.common.cli import Parser, at_least
 from sdpo.common.errors import UserError, run_main
-from sdpo.common.files import ROOT, check_directory, claim_directory, write_json
+from sdpo.common.files import ROOT, check_directory, claim_directory, program, write_json
 from sdpo.common.programs import run_step
 from sdpo.evaluation.heldout import read_heldout
 
@@ -127,7 +127,7 @@ def train(args: argparse.Namespace, variant: str, pairs: Path) -> None:
     """One train.py run; it resumes by itself and is over at once when it is done."""
     recipe = RECIPES[args.method]
     command = [
-        *(sys.executable, str(ROOT / "train.py")),
+        *program("train.py"),
         *("--pretrained_model_name_or_path", str(BASE)),
         *("--train_data_dir", str(pairs)),
         *("--cache_dir", str(args.out / "cache")),
@@ -148,14 +148,14 @@ def train(args: argparse.Namespace, variant: str, pairs: Path) -> None:
     ]
     if variant == "safeguard":
         command.append("--use_winner_preserving")
-    run(command, f"training ({variant})")
+    run_step(command, f"training ({variant})")
 
 
 def evaluate_heldout(directory: Path, pairs: Path, steps: int) -> None:
     """Errors of every checkpoint on held-out pairs, to heldout.jsonl, unless it is there."""
     if any(entry["step"] == steps for entry in read_heldout(directory)):
         return
-    run(
+    run_step(
         [
             *(sys.executable, "-m", "sdpo.evaluation.heldout", str(directory)),
             *("--train_data_dir", str(pairs)),
@@ -165,18 +165,13 @@ def evaluate_heldout(directory: Path, pairs: Path, steps: int) -> None:
     )
 
 
-def run(command: list[str], what: str) -> None:
-    """`run_step` from the project's root."""
-    run_step(command, what, cwd=ROOT)
-
-
 def generate(args: argparse.Namespace, model: str) -> Path:
     """The images of one model, by eval/generate.py; returns their manifest."""
     unet = "base" if model == "base" else str(args.out / model / "pipeline")
     outdir = args.out / "eval" / model
-    run(
+    run_step(
         [
-            *(sys.executable, str(ROOT / "eval" / "generate.py")),
+            *program("eval/generate.py"),
             *("--unet", unet),
             *("--pretrained_model_name_or_path", str(BASE)),
             *("--suites", "tinyworld"),
@@ -198,9 +193,10 @@ def generate(args: argparse.Namespace, model: str) -> Path:
 
 def score(manifests: dict[str, Path], outdir: Path) -> None:
     """The oracle's scores of all models' images, by eval/score.py."""
-    run(
+    run_step(
         [
-            *(sys.executable, str(ROOT / "eval" / "score.py"), *map(str, manifests.values())),
+            *program("eval/score.py"),
+            *map(str, manifests.values()),
             *("--scorers", "oracle", "--outdir", str(outdir)),
         ],
         "scoring",
@@ -213,9 +209,9 @@ def compare(manifests: dict[str, Path], outdir: Path) -> None:
 
     # The last two are what the page shows first.
     named = [f"{LABELS.get(name, name)}={manifests[name]}" for name in reversed(manifests)]
-    run(
+    run_step(
         [
-            *(sys.executable, str(ROOT / "eval" / "compare.py")),
+            *program("eval/compare.py"),
             *("--json", *named),
             *("--scorers", "oracle", "--outdir", str(outdir)),
         ],

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sdpo.common.cli import as_argv
-from sdpo.common.files import ROOT, write_json
+from sdpo.common.files import program, write_json
 from sdpo.evaluation import heldout
 from sdpo.evaluation.heldout import read_heldout
 from sdpo.lab.sweep.file import PlannedRun, Sweep
@@ -99,7 +99,7 @@ def _run_stages(sweep: Sweep, run: PlannedRun, out: Path) -> list[Stage]:
 
     def training() -> list[list[str]]:
         argv = as_argv({**run.flags, "output_dir": directory})
-        return [] if is_trained(directory) else [_program("train.py", *argv)]
+        return [] if is_trained(directory) else [[*program("train.py"), *argv]]
 
     stages = [Stage("training", training)]
     if sweep.heldout is not None:
@@ -140,9 +140,5 @@ def _image_commands(
             flags = {**sweep.images, "outdir": directory}
             if unet is not None:
                 flags["unet"] = unet
-            commands.append(_program("eval/evaluate.py", *as_argv(flags)))
+            commands.append([*program("eval/evaluate.py"), *as_argv(flags)])
     return commands
-
-
-def _program(name: str, *argv: str) -> list[str]:
-    return [sys.executable, str(ROOT / name), *argv]
