@@ -1,9 +1,8 @@
-"""What the benchmarks share: statistics, tables, the description of a machine, the JSON they leave,
-and worker processes that take turns."""
+"""What the benchmarks share: turns, statistics, tables, the description of a machine, the JSON they
+leave, and worker processes."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
@@ -11,13 +10,17 @@ import shlex
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from sdpo.common.cli import Parser
+import numpy as np
+from PIL import Image
+
 from sdpo.common.errors import UserError
 from sdpo.common.files import write_json
 from sdpo.evaluation.score.summary import print_grid
@@ -26,22 +29,66 @@ ROOT = Path(__file__).resolve().parents[2]
 TINY_MODEL = ROOT / "assets" / "tiny-sd15"
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "datasets", "peft")
 
+Name = TypeVar("Name")
+Value = TypeVar("Value")
 
-def parser(name: str, doc: str | None) -> argparse.ArgumentParser:
-    """A benchmark's parser, with --out."""
-    found = Parser(name, doc)
-    found.add_argument(
-        "--out",
-        type=Path,
-        default=Path(f"output/bench/{name.removesuffix('.py')}.json"),
-        metavar="FILE.json",
-        help=f"default: output/bench/{name.removesuffix('.py')}.json",
-    )
+
+def run_flags(work: Path, name: str, **more: Any) -> dict[str, Any]:
+    """Name the flags of an endless run of train.py in work/`name`, on the pairs in work/pairs and,
+    unless `more` names another, of the tiny model of assets/."""
+    never = 10**6
+    return {
+        "pretrained_model_name_or_path": TINY_MODEL,
+        "train_data_dir": work / "pairs",
+        "cache_dir": work / "datasets",
+        "output_dir": work / name,
+        "max_train_steps": never,
+        "checkpointing_steps": never,
+        "validation_steps": never,
+        "learning_rate": 1e-8,
+        "lr_warmup_steps": 0,
+        "report_to": "none",
+        **more,
+    }
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """Give a directory that is deleted afterwards."""
+    prefix = "sdpo-bench-"
+    with tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True) as work:
+        yield Path(work)
+
+
+def grainy(scene: Image.Image, side: int, rng: np.random.Generator) -> Image.Image:
+    """Enlarge a drawn scene to `side` pixels square and give it a photograph's grain (deviation 6
+    of 255), so that a compressor has something to do."""
+    pixels = np.asarray(scene.resize((side, side), Image.Resampling.BICUBIC), dtype=float)
+    noisy = np.clip(pixels + rng.normal(0, 6.0, pixels.shape), 0, 255)
+    return Image.fromarray(noisy.astype(np.uint8))
+
+
+def take_turns(tasks: Mapping[Name, Callable[[], Value]], turns: int) -> dict[Name, list[Value]]:
+    """Call every task once in each turn, the order reversed from turn to turn, so that a drift of
+    the machine favours none; returns their answers in the order of the turns."""
+    found: dict[Name, list[Value]] = {name: [] for name in tasks}
+    for turn in range(turns):
+        for name in reversed(found) if turn % 2 else found:
+            found[name].append(tasks[name]())
     return found
 
 
+def seconds_of(task: Callable[[], Any], wait: Callable[[], Any] = lambda: None) -> float:
+    """Time one call, seconds; `wait` waits until the device has done what it was told."""
+    wait()
+    began = time.perf_counter()
+    task()
+    wait()
+    return time.perf_counter() - began
+
+
 def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Median, quartiles, least and largest of a sample, and its size."""
+    """Give median, quartiles, least and largest of a sample, and its size."""
     ordered = sorted(values)
     quartiles = statistics.quantiles(ordered, n=4, method="inclusive") if len(ordered) > 1 else None
     return {
@@ -55,17 +102,22 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
 
 
 def ratios(values: Sequence[float], baseline: Sequence[float]) -> dict[str, Any]:
-    """The spread of turn-by-turn quotients: what drifts within a run cancels in each of them."""
+    """Give the spread of turn-by-turn quotients: what drifts within a run cancels in each."""
     return spread([a / b for a, b in zip(values, baseline, strict=True)])
 
 
-def print_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Columns aligned: the first to the left, the others to the right."""
+def quartiles(of: Mapping[str, Any], form: str) -> str:
+    """Write a spread's quartiles as "a-b"."""
+    return f"{of['quartile_1']:{form}}-{of['quartile_3']:{form}}"
+
+
+def print_table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Print aligned columns: the first to the left, the others to the right."""
     print_grid([[str(cell) for cell in row] for row in (head, *rows)])
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores, memory in GiB and GPUs; nothing that names the machine."""
+    """Describe processor, cores, memory in GiB and GPUs; nothing that names the machine."""
     import torch
 
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
@@ -91,7 +143,7 @@ def _processor() -> str:
 
 
 def write_result(out: Path, program: str, results: dict[str, Any]) -> None:
-    """`results` as JSON, with the machine, the command, the date and the versions."""
+    """Write `results` as JSON, with the machine, the command, the date and the versions."""
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -111,12 +163,13 @@ def write_result(out: Path, program: str, results: dict[str, Any]) -> None:
 
 
 class Worker:
-    """A process that does one thing each time it is told to, and answers with a line of JSON."""
+    """A process that does one thing each time it is told to, and answers with a line of JSON.
+
+    Every method raises a UserError with the last line of its standard error where it has ended.
+    """
 
     def __init__(self, name: str, argv: Sequence[Any], environment: dict[str, str] | None = None):
-        """Start `python argv...`; its standard error goes to a file that `fail` quotes."""
-        import tempfile
-
+        """Start `python argv...`."""
         self.name = name
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._process = subprocess.Popen(
@@ -128,50 +181,49 @@ class Worker:
             stderr=self._errors,
             text=True,
         )
+        assert self._process.stdin and self._process.stdout
+        self._input, self._output = self._process.stdin, self._process.stdout
 
     def ready(self) -> None:
         """Wait until it has built what it needs."""
-        self._answer()
+        self.finish_turn()
 
     def turn(self) -> dict[str, Any]:
         """Have it do its thing once; returns its answer."""
         self.start_turn()
-        return self._answer()
+        return self.finish_turn()
 
     def start_turn(self) -> None:
-        """As `turn`, without waiting: workers that depend on each other are all started first."""
-        assert self._process.stdin is not None
+        """Tell it to begin: workers that depend on each other are all told before one is waited
+        for."""
         try:
-            self._process.stdin.write("\n")
-            self._process.stdin.flush()
+            self._input.write("\n")
+            self._input.flush()
         except BrokenPipeError:
-            self._fail()
+            raise self._failure() from None
 
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
+    def finish_turn(self) -> dict[str, Any]:
+        """Wait for its answer."""
+        for line in self._output:
             if line.startswith("{"):
-                return json.loads(line)
-        return self._fail()
+                found: dict[str, Any] = json.loads(line)
+                return found
+        raise self._failure()
 
-    finish_turn = _answer
-
-    def _fail(self) -> Any:
+    def _failure(self) -> UserError:
         code = self._process.wait()
         self._errors.seek(0)
         lines = self._errors.read().strip().splitlines() or ["no message"]
-        raise UserError(f"{self.name} ended with exit code {code}: {lines[-1]}")
+        return UserError(f"{self.name} ended with exit code {code}: {lines[-1]}")
 
     def close(self) -> None:
         """End it."""
-        assert self._process.stdin is not None and self._process.stdout is not None
         self._process.kill()
         self._process.wait()
-        self._process.stdin.close()
-        self._process.stdout.close()
-        self._errors.close()
+        for file in (self._input, self._output, self._errors):
+            file.close()
 
 
 def answer(value: dict[str, Any]) -> None:
-    """A worker's side of `Worker`: one line of JSON."""
+    """Answer a `Worker`'s turn: print one line of JSON."""
     print(json.dumps(value), flush=True)

@@ -21,12 +21,24 @@ Bytes are what a GPU holds (scripts/bench/memory.py), what is read from disk and
 
 from __future__ import annotations
 
-import argparse
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-from scripts.bench.common import parser, print_table, write_result
-from sdpo.common.errors import UserError, run_main
+from scripts.bench import common
+from scripts.bench.memory import GIB, bytes_by_part
+from scripts.bench.true_size import (
+    PARAMETERS,
+    RESOLUTION,
+    TOKENS,
+    build_frozen,
+    build_unet,
+    call_on_meta,
+)
+from sdpo.common.errors import run_main
+from sdpo.common.flags import Check, flag, parse
 
 GPUS = 8
 # Dense bf16 FLOP/s as the vendor gives them.
@@ -35,19 +47,31 @@ STEPS, PAIRS_PER_PROCESS, ACCUMULATION = 2000, 8, 32
 PAIRS = STEPS * PAIRS_PER_PROCESS * ACCUMULATION * GPUS
 # Pick-a-Pic v2: rows with images and their size on disk.
 ROWS, DATASET_BYTES = 959_000, 335e9
-RESOLUTION = {"sd15": 512, "sdxl": 1024}
-TOKENS = 77
 TEXT_WIDTH = {"sd15": 768, "sdxl": 2048 + 1280 / TOKENS}  # per token; SDXL's pooled output once
-RECIPES = [
-    (f"{family} {method}", family)
-    for family in ("sd15", "sdxl")
-    for method in ("diffusion-dpo", "dspo", "dmpo")
-]
+METHODS = ("diffusion-dpo", "dspo", "dmpo")
+RECIPES = {f"{family} {method}": family for family in RESOLUTION for method in METHODS}
+# Name, with a cache, with LoRA.
+WAYS = (
+    ("plain", False, False),
+    ("cache", True, False),
+    ("LoRA", False, True),
+    ("cache, LoRA", True, True),
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """The program's flags."""
+
+    utilisation: float = flag(
+        0.4, "of the peak", check=Check("be above 0 and at most 1", lambda v: 0 < v <= 1)
+    )
+    out: Path = flag(Path("output/bench/cost_model.json"), "the figures", record=False)
 
 
 @dataclass(frozen=True)
 class Flops:
-    """Of one forward pass: one UNet sample, one image encoded, one caption encoded."""
+    """FLOPs of one forward pass: one UNet sample, one image encoded, one caption encoded."""
 
     unet: float
     vae: float
@@ -58,89 +82,64 @@ def count(family: str) -> Flops:
     """Count a family's forward passes at its training resolution."""
     import torch
 
-    from scripts.bench.true_pipeline import build_second_encoder
-    from scripts.bench.true_size import build_sd15_frozen, build_unet
-
+    side = RESOLUTION[family]
     with torch.device("meta"):
-        unet = build_unet(family)
-        side = RESOLUTION[family] // 8
-        inputs: dict[str, Any] = {
-            "sample": torch.empty(1, 4, side, side),
-            "timestep": torch.zeros(1, dtype=torch.long),
-            "encoder_hidden_states": torch.empty(1, TOKENS, unet.config.cross_attention_dim),
-        }
-        if family == "sdxl":
-            added = {"text_embeds": torch.empty(1, 1280), "time_ids": torch.empty(1, 6)}
-            inputs["added_cond_kwargs"] = added
-        frozen = build_sd15_frozen(with_tokenizer=False)
-        encoders = frozen.text_encoders + ([build_second_encoder()] if family == "sdxl" else [])
-        pixels = torch.empty(1, 3, RESOLUTION[family], RESOLUTION[family])
+        unet, frozen = build_unet(family), build_frozen(family)
+        pixels = torch.empty(1, 3, side, side)
         ids = torch.zeros(1, TOKENS, dtype=torch.long)
-        return Flops(
-            unet=forward_flops(unet, **inputs),
-            vae=forward_flops(frozen.vae.encode, x=pixels),
-            text=sum(forward_flops(encoder, input_ids=ids) for encoder in encoders),
-        )
+    encoders = frozen.text_encoders
+    return Flops(
+        unet=flops_of(lambda: call_on_meta(family, unet, side, 1, torch.float32)),
+        vae=flops_of(lambda: frozen.vae.encode(pixels)),
+        text=flops_of(lambda: [encoder(ids) for encoder in encoders]),
+    )
 
 
-def forward_flops(module: Any, **inputs: Any) -> float:
-    """FLOPs of one call."""
+def flops_of(call: Callable[[], Any]) -> float:
+    """Count the FLOPs of one call."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        module(**inputs)
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        call()
     return float(counter.get_total_flops())
 
 
 def pair_flops(f: Flops, checkpointing: bool, cached: bool, lora: bool) -> float:
-    """FLOPs of one pair."""
+    """Add up the FLOPs of one pair."""
     trained = 1 + (1 if lora else 2) + (1 if checkpointing else 0)
     encoding = 0.0 if cached else 2 * f.vae + f.text
     return 2 * f.unet * (trained + 1) + encoding
 
 
 def cache_flops(f: Flops) -> float:
-    """FLOPs of encoding the whole dataset: four VAE passes a row, one caption."""
+    """Add up the FLOPs of encoding the whole dataset: four VAE passes a row, one caption."""
     return ROWS * (4 * f.vae + f.text)
 
 
 def cache_bytes(family: str) -> float:
-    """Bytes of the whole dataset's cache: two images in two views as mean and deviation in half
-    precision, and a caption's embedding; captions that occur twice are counted twice."""
+    """Add up the bytes of the whole dataset's cache: two images in two views as mean and deviation
+    in half precision, and a caption's embedding; captions that occur twice are counted twice."""
     latents = 2 * 2 * 2 * 4 * (RESOLUTION[family] // 8) ** 2 * 2
     return ROWS * (latents + TOKENS * TEXT_WIDTH[family] * 2)
 
 
 def gpu_bytes(family: str) -> float:
-    """What one GPU holds at the peak of the official recipe's micro-step."""
-    from scripts.bench.memory import FROZEN_PARAMETERS, OPTIMIZER_BYTES, activation_bytes
-    from scripts.bench.true_size import PARAMETERS
-
-    n, optimizer = PARAMETERS[family], "AdamW" if family == "sd15" else "Adafactor"
-    # float32 weights and gradients, bf16 copies under autocast, a bf16 reference.
-    held = (4 + 2 + 4 + OPTIMIZER_BYTES[optimizer] + 2) * n + 2 * FROZEN_PARAMETERS[family]
-    samples = 2 * PAIRS_PER_PROCESS
-    return held + activation_bytes(family, RESOLUTION[family], samples, family == "sdxl")
+    """Count what one GPU holds at the peak of the official recipe's micro-step."""
+    optimizer = "AdamW" if family == "sd15" else "Adafactor"
+    return sum(bytes_by_part(family, optimizer, PAIRS_PER_PROCESS, family == "sdxl", None))
 
 
 def sent_bytes(family: str) -> float:
-    """What each GPU sends in a run: a ring all-reduce of float32 gradients once a step."""
-    from scripts.bench.true_size import PARAMETERS
-
+    """Add up what each GPU sends in a run: a ring all-reduce of float32 gradients once a step."""
     return STEPS * 2 * (GPUS - 1) / GPUS * 4 * PARAMETERS[family]
 
 
 def recipe(family: str, f: Flops, utilisation: float) -> dict[str, Any]:
-    """Costs of one recipe, in four ways."""
+    """Compute what one recipe costs, in four ways."""
     checkpointing = family == "sdxl"
     ways = {}
-    for name, cached, lora in (
-        ("plain", False, False),
-        ("cache", True, False),
-        ("LoRA", False, True),
-        ("cache, LoRA", True, True),
-    ):
+    for name, cached, lora in WAYS:
         run = PAIRS * pair_flops(f, checkpointing, cached, lora)
         once = cache_flops(f) if cached else 0.0
         ways[name] = {
@@ -165,74 +164,52 @@ def _hours(flops: float, utilisation: float) -> dict[str, float]:
 def show(flops: dict[str, Flops], costs: dict[str, Any], utilisation: float) -> None:
     """Print the tables."""
     print(f"Computed. {GPUS} GPUs at {utilisation:.0%} of peak bf16, {PAIRS:,} pairs a run.\n")
-    rows = [
-        [family, *(f"{value / 1e12:.3f}" for value in (f.unet, f.vae, f.text))]
-        for family, f in flops.items()
-    ]
-    print_table(["forward pass, TFLOP", "UNet", "VAE encoder", "text"], rows)
+    rows = [[name, *(f"{n / 1e12:.3f}" for n in asdict(f).values())] for name, f in flops.items()]
+    common.print_table(["forward pass, TFLOP", "UNet", "VAE encoder", "text"], rows)
     rows = []
-    for name, family in RECIPES:
-        cost = costs[family]
-        for way, entry in cost["ways"].items():
-            rows.append(
-                [
-                    name,
-                    way,
-                    f"{entry['flops'] / cost['ways']['plain']['flops']:.2f}",
-                    f"{entry['flops'] / 1e18:.1f}",
-                    *(f"{entry['hours'][gpu]:.1f}" for gpu in PEAK),
-                    *(f"{entry['cache_hours_once'][gpu]:.1f}" for gpu in PEAK),
-                ]
-            )
+    for name, family in RECIPES.items():
+        ways = costs[family]["ways"]
+        for way, entry in ways.items():
+            hours = [entry[k][gpu] for k in ("hours", "cache_hours_once") for gpu in PEAK]
+            share = entry["flops"] / ways["plain"]["flops"]
+            cells = [f"{share:.2f}", *(f"{n:.1f}" for n in (entry["flops"] / 1e18, *hours))]
+            rows.append([name, way, *cells])
     print()
-    hours = [f"h {gpu}" for gpu in PEAK] + [f"+cache h {gpu}" for gpu in PEAK]
-    print_table(["recipe", "way", "FLOPs/plain", "EFLOP", *hours], rows)
-    print()
-    head = ["bytes", "GiB a GPU", "TB read plain", "GB cache", "TB sent by a GPU"]
+    head = [f"h {gpu}" for gpu in PEAK] + [f"+cache h {gpu}" for gpu in PEAK]
+    common.print_table(["recipe", "way", "FLOPs/plain", "EFLOP", *head], rows)
     rows = [
         [
             family,
-            f"{cost['gpu_bytes_plain'] / 2**30:.0f}",
+            f"{cost['gpu_bytes_plain'] / GIB:.0f}",
             f"{cost['read_bytes_plain'] / 1e12:.1f}",
             f"{cost['cache_bytes'] / 1e9:.0f}",
             f"{cost['sent_bytes_per_gpu'] / 1e12:.1f}",
         ]
         for family, cost in costs.items()
     ]
-    print_table(head, rows)
-
-
-def parse() -> argparse.Namespace:
-    """The program's flags.
-
-    Raises:
-        UserError: on a utilisation that is no share.
-    """
-    found = parser("cost_model.py", __doc__)
-    found.add_argument("--utilisation", type=float, default=0.4, help="of the peak, default: 0.4")
-    args = found.parse_args()
-    if not 0 < args.utilisation <= 1:
-        raise UserError(f"--utilisation must be above 0 and at most 1, got {args.utilisation}")
-    return args
+    print()
+    common.print_table(
+        ["bytes", "GiB a GPU", "TB read plain", "GB cache", "TB sent by a GPU"], rows
+    )
 
 
 def main() -> int:
     """Count, print, write."""
-    args = parse()
+    options = parse(Options, sys.argv[1:], "cost_model.py", __doc__)
     import diffusers
 
     diffusers.utils.logging.set_verbosity_error()
     flops = {family: count(family) for family in RESOLUTION}
-    costs = {family: recipe(family, f, args.utilisation) for family, f in flops.items()}
-    show(flops, costs, args.utilisation)
+    costs = {family: recipe(family, f, options.utilisation) for family, f in flops.items()}
+    show(flops, costs, options.utilisation)
     result = {
         "computed": True,
-        "assumptions": {"gpus": GPUS, "peak_flops": PEAK, "utilisation": args.utilisation},
+        "assumptions": {"gpus": GPUS, "peak_flops": PEAK, "utilisation": options.utilisation},
         "pairs": PAIRS,
-        "forward_flops": {family: vars(f) for family, f in flops.items()},
-        "recipes": {name: costs[family] for name, family in RECIPES},
+        "forward_flops": {family: asdict(f) for family, f in flops.items()},
+        "recipes": {name: costs[family] for name, family in RECIPES.items()},
     }
-    write_result(args.out, "cost_model.py", result)
+    common.write_result(options.out, "cost_model.py", result)
     return 0
 
 

@@ -10,32 +10,31 @@ the step.
 
 from __future__ import annotations
 
-import argparse
-import json
-import shutil
 import statistics
-import tempfile
-import time
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from scripts.bench import common
+from scripts.bench.true_size import PARAMETERS, build_unet, write_pipeline_apart
+from sdpo.common.cli import as_argv
 from sdpo.common.errors import UserError, run_main
-from sdpo.common.files import write_json
+from sdpo.common.flags import at_least, flag, flat, multiple_of, parse
+from sdpo.config import TrainConfig, parse_train
 
-GIB = 2**30
 
-
-def parse() -> argparse.Namespace:
+@dataclass(frozen=True)
+class Options:
     """The benchmark's flags."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--resolution", type=int, default=256)
-    parser.add_argument("--repeats", type=int, default=5, help="steps of each kind (default: 5)")
-    parser.add_argument("--mixed_precision", choices=("no", "bf16"), default="bf16")
-    parser.add_argument("--out", type=Path, default=Path("output/bench/full_size_step.json"))
-    args = parser.parse_args()
-    if args.repeats < 1 or args.resolution < 64 or args.resolution % 64:
-        raise UserError("--repeats must be at least 1 and --resolution a multiple of 64")
-    return args
+
+    resolution: int = flag(256, "side of the images", check=(multiple_of(64), at_least(64)))
+    repeats: int = flag(5, "steps of each kind", check=at_least(1))
+    mixed_precision: str = flag("bf16", "number format", choices=("no", "bf16"))
+    out: Path = flag(Path("output/bench/full_size_step.json"), "the figures", record=False)
 
 
 def check_parameter_counts() -> dict[str, int]:
@@ -44,137 +43,112 @@ def check_parameter_counts() -> dict[str, int]:
     Raises:
         UserError: one is not what the published models have.
     """
-    from true_size import PARAMETERS, count_on_meta
+    import torch
 
-    counts = {family: count_on_meta(family) for family in PARAMETERS}
-    for family, count in counts.items():
-        print(f"{family}: {count:,} parameters (published: {PARAMETERS[family]:,})")
-        if count != PARAMETERS[family]:
-            raise UserError(f"{family} builds {count:,} parameters, not {PARAMETERS[family]:,}")
+    counts = {}
+    for family, published in PARAMETERS.items():
+        with torch.device("meta"):
+            count = sum(p.numel() for p in build_unet(family).parameters())
+        print(f"{family}: {count:,} parameters (published: {published:,})")
+        if count != published:
+            raise UserError(f"{family} builds {count:,} parameters, not {published:,}")
+        counts[family] = count
     return counts
 
 
-def build_trainer(bench: argparse.Namespace, work: Path) -> Any:
-    """A `Trainer` as train.py builds it, with full-size random models."""
-    import torch
-    from accelerate import Accelerator
-    from sdpo.training.accumulation import OwnAccumulation
-    from true_size import build_sd15_frozen, build_unet
-
-    from sdpo.args import build_parser
-    from sdpo.data.loader import PairLoader
-    from sdpo.data.order import FIRST
-    from sdpo.data.source import open_pairs
-    from sdpo.models import get_family
-    from sdpo.models.base import ModelSource
-    from sdpo.models.encoding import ModelEncoder
-    from sdpo.models.forward import make_reference
+def settings_of(options: Options, work: Path) -> TrainConfig:
+    """Write model and pairs; returns a run's settings, with the safeguard."""
     from sdpo.tinyworld.pairs import write_pairs
-    from sdpo.training.checkpoint import Progress
-    from sdpo.training.optim import build_optimizer, build_scheduler
-    from sdpo.training.run import Trainer
-    from sdpo.training.state import Models
 
     write_pairs(work / "pairs", 64, 8, 0)
-    flags = f"""--pretrained_model_name_or_path true-size/random --train_data_dir {work / "pairs"}
-        --output_dir {work / "run"} --cache_dir {work / "cache"} --resolution {bench.resolution}
-        --train_batch_size 1 --max_train_steps 2 --learning_rate 1e-8 --lr_warmup_steps 0
-        --mixed_precision {bench.mixed_precision} --gradient_checkpointing --report_to none
-        --winner_preserving_mu 0.9"""
-    args = build_parser().parse_args(flags.split())
-    (work / "run").mkdir()
-    dtype = torch.bfloat16 if bench.mixed_precision == "bf16" else torch.float32
-    accelerator = Accelerator(mixed_precision=bench.mixed_precision)
-    frozen = build_sd15_frozen().to(accelerator.device, dtype, dtype)
-    unet = build_unet("sd15").to(accelerator.device)
-    reference = make_reference(unet, dtype)
-    unet.enable_gradient_checkpointing()
-    optimizer = build_optimizer(unet.parameters(), args, args.learning_rate)
-    scheduler = build_scheduler(optimizer, args, args.max_train_steps)
-    unet, optimizer = accelerator.prepare(unet, optimizer)
-    family = get_family(sdxl=False)
-    encoder = ModelEncoder(family, frozen, bench.resolution, accelerator.device)
-    models = Models(family, ModelSource("none"), unet, reference, encoder)
-    loader = PairLoader(open_pairs(args), args, rank=0, world_size=1)
-    start = Progress(0, FIRST)
-    accumulation = OwnAccumulation(accelerator, unet, args.max_grad_norm)
-    return Trainer(args, accelerator, models, loader, accumulation, optimizer, scheduler, start, 2)
+    write_pipeline_apart("sd15", work / "model")
+    flags = common.run_flags(
+        work,
+        "run",
+        pretrained_model_name_or_path=work / "model",
+        resolution=options.resolution,
+        mixed_precision=options.mixed_precision,
+        gradient_checkpointing=True,
+        use_winner_preserving=True,
+    )
+    return parse_train(as_argv(flags))
 
 
-def alternate(trainer: Any, repeats: int) -> dict[str, list[float]]:
-    """Seconds of `repeats` steps without and with the safeguard, taken in turns."""
-    batches = iter(trainer.loader)
-    seconds: dict[str, list[float]] = {"plain": [], "safeguard": []}
-    for i in range(repeats):
-        # The order within a turn changes too, so that a drift of the machine favours neither.
-        for name in sorted(seconds, reverse=bool(i % 2)):
-            trainer.args.use_winner_preserving = name == "safeguard"
-            seconds[name].append(trainer.step(batches)["seconds"])
-            print(f"  {name:>10}: {seconds[name][-1]:7.2f} s")
-    return seconds
+def train(config: TrainConfig, repeats: int) -> dict[str, Any]:
+    """Take two steps and save, then `repeats` steps of each kind in turn."""
+    from scripts.bench.training import TakeStep, open_run, own_step
+    from sdpo.training.runlog import peak_memory_gib
+
+    without = replace(config, safeguard=replace(config.safeguard, use_winner_preserving=False))
+    run = open_run(config)
+    coming = run.steps()
+    kinds = {"plain": own_step(without, run), "safeguard": own_step(config, run)}
+
+    def first_steps() -> None:
+        for step in islice(coming, 2):
+            kinds["plain"](step)
+            run.after(step)
+            entries.append(step.entry)
+        run.save()
+
+    def turn(name: str, take: TakeStep) -> float:
+        step = next(coming)
+        take(step)
+        run.after(step)
+        seconds: float = step.entry["seconds"]
+        print(f"  {name:>10}: {seconds:7.2f} s", flush=True)
+        return seconds
+
+    entries: list[dict[str, Any]] = []
+    print(f"two steps and a checkpoint: {common.seconds_of(first_steps):.1f} s")
+    turns = {name: partial(turn, name, take) for name, take in kinds.items()}
+    seconds = common.take_turns(turns, repeats)
+    peak = peak_memory_gib(run.device)
+    return {"first_steps": entries, "step_seconds": seconds, "peak_memory_gib": peak}
 
 
-def rule_seconds(resolution: int, repeats: int = 200) -> float:
-    """Median seconds of what the rule adds to a step: scale and gradient scaling, one pair."""
+def rule(resolution: int) -> Callable[[], None]:
+    """Make the task of what the rule adds to a step: scale and gradient scaling, one pair."""
     import torch
 
     from sdpo import loser_scale, scale_gradient
 
     side = resolution // 8
-    w, l = torch.randn(2, 1, 4, side, side)  # noqa: E741
+    winner, loser = torch.randn(2, 1, 4, side, side)
     error = torch.ones(1, requires_grad=True)
-    times = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        scale_gradient(error, loser_scale(w, l, 0.9)).sum().backward()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times)
+    return lambda: scale_gradient(error, loser_scale(winner, loser, 0.9)).sum().backward()
 
 
 def main() -> int:
     """Run, print a table, write JSON."""
-    bench = parse()
+    options = parse(Options, sys.argv[1:], "full_size_step.py", __doc__)
     counts = check_parameter_counts()
-    from sdpo.common.processes import quieten_libraries
-    from sdpo.training.runlog import peak_memory_gib
-
-    quieten_libraries()
-    work = Path(tempfile.mkdtemp(prefix="sdpo-bench-"))
-    try:
-        trainer = build_trainer(bench, work)
-        began = time.perf_counter()
-        trainer.train()
-        two_steps = time.perf_counter() - began
-        lines = (work / "run" / "metrics.jsonl").read_text().splitlines()
-        print(f"two steps and a checkpoint: {two_steps:.1f} s")
-        seconds = alternate(trainer, bench.repeats)
-        peak = peak_memory_gib(trainer.device)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    with common.scratch() as work:
+        found = train(settings_of(options, work), options.repeats)
+    seconds, peak = found["step_seconds"], found["peak_memory_gib"]
     medians = {name: statistics.median(values) for name, values in seconds.items()}
+    plain = medians["plain"]
     turns = [s - p for s, p in zip(seconds["safeguard"], seconds["plain"], strict=True)]
-    error = statistics.stdev(turns) / len(turns) ** 0.5 if len(turns) > 1 else None
-    rule = rule_seconds(bench.resolution)
+    error = statistics.stdev(turns) / len(turns) ** 0.5 / plain if len(turns) > 1 else None
+    task = rule(options.resolution)
+    rule_seconds = statistics.median(common.seconds_of(task) for _ in range(200))
+    overhead, share = medians["safeguard"] / plain - 1, rule_seconds / plain
     result = {
         "parameters": counts,
-        "resolution": bench.resolution,
-        "mixed_precision": bench.mixed_precision,
-        "first_steps": [json.loads(line) for line in lines],
-        "step_seconds": seconds,
+        **flat(options),
+        **found,
         "median_seconds": medians,
-        "overhead_of_medians": medians["safeguard"] / medians["plain"] - 1,
-        "overhead_standard_error": None if error is None else error / medians["plain"],
-        "rule_seconds": rule,
-        "rule_share_of_step": rule / medians["plain"],
-        "peak_memory_gib": peak,
+        "overhead_of_medians": overhead,
+        "overhead_standard_error": error,
+        "rule_seconds": rule_seconds,
+        "rule_share_of_step": share,
     }
-    bench.out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(bench.out, result)
-    print(f"median step: {medians['plain']:.2f} s plain, {medians['safeguard']:.2f} s safeguard")
-    noise = "" if error is None else f", give or take {100 * error / medians['plain']:.1f} %"
-    print(f"overhead of the medians: {100 * result['overhead_of_medians']:+.2f} %{noise}")
-    print(f"the rule alone: {1e3 * rule:.3f} ms, {100 * result['rule_share_of_step']:.4f} % of it")
-    print(f"peak memory: {peak:.1f} GiB\nwrote {bench.out}")
+    print(f"median step: {plain:.2f} s plain, {medians['safeguard']:.2f} s safeguard")
+    noise = "" if error is None else f", give or take {100 * error:.1f} %"
+    print(f"overhead of the medians: {100 * overhead:+.2f} %{noise}")
+    print(f"the rule alone: {1e3 * rule_seconds:.3f} ms, {100 * share:.4f} % of it")
+    print(f"peak memory: {peak:.1f} GiB")
+    common.write_result(options.out, "full_size_step.py", result)
     return 0
 
 

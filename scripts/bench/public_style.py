@@ -16,106 +16,111 @@ the random numbers' order. Diffusion-DPO with the safeguard in batch scope.
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sdpo.data.order import Place
+from sdpo.models.base import repeat
 from sdpo.models.forward import NoisedPairs, predict
 from sdpo.training.runlog import peak_memory_gib
+from sdpo.training.state import Progress
+
+if TYPE_CHECKING:
+    from sdpo.config import TrainConfig
+    from sdpo.data.pairs import PairBatch
+    from sdpo.training.run import Run
+    from sdpo.training.step import Step
 
 
-def public_step(trainer: Any, batches: Any) -> dict[str, Any]:
-    """One optimizer step of a `Trainer`; returns its loss, seconds and peak memory in GiB."""
-    began = time.perf_counter()
-    accumulation = trainer.args.gradient_accumulation_steps
-    loss_sum = 0.0
-    for micro in range(accumulation):
-        batch = next(batches)
-        inputs = _noised(trainer, batch)
-        with trainer.accelerator.autocast():
-            prediction = predict(trainer.models.unet, inputs)
-        loss, averages = _loss(trainer, prediction, inputs)
-        read = [_gathered(trainer, value) for value in averages]
-        loss_sum += read[0] / accumulation
-        trainer.accelerator.backward(loss / accumulation)
-        if micro == accumulation - 1:
-            if not trainer.args.use_adafactor:
-                trainer.accelerator.clip_grad_norm_(
-                    trainer.models.unet.parameters(), trainer.args.max_grad_norm
-                )
-            trainer.optimizer.step()
-            trainer.scheduler.step()
-            trainer.optimizer.zero_grad()
-        loss.detach().item()
-    place = trainer.loader.place_after(batch)
-    trainer.progress = type(trainer.progress)(trainer.progress.step + 1, Place(*place))
-    return {
-        "step": trainer.progress.step,
-        "loss": loss_sum,
-        "winner_drift": read[4],
-        "implicit_acc": read[3],
-        "seconds": time.perf_counter() - began,
-        "peak_memory_gib": peak_memory_gib(trainer.device),
-    }
+class PublicStep:
+    """Takes the steps of a run that has its models, and so no cache and no adapters."""
+
+    def __init__(self, config: TrainConfig, run: Run) -> None:
+        self.config, self.run = config, run
+        self.family = run.models.base.family
+        self.frozen = run.models.encoder.frozen_parts()
+        assert isinstance(run.models.reference, torch.nn.Module)
+        self.reference = run.models.reference.to(self.frozen.vae.dtype)
+
+    def __call__(self, step: Step) -> None:
+        """Take one step; its entry has loss, seconds and peak memory in GiB."""
+        began = time.perf_counter()
+        run, optim, accelerator = self.run, self.config.optim, self.run.accelerator
+        accumulation = optim.gradient_accumulation_steps
+        loss_sum = 0.0
+        for micro in range(accumulation):
+            batch = next(step.batches)
+            inputs = self._noised(batch)
+            with accelerator.autocast():
+                prediction = predict(self.family, run.models.unet, inputs)
+            loss, averages = self._loss(prediction, inputs)
+            read = [self._gathered(value) for value in averages]
+            loss_sum += read[0] / accumulation
+            accelerator.backward(loss / accumulation)
+            if micro == accumulation - 1:
+                if not optim.use_adafactor:
+                    accelerator.clip_grad_norm_(run.models.unet.parameters(), optim.max_grad_norm)
+                run.update.optimizer.step()
+                run.update.scheduler.step()
+                run.update.optimizer.zero_grad()
+            loss.detach().item()
+        step.progress = Progress(step.number, run.loader.place_after(batch))
+        step.entry = {
+            "step": step.number,
+            "loss": loss_sum,
+            "winner_drift": read[4],
+            "implicit_acc": read[3],
+            "seconds": time.perf_counter() - began,
+            "peak_memory_gib": peak_memory_gib(run.device),
+        }
+
+    def _gathered(self, value: Tensor) -> float:
+        repeated = value.detach().repeat(self.config.optim.train_batch_size)
+        return self.run.accelerator.gather(repeated).mean().item()
+
+    @torch.no_grad()
+    def _noised(self, batch: PairBatch) -> NoisedPairs:
+        family, frozen, vae = self.family, self.frozen, self.frozen.vae
+        pixels = batch.pixels.to(self.run.device, vae.dtype)
+        latents = family.normalise(vae.encode(pixels).latent_dist.sample(), vae.config)
+        resolution = self.config.data.resolution
+        conditions = repeat(family.encode_captions(frozen, batch.captions, resolution), 2)
+        noise = torch.randn_like(latents).chunk(2)[0].repeat(2, 1, 1, 1)
+        count = frozen.scheduler.config.num_train_timesteps
+        timesteps = torch.randint(count, (len(latents) // 2,), device=latents.device).repeat(2)
+        noisy = frozen.scheduler.add_noise(latents, noise, timesteps)
+        return NoisedPairs(noisy, timesteps, noise, conditions)
+
+    def _loss(self, prediction: Tensor, inputs: NoisedPairs) -> tuple[Tensor, list[Tensor]]:
+        """Take the loss, and the seven scalars that are averaged over processes."""
+        target, beta = inputs.target, self.config.method.beta_dpo
+        error_w, error_l = _errors(prediction, target)
+        scale = autograd_scale(prediction, target, self.config.safeguard.winner_preserving_mu)
+        scaled = error_l.detach() + scale * (error_l - error_l.detach())
+        with torch.no_grad():
+            ref_w, ref_l = _errors(predict(self.family, self.reference, inputs), target)
+        u = -0.5 * beta * ((error_w - scaled) - (ref_w - ref_l))
+        loss = -F.logsigmoid(u).mean()
+        return loss, [
+            loss,
+            0.5 * (error_w.mean() + error_l.mean()),
+            0.5 * (ref_w.mean() + ref_l.mean()),
+            (u > 0).float().mean(),
+            (error_w - ref_w).mean(),
+            (error_l - ref_l).mean(),
+            scale,
+        ]
 
 
-def _gathered(trainer: Any, value: Tensor) -> float:
-    repeated = value.detach().repeat(trainer.args.train_batch_size)
-    return trainer.accelerator.gather(repeated).mean().item()
-
-
-def _noised(trainer: Any, batch: Any) -> NoisedPairs:
-    encoder = trainer.models.encoder
-    family, frozen, device = encoder.family, encoder.frozen, trainer.device
-    dtype = frozen.vae.dtype
-    with torch.no_grad():
-        posterior = frozen.vae.encode(batch.pixels.to(device, dtype)).latent_dist
-        latents = posterior.sample() * frozen.vae.config.scaling_factor
-        conditioning = family.encode_captions(frozen, batch.captions, encoder.resolution).repeat(2)
-    noise = torch.randn_like(latents).chunk(2)[0].repeat(2, 1, 1, 1)
-    steps = frozen.scheduler.config.num_train_timesteps
-    timesteps = torch.randint(steps, (len(latents) // 2,), device=device).repeat(2)
-    noisy = frozen.scheduler.add_noise(latents, noise, timesteps)
-    return NoisedPairs(noisy, timesteps, noise, conditioning)
-
-
-def _reference(trainer: Any) -> Any:
-    """The run's reference, on the first call cast as a whole."""
-    reference = trainer.models.reference
-    if not getattr(reference, "cast_whole", False):
-        reference.to(trainer.models.encoder.frozen.vae.dtype).cast_whole = True
-    return reference
-
-
-def _loss(trainer: Any, prediction: Tensor, inputs: NoisedPairs) -> tuple[Tensor, list[Tensor]]:
-    """The loss, and the seven scalars that are averaged over processes."""
-    args, target = trainer.args, inputs.target
-    errors = (prediction - target).pow(2).mean(dim=[1, 2, 3])
-    error_w, error_l = errors.chunk(2)
-    scale = autograd_scale(prediction, target, args.winner_preserving_mu)
-    scaled = error_l.detach() + scale * (error_l - error_l.detach())
-    with torch.no_grad():
-        ref_prediction = predict(_reference(trainer), inputs)
-        ref_errors = (ref_prediction - target).pow(2).mean(dim=[1, 2, 3])
-        ref_w, ref_l = ref_errors.chunk(2)
-    u = -0.5 * args.beta_dpo * ((error_w - scaled) - (ref_w - ref_l))
-    loss = -F.logsigmoid(u).mean()
-    return loss, [
-        loss,
-        0.5 * (error_w.mean() + error_l.mean()),
-        ref_errors.mean(),
-        (u > 0).float().mean(),
-        (error_w - ref_w).mean(),
-        (error_l - ref_l).mean(),
-        scale,
-    ]
+def _errors(prediction: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+    """Mean squared errors of winners and losers, (B,) each."""
+    return (prediction - target).pow(2).mean(dim=[1, 2, 3]).chunk(2)
 
 
 def autograd_scale(prediction: Tensor, target: Tensor, mu: float) -> Tensor:
-    """The batch's scale by differentiating both halves' errors, ().
+    """Find the batch's scale, (), by differentiating both halves' errors.
 
     Gradients of means of squares are 2 (prediction - target) / count: up to that factor, which
     cancels, they are the residuals that `sdpo.loser_scale` takes.

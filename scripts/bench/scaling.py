@@ -10,73 +10,56 @@ train.py's own pairs_per_s (metrics.jsonl) instead.
 
 from __future__ import annotations
 
-import argparse
 import os
-import shutil
 import socket
-import tempfile
+import sys
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scripts.bench.common import (
-    ROOT,
-    TINY_MODEL,
-    Worker,
-    parser,
-    print_table,
-    ratios,
-    spread,
-    write_result,
-)
-from sdpo.common.cli import at_least
+from scripts.bench import common
+from sdpo.common.cli import as_argv
 from sdpo.common.errors import run_main
+from sdpo.common.flags import at_least, flag, flat, parse
+
+ONE = at_least(1)
 
 
-def parse() -> argparse.Namespace:
-    """The benchmark's flags.
+@dataclass(frozen=True)
+class Options:
+    """The benchmark's flags."""
 
-    Raises:
-        UserError: naming the flag and what would be right.
-    """
-    found = parser("scaling.py", __doc__)
-    add = found.add_argument
-    add("--processes", type=int, nargs="+", default=[1, 2, 4], help="default: 1 2 4")
-    add("--steps", type=int, default=10, help="counted steps, default: 10")
-    add("--batch", type=int, default=4, metavar="PAIRS", help="of each process, default: 4")
-    add("--accumulation", type=int, default=1, metavar="N", help="default: 1")
-    add("--resolution", type=int, default=64, metavar="PX", help="default: 64")
-    args = found.parse_args()
-    at_least(args, 1, "processes", "steps", "batch", "accumulation")
-    # One process is what the others are compared with.
-    args.processes = sorted({1, *args.processes})
-    return args
+    processes: tuple[int, ...] = flag(
+        (1, 2, 4), "sizes of the groups", shown="1 2 4", check=ONE, record=False
+    )
+    steps: int = flag(10, "counted steps", check=ONE)
+    batch: int = flag(4, "pairs of each process", metavar="PAIRS", check=ONE)
+    accumulation: int = flag(1, "micro-steps a step", metavar="N", check=ONE)
+    resolution: int = flag(64, "side of the images", metavar="PX")
+    out: Path = flag(Path("output/bench/scaling.json"), "the figures", record=False)
 
 
 def free_port() -> int:
-    """A TCP port that nothing listens on at the moment."""
+    """Find a TCP port that nothing listens on at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        port: int = probe.getsockname()[1]
+        return port
 
 
 class Group:
     """One run of several processes."""
 
-    def __init__(self, args: argparse.Namespace, work: Path, count: int) -> None:
-        flags = {
-            "pretrained_model_name_or_path": TINY_MODEL,
-            "train_data_dir": work / "pairs",
-            "cache_dir": work / "datasets",
-            "output_dir": work / f"run-{count}",
-            "resolution": args.resolution,
-            "train_batch_size": args.batch,
-            "gradient_accumulation_steps": args.accumulation,
-            "max_train_steps": 10**6,
-            "checkpointing_steps": 10**6,
-            "validation_steps": 10**6,
-            "report_to": "none",
-        }
-        argv = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
+    def __init__(self, options: Options, work: Path, count: int) -> None:
+        flags = common.run_flags(
+            work,
+            f"run-{count}",
+            resolution=options.resolution,
+            train_batch_size=options.batch,
+            gradient_accumulation_steps=options.accumulation,
+        )
+        program = ["-m", "scripts.bench.training", "own", *as_argv(flags)]
         port = str(free_port())
         self.workers = []
         for rank in range(count):
@@ -90,13 +73,15 @@ class Group:
                     "RANK": str(rank),
                     "LOCAL_RANK": str(rank),
                 }
-            program = ROOT / "scripts/bench/train_worker.py"
-            self.workers.append(Worker(f"process {rank}", [program, *argv], environment))
+            self.workers.append(common.Worker(f"process {rank}", program, environment))
+
+    def ready(self) -> None:
+        """Wait until all processes have built what they need."""
         for worker in self.workers:
             worker.ready()
 
     def turn(self) -> float:
-        """One step of all processes; pairs per second as the slowest measures them."""
+        """Take one step in all processes; pairs per second as the slowest measures them."""
         for worker in self.workers:
             worker.start_turn()
         return min([worker.finish_turn()["pairs_per_s"] for worker in self.workers])
@@ -107,47 +92,40 @@ class Group:
             worker.close()
 
 
-def measure(args: argparse.Namespace, work: Path) -> dict[int, list[float]]:
-    """Pairs per second of every counted step of every group."""
+def measure(options: Options, work: Path) -> dict[int, list[float]]:
+    """Take the pairs per second of every counted step of every group."""
     from sdpo.tinyworld.pairs import write_pairs
 
     write_pairs(work / "pairs", 256, 8, 0)
-    groups: dict[int, Group] = {}
-    try:
-        for count in args.processes:
-            groups[count] = Group(args, work, count)
-        found: dict[int, list[float]] = {count: [] for count in groups}
-        for turn in range(1 + args.steps):
-            for count in reversed(groups) if turn % 2 else groups:
-                found[count].append(groups[count].turn())
-    finally:
-        for group in groups.values():
-            group.close()
+    turns = {}
+    with ExitStack() as stack:
+        # One process is what the others are compared with.
+        for count in sorted({1, *options.processes}):
+            group = stack.enter_context(closing(Group(options, work, count)))
+            group.ready()
+            turns[count] = group.turn
+        found = common.take_turns(turns, 1 + options.steps)
     return {count: rates[1:] for count, rates in found.items()}
 
 
 def main() -> int:
     """Run, print, write."""
-    args = parse()
-    work = Path(tempfile.mkdtemp(prefix="sdpo-bench-"))
-    try:
-        found = measure(args, work)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    rows, results = [], []
+    options = parse(Options, sys.argv[1:], "scaling.py", __doc__)
+    with common.scratch() as work:
+        found = measure(options, work)
+    rows: list[list[Any]] = []
+    results = []
     for count, rates in found.items():
-        ratio, rate = ratios(rates, found[1]), spread(rates)
-        possible = min(count, os.cpu_count() or 1)
-        quartiles = f"{ratio['quartile_1']:.2f}-{ratio['quartile_3']:.2f}"
-        efficiency = ratio["median"] / possible
-        cells = [f"{ratio['median']:.2f}", quartiles, f"{efficiency:.0%}", f"{rate['median']:.1f}"]
-        rows.append([count, *cells])
-        entry: dict[str, Any] = {"processes": count, "pairs_per_s": rate, "to_one": ratio}
+        ratio, rate = common.ratios(rates, found[1]), common.spread(rates)
+        efficiency = ratio["median"] / min(count, os.cpu_count() or 1)
+        cells = [f"{ratio['median']:.2f}", common.quartiles(ratio, ".2f"), f"{efficiency:.0%}"]
+        rows.append([count, *cells, f"{rate['median']:.1f}"])
+        entry = {"processes": count, "pairs_per_s": rate, "to_one": ratio}
         results.append({**entry, "share_of_possible": efficiency})
-    print_table(["processes", "x one", "quartiles", "of what the cores allow", "pairs/s"], rows)
-    names = ("steps", "batch", "accumulation", "resolution")
-    settings = {name: getattr(args, name) for name in names}
-    write_result(args.out, "scaling.py", {"settings": settings, "groups": results})
+    common.print_table(
+        ["processes", "x one", "quartiles", "of what the cores allow", "pairs/s"], rows
+    )
+    common.write_result(options.out, "scaling.py", {"settings": flat(options), "groups": results})
     return 0
 
 

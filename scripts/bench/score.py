@@ -11,46 +11,40 @@ and start from a manifest without scores each time.
 
 from __future__ import annotations
 
-import argparse
 import json
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from scripts.bench.common import ROOT, parser, print_table, ratios, spread, write_result
-from sdpo.common.cli import at_least
+from scripts.bench import common
 from sdpo.common.errors import UserError, run_main
+from sdpo.common.flags import at_least, flag, flat, parse
 from sdpo.evaluation.score.scorers import PUBLISHED
 
 ONE_PASS, APART = "one pass", "one process each"
+ONE = at_least(1)
 
 
-def parse() -> argparse.Namespace:
-    """The benchmark's flags.
+@dataclass(frozen=True)
+class Options:
+    """The benchmark's flags."""
 
-    Raises:
-        UserError: naming the flag and what would be right.
-    """
-    found = parser("score.py", __doc__)
-    add = found.add_argument
-    add("--images", type=int, default=64, metavar="N", help="default: 64")
-    add("--resolution", type=int, default=512, metavar="PX", help="default: 512")
-    add("--turns", type=int, default=3, help="default: 3")
-    add("--scorers", nargs="+", default=list(PUBLISHED), metavar="NAME", help="default: all five")
-    add("--weights", nargs="+", default=[], metavar="NAME=PATH", help="as of eval/score.py")
-    args = found.parse_args()
-    at_least(args, 1, "images", "resolution", "turns")
-    return args
+    images: int = flag(64, "images to score", metavar="N", check=ONE)
+    resolution: int = flag(512, "their side", metavar="PX", check=ONE)
+    turns: int = flag(3, "turns of each way", check=ONE)
+    scorers: tuple[str, ...] = flag(tuple(PUBLISHED), "which", metavar="NAME", shown="all five")
+    weights: tuple[str, ...] = flag((), "as of eval/score.py", metavar="NAME=PATH", record=False)
+    out: Path = flag(Path("output/bench/score.json"), "the figures", record=False)
 
 
 def write_images(path: Path, count: int, side: int) -> None:
-    """A manifest of `count` images."""
+    """Write a manifest of `count` images, `side` pixels square, and the images."""
     import numpy as np
-    from PIL import Image
 
     from sdpo.evaluation.generate.manifest import write_manifest
     from sdpo.tinyworld import world
@@ -58,89 +52,83 @@ def write_images(path: Path, count: int, side: int) -> None:
     rng = np.random.default_rng(0)
     folder = path.with_suffix("")
     folder.mkdir(parents=True)
-    rows = []
+    rows: list[Any] = []
     for i in range(count):
         scene = world.render(world.sample_scene(rng))
-        pixels = np.asarray(scene.resize((side, side), Image.Resampling.BICUBIC), dtype=float)
-        noisy = np.clip(pixels + rng.normal(0, 6, pixels.shape), 0, 255).astype(np.uint8)
-        Image.fromarray(noisy).save(folder / f"{i}_{side}x{side}.png")
-        rows.append((f"a scene of number {i}", f"{folder.name}/{i}_{side}x{side}.png", {}))
+        name = f"{folder.name}/{i}_{side}x{side}.png"
+        common.grainy(scene, side, rng).save(path.parent / name)
+        rows.append((f"a scene of number {i}", name, {}))
     write_manifest(path, rows)
 
 
-def run(manifest: Path, scorers: list[str], weights: list[str]) -> dict[str, Any]:
-    """eval/score.py in a process of its own; its report, and the process's own time.
+def write_weights(work: Path, scorers: Sequence[str]) -> list[str]:
+    """Write small random weights of the published scorers among `scorers`, as --weights takes
+    them."""
+    from scripts.parity.small_scorers import WRITERS
+
+    made = [WRITERS[name](work / name) for name in scorers if name in WRITERS]
+    return [f"{name}={path}" for weights in made for name, path in weights.items()]
+
+
+def run(manifest: Path, scorers: Sequence[str], weights: Sequence[str]) -> dict[str, Any]:
+    """Score by a process of its own; returns its report, and the process's own time.
 
     Raises:
         UserError: it failed, with its last line.
     """
-    program = ROOT / "scripts/bench/score_worker.py"
     mine = [w for w in weights if w.partition("=")[0].partition(".")[0] in scorers]
     argv = [manifest, "--outdir", manifest.parent / "summary", "--scorers", *scorers]
     argv += ["--weights", *mine] if mine else []
+    command = [sys.executable, "-m", "scripts.bench.score_worker", *map(str, argv)]
     began = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, str(program), *map(str, argv)], capture_output=True, text=True, cwd=ROOT
-    )
+    done = subprocess.run(command, capture_output=True, text=True, cwd=common.ROOT)
     wall = time.perf_counter() - began
     if done.returncode:
         raise UserError(f"score.py failed: {done.stderr.strip().splitlines()[-1]}")
     return {**json.loads(done.stdout.strip().splitlines()[-1]), "wall": wall}
 
 
-def forget(manifest: Path) -> None:
-    """Delete the scores beside a manifest."""
+def score_all(
+    manifest: Path, groups: Sequence[Sequence[str]], weights: Sequence[str]
+) -> dict[str, Any]:
+    """Score everything afresh, each group of scorers in a process; sums over the processes."""
     for path in manifest.parent.glob(f"{manifest.stem}_scores.*"):
         path.unlink()
-
-
-def turn(manifest: Path, way: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Score everything once in one of the ways; sums over its processes."""
-    forget(manifest)
-    groups = [args.scorers] if way == ONE_PASS else [[name] for name in args.scorers]
-    reports = [run(manifest, group, args.weights) for group in groups]
+    reports = [run(manifest, group, weights) for group in groups]
     return {key: sum(r[key] for r in reports) for key in ("decoded", "seconds", "wall")}
 
 
 def main() -> int:
     """Run, print, write."""
-    args = parse()
+    options = parse(Options, sys.argv[1:], "score.py", __doc__)
     from sdpo.common.processes import quieten_libraries
 
     quieten_libraries()
-    work = Path(tempfile.mkdtemp(prefix="sdpo-bench-"))
-    try:
-        if not args.weights:
-            from scripts.parity.small_scorers import WRITERS
-
-            made: dict[str, str] = {}
-            for name in args.scorers:
-                made |= WRITERS[name](work / name) if name in WRITERS else {}
-            args.weights = [f"{name}={path}" for name, path in made.items()]
-        manifest = work / "images" / f"suite_seed0_{args.resolution}x{args.resolution}.json"
-        write_images(manifest, args.images, args.resolution)
-        found: dict[str, list[dict[str, Any]]] = {ONE_PASS: [], APART: []}
-        for number in range(args.turns):
-            for way in reversed(found) if number % 2 else found:
-                found[way].append(turn(manifest, way, args))
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    ways: dict[str, list[tuple[str, ...]]] = {
+        ONE_PASS: [options.scorers],
+        APART: [(name,) for name in options.scorers],
+    }
+    with common.scratch() as work:
+        weights = options.weights or write_weights(work, options.scorers)
+        side = options.resolution
+        manifest = work / "images" / f"suite_seed0_{side}x{side}.json"
+        write_images(manifest, options.images, side)
+        tasks = {way: partial(score_all, manifest, groups, weights) for way, groups in ways.items()}
+        found = common.take_turns(tasks, options.turns)
     rows, results = [], {}
     for way, reports in found.items():
         entry: dict[str, Any] = {"decoded": reports[0]["decoded"]}
         for key in ("wall", "seconds"):
             values = [r[key] for r in reports]
-            entry[key] = spread(values)
-            entry[f"{key}_to_apart"] = ratios(values, [r[key] for r in found[APART]])
+            entry[key] = common.spread(values)
+            entry[f"{key}_to_apart"] = common.ratios(values, [r[key] for r in found[APART]])
         results[way] = entry
-        numbers = (entry[k]["median"] for k in ("wall_to_apart", "seconds_to_apart"))
-        cells = [f"{n:.2f}" for n in numbers]
+        cells = [f"{entry[k]['median']:.2f}" for k in ("wall_to_apart", "seconds_to_apart")]
         cells += [f"{entry[k]['median']:.1f}" for k in ("wall", "seconds")]
         rows.append([way, *cells, entry["decoded"]])
     head = ["way", "wall/apart", "work/apart", "wall s", "work s", "images decoded"]
-    print_table(head, rows)
-    settings = {name: getattr(args, name) for name in ("images", "resolution", "turns", "scorers")}
-    write_result(args.out, "score.py", {"settings": settings, "ways": results})
+    common.print_table(head, rows)
+    common.write_result(options.out, "score.py", {"settings": flat(options), "ways": results})
     return 0
 
 

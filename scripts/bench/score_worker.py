@@ -1,36 +1,31 @@
-"""eval/score.py with its own flags, which counts the images it decodes and times itself.
+"""eval/score.py with its own flags, which says how many images it decoded and how long it took.
 
-    python scripts/bench/score_worker.py eval/score.py's flags...
+    python -m scripts.bench.score_worker eval/score.py's flags...
 
 The last line of its output is JSON: images decoded, seconds of main() after the imports.
 """
 
 from __future__ import annotations
 
+import io
+import re
 import time
-from typing import Any
+from contextlib import redirect_stderr
 
+from scripts.bench.common import answer
 from sdpo.common.errors import run_main
 
 
 def main() -> int:
-    """Score and report."""
-    import sdpo.evaluation.score.scoring
-    from scripts.bench.common import answer
-    from sdpo.evaluation.score import run as score
+    """Score and report; how many images were decoded is read from score.py's own bar."""
+    import sdpo.evaluation.score.scoring  # noqa: F401
+    from sdpo.evaluation.score import run
 
-    decoded = 0
-    open_image = sdpo.evaluation.score.scoring.open_image
-
-    def counted(*args: Any) -> Any:
-        nonlocal decoded
-        decoded += 1
-        return open_image(*args)
-
-    sdpo.evaluation.score.scoring.open_image = counted
     began = time.perf_counter()
-    code = score.main()
-    answer({"decoded": decoded, "seconds": time.perf_counter() - began})
+    with redirect_stderr(io.StringIO()) as bars:
+        code = run.main()
+    decoded = re.findall(r"decoding: 100%.* (\d+)/\d+ \[", bars.getvalue())
+    answer({"decoded": sum(map(int, decoded)), "seconds": time.perf_counter() - began})
     return code
 
 

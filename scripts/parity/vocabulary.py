@@ -36,8 +36,8 @@ def vocabulary() -> list[str]:
     # Syllables fill it up: most invented words then are cut into a few pieces.
     for letters in itertools.product("bcdfghjklmnprstvwz", "aeiou", "bcdfghjklmnprstvwz"):
         tokens |= dict.fromkeys(("".join(letters), "##" + "".join(letters)))
-    for letters in itertools.product(string.ascii_lowercase, repeat=3):
-        tokens |= dict.fromkeys(("".join(letters), "##" + "".join(letters)))
+    for three in itertools.product(string.ascii_lowercase, repeat=3):
+        tokens |= dict.fromkeys(("".join(three), "##" + "".join(three)))
     ordinary = iter(tokens)
     found = []
     for number in range(SIZE):

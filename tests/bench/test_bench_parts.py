@@ -62,11 +62,8 @@ def test_score(tmp_path, monkeypatch):
         output = io.StringIO()
         with contextlib.redirect_stdout(output), monkeypatch.context() as patch:
             patch.setattr("sys.argv", ["score.py", *map(str, argv), "--weights", *mine])
-            patch.setattr("sdpo.evaluation.score.scoring.open_image", open_image)
             assert score_worker.main() == 0
         return {**json.loads(output.getvalue().splitlines()[-1]), "wall": 1.0}
-
-    from sdpo.evaluation.score.scoring import open_image
 
     monkeypatch.setattr(score, "run", here)
     argv = ["--images", 2, "--resolution", 32, "--turns", 1, "--scorers", "pickscore", "aesthetics"]

@@ -6,13 +6,15 @@ import json
 
 import pytest
 import torch
-from e2e.harness import as_argv, run_here
+from e2e.harness import run_here
 
 import sdpo
-from scripts.bench import scaling, step
-from scripts.bench.public_style import autograd_scale, public_step
-from sdpo.args import parse_args
+from scripts.bench import common, step
+from scripts.bench.public_style import PublicStep, autograd_scale
+from scripts.bench.training import STYLES, open_run
+from sdpo.common.cli import as_argv
 from sdpo.common.errors import UserError
+from sdpo.config import parse_train
 
 
 @pytest.mark.parametrize("mu", [0.0, 0.6, 0.9])
@@ -29,7 +31,6 @@ def test_both_ways_to_the_scale_agree(mu):
 def test_public_style_step_trains(tiny_sd15, pairs_dir, tmp_path, monkeypatch):
     reads = []
     item = torch.Tensor.item
-    monkeypatch.setattr("sdpo.training.run.Trainer.step", public_step)
     flags = {
         "pretrained_model_name_or_path": tiny_sd15,
         "train_data_dir": pairs_dir,
@@ -43,9 +44,14 @@ def test_public_style_step_trains(tiny_sd15, pairs_dir, tmp_path, monkeypatch):
         "report_to": "none",
         "use_winner_preserving": True,
     }
+    config = parse_train(as_argv(flags))
+    run = open_run(config)
+    take = PublicStep(config, run)
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "item", lambda tensor: reads.append(1) or item(tensor))
-        assert run_here("train.py", as_argv(flags)) == 0
+        for one in run.steps():
+            take(one)
+            run.after(one)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     first, second = (json.loads(line)["loss"] for line in lines)
     # Nothing is learnt before the first step: u = 0 and the loss is log 2.
@@ -63,8 +69,9 @@ class Stub:
     def __init__(self, name, argv, environment=None):
         argv = [str(part) for part in argv]
         Stub.started.append(argv)
-        flags = argv[1:]
-        parse_args(flags[1:] if flags[0] == "--public_style" else flags)
+        *program, style, first = argv[:4]
+        assert program == ["-m", "scripts.bench.training"] and style in STYLES
+        parse_train([first, *argv[4:]])
         self.name, self.turns = name, 0
 
     def ready(self):
@@ -89,8 +96,7 @@ class Stub:
 @pytest.fixture
 def stub(monkeypatch):
     Stub.started = []
-    monkeypatch.setattr(step, "Worker", Stub)
-    monkeypatch.setattr(scaling, "Worker", Stub)
+    monkeypatch.setattr(common, "Worker", Stub)
     return Stub
 
 
@@ -105,21 +111,22 @@ def test_every_variant_has_flags_that_train_takes(stub, tmp_path):
     public, plain = found["variants"]["public"], found["variants"]["plain"]
     assert public["time_to_plain"]["median"] == 2.0
     assert plain["time_to_public"]["median"] == plain["memory_to_public"] == 0.5
-    assert plain["seconds"] == step.spread([1.0] * 3)
+    assert plain["seconds"] == common.spread([1.0] * 3)
 
 
 def test_larger_sizes_run_one_by_one(stub, tmp_path, monkeypatch, capsys):
     written = []
-    monkeypatch.setattr(step.subprocess, "run", lambda argv, **_: written.append(argv))
-    monkeypatch.setattr("sdpo.args.check_model_location", lambda args: None)
+    monkeypatch.setattr(
+        "scripts.bench.true_size.subprocess.run", lambda argv, **_: written.append(argv)
+    )
     out = tmp_path / "step.json"
     argv = ["--size", "sdxl", "--variants", "public", "--rounds", 2, "--steps", 2, "--out", out]
     assert run_here("scripts/bench/step.py", argv) == 0
-    assert [path.name for path in written[0][1:2]] == ["true_pipeline.py"]
+    assert written[0][1:4] == ["-m", "scripts.bench.true_size", "sdxl"]
     found = json.loads(out.read_text())
     assert found["variants"]["public"]["seconds"]["count"] == 4
     assert found["settings"]["resolution"] == 1024 and found["settings"]["batch"] == 1
-    order = ["--public_style" in argv for argv in stub.started]
+    order = ["public" in argv for argv in stub.started]
     assert order == [False, True, True, False]
     assert all("--sdxl" in argv for argv in stub.started)
 
@@ -147,11 +154,11 @@ def test_bad_flags(name, argv, sentence):
         run_here(f"scripts/bench/{name}.py", argv)
 
 
-def test_a_true_worker_takes_a_step_when_it_is_told_to(tmp_path, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["step.py", "--pairs", "32", "--batch", "2"])
-    bench = step.Bench(step.parse(), tmp_path)
-    worker = bench.start("public", 0)
+def test_a_true_worker_takes_a_step_when_it_is_told_to(tmp_path):
+    options = step.parse_options(["--pairs", "32", "--batch", "2"])
+    worker = step.Bench(options, tmp_path).start("public", 0)
     try:
+        worker.ready()
         entry = worker.turn()
     finally:
         worker.close()

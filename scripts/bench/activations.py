@@ -1,0 +1,129 @@
+"""The bytes of activations that a training step at true size keeps, counted on the meta device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from scripts.bench.true_size import build_unet, call_on_meta
+from sdpo.config import ModelConfig
+from sdpo.config.model import LORA_TARGETS
+from sdpo.models.lora import add_adapters
+
+META = torch.device("meta")
+
+
+class _FusedAttention(torch.autograd.Function):
+    """Keeps what a fused kernel keeps."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = q.new_empty(*q.shape[:-1], v.shape[-1])
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return ctx.saved_tensors[:3]
+
+
+class AsOnGpu(TorchFunctionMode):
+    """Does to dtypes what CUDA's autocast to bf16 does, which it does not do on the meta device:
+    norms in float32, matrix products and convolutions in bf16; and fused attention."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Take the place of one call."""
+        kwargs = kwargs or {}
+        if function is F.scaled_dot_product_attention:
+            return _fused_attention(*args, **kwargs)
+        if function in (F.group_norm, F.layer_norm):
+            args = [_wide(value) for value in args]
+            kwargs = {name: _wide(value) for name, value in kwargs.items()}
+        elif function in (F.linear, F.conv2d):
+            args = [args[0].bfloat16(), *args[1:]]
+        return function(*args, **kwargs)
+
+
+def _fused_attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+    out: Tensor = _FusedAttention.apply(query, key, value)
+    return out
+
+
+def _wide(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) else value
+
+
+class KeptBytes:
+    """Adds up the storages that autograd keeps, and the most that one checkpointed block adds."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        from diffusers.models.attention import BasicTransformerBlock
+        from diffusers.models.resnet import ResnetBlock2D
+
+        self.own = {p.untyped_storage()._cdata for p in unet.parameters()}
+        self.storages: dict[int, Any] = {}
+        self.largest_block = 0
+        for module in unet.modules():
+            if isinstance(module, ResnetBlock2D | BasicTransformerBlock):
+                module.register_forward_pre_hook(self._enter)
+                module.register_forward_hook(self._leave)
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """Count a tensor that is kept; autograd's pack hook."""
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.own:
+            self.storages.setdefault(storage._cdata, storage)
+        return tensor
+
+    def total(self) -> int:
+        """Give the bytes kept so far."""
+        return sum(s.nbytes() for s in self.storages.values())
+
+    def _enter(self, *_: Any) -> None:
+        self._before = self.total()
+
+    def _leave(self, *_: Any) -> None:
+        self.largest_block = max(self.largest_block, self.total() - self._before)
+
+
+def build_trained(family: str, rank: int | None) -> Any:
+    """Build the UNet on the meta device; with a rank, frozen and with train.py's adapters."""
+    with META:
+        unet = build_unet(family)
+    if rank:
+        config = ModelConfig(
+            lora_rank=rank, lora_alpha=float(rank), lora_target_modules=LORA_TARGETS
+        )
+        add_adapters(unet, config, 0, torch.bfloat16, META)
+    return unet
+
+
+def activation_bytes(
+    family: str, resolution: int, samples: int, checkpointing: bool, rank: int | None = None
+) -> int:
+    """Count the bytes of activations at the peak for `samples` images (two a pair), under bf16
+    autocast.
+
+    With checkpointing: the inputs of all blocks, and the largest block computed again. With a rank:
+    of adapters alone, so that most layers keep nothing.
+    """
+    unet = build_trained(family, rank).bfloat16().train()
+
+    def kept_by_forward() -> KeptBytes:
+        kept = KeptBytes(unet)
+        hooks = torch.autograd.graph.saved_tensors_hooks(kept.keep, lambda tensor: tensor)
+        with AsOnGpu(), hooks:
+            call_on_meta(family, unet, resolution, samples, torch.bfloat16)
+        return kept
+
+    whole = kept_by_forward()
+    if not checkpointing:
+        return whole.total()
+    unet.enable_gradient_checkpointing()
+    return kept_by_forward().total() + whole.largest_block
