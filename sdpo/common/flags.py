@@ -70,6 +70,7 @@ class _About:
     expand: bool
     lines: bool
     record: bool
+    empty: bool
 
 
 def flag(
@@ -88,6 +89,7 @@ def flag(
     expand: bool = False,
     lines: bool = False,
     record: bool = True,
+    empty: bool = False,
 ) -> Any:
     """Declare a dataclass field as a flag.
 
@@ -106,6 +108,7 @@ def flag(
         expand: it is a path whose ~ is expanded, also in --flag=~/dir, which shells leave as it is.
         lines: a single value that ends in .txt is a file with a value a line.
         record: whether it is part of `flat`.
+        empty: it can be given without any value, for none.
     """
     checks = check if isinstance(check, tuple) else (check,)
     about = _About(
@@ -122,6 +125,7 @@ def flag(
         expand,
         lines,
         record,
+        empty,
     )
     return field(default=default, metadata={"flag": about})
 
@@ -186,7 +190,8 @@ def add_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup, cls: ty
                 del options["metavar"]
                 options["choices"] = about.choices
             if several:
-                options["nargs"] = "*" if about.positional and not about.required else "+"
+                none = about.empty or (about.positional and not about.required)
+                options["nargs"] = "*" if none else "+"
             if about.extend:
                 options["action"] = "extend"
             if about.replaces:

@@ -13,7 +13,7 @@ not orthogonal here: one scale for a step takes sums over all its micro-batches 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from accelerate import Accelerator
@@ -30,8 +30,8 @@ from sdpo.models.lora import seed_dropout
 Gradients = Sequence[Tensor]
 
 
-def inner_product(a: Gradients, b: Gradients) -> Tensor:
-    """<a, b> over all parameters, (), on their device, in float32 or better."""
+def inner_product(a: Iterable[Tensor], b: Iterable[Tensor]) -> Tensor:
+    """Compute <a, b> over all parameters, (), on their device, in float32 or better."""
     products = [(as_accumulated(x) * as_accumulated(y)).sum() for x, y in zip(a, b, strict=True)]
     return torch.stack(products).sum()
 

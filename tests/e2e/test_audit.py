@@ -9,6 +9,7 @@ import torch
 
 from sdpo.common.errors import UserError
 from sdpo.lab.audit import run as audit
+from sdpo.lab.audit.config import parse_config
 from sdpo.lab.audit.measure import load
 from sdpo.lab.audit.updates import UPDATES, WinnerErrors
 from sdpo.models.loading import load_strictly
@@ -72,11 +73,11 @@ def test_the_next_batch_is_that_of_the_next_step(run, audited):
 
 
 def test_realised_change_is_that_of_the_step_that_training_took(train, run, audited, tmp_path):
-    args = audit.parse_args(argv(train, tmp_path, checkpoint=run.out / "checkpoint-2"))
-    subject = load(args)
+    config = parse_config(argv(train, tmp_path, checkpoint=run.out / "checkpoint-2"))
+    subject = load(config)
     inputs = subject.noised(next(iter(subject.loader)))
-    load_strictly(subject.unet, run.unet(3), "checkpoint-3")
-    after = WinnerErrors(subject.unet, subject.names, subject.parameters, inputs).before
+    load_strictly(subject.models.unet, run.unet(3), "checkpoint-3")
+    after = WinnerErrors(subject.network, inputs).before
     first = lines(audited, "updates")[0]
     expected = after - torch.tensor(first["own"]["winner_error"])
     found = torch.tensor(record(first, "batch", "adam")["own"]["realised"])
@@ -175,7 +176,7 @@ def test_sdxl_from_its_base(train, tmp_path):
 def test_bad_flags(train, tmp_path, flags, sentence, monkeypatch, repo):
     monkeypatch.chdir(repo)
     with pytest.raises(UserError, match=sentence):
-        audit.parse_args(argv(train, tmp_path, **flags))
+        parse_config(argv(train, tmp_path, **flags))
 
 
 def test_checkpoint_of_another_method_is_refused(train, run, tmp_path):

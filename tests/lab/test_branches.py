@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
-
 import pytest
 import torch
 
 from sdpo import preference_loss
-from sdpo.lab.audit.gradients import branches, inner, modes
+from sdpo.config import MethodConfig
+from sdpo.lab.audit.gradients import Network, branches, inner, modes
 from sdpo.losses.safeguard import loser_scale
-from sdpo.models.forward import predict
+from sdpo.models.sd15 import SD15
 
 METHODS = {"diffusion-dpo": 3.0, "dspo": 0.5, "dmpo": 3.0}
 MU = 0.6
@@ -18,32 +17,28 @@ MU = 0.6
 
 @pytest.fixture(scope="module", params=sorted(METHODS))
 def case(request, double_unet, pairs):
-    """(args, parameters, prediction, reference, branches) of one method."""
-    args = argparse.Namespace(
-        train_method=request.param,
-        beta_dpo=METHODS[request.param],
-        dmpo_alpha=0.01,
-        winner_preserving_mu=MU,
-    )
+    """(method, parameters, prediction, reference, branches) of one method."""
+    method = MethodConfig(request.param, METHODS[request.param], dmpo_alpha=0.01)
+    network = Network(SD15(), double_unet)
     parameters = list(double_unet.parameters())
-    prediction = predict(double_unet, pairs)
+    prediction = network.predict(pairs)
     g = torch.Generator().manual_seed(2)
     off = torch.randn(prediction.shape, generator=g, dtype=torch.float64)
     reference = (prediction + 0.3 * off).detach()
-    found = branches(double_unet, parameters, pairs, reference, args, "sd15")
-    return args, parameters, prediction, reference, found
+    found = branches(network, pairs, reference, method, MU)
+    return method, parameters, prediction, reference, found
 
 
 def whole(case, pairs, **safeguard):
     """The gradient of the loss that train.py would take."""
-    args, parameters, prediction, reference, _ = case
+    method, parameters, prediction, reference, _ = case
     loss = preference_loss(
-        args.train_method,
+        method.train_method,
         prediction,
         reference,
         pairs.target,
-        beta=args.beta_dpo,
-        alpha=args.dmpo_alpha,
+        beta=method.beta_dpo,
+        **method.options("sd15"),
         **safeguard,
     ).loss
     return torch.autograd.grad(loss, parameters, retain_graph=True)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from sdpo.lab.audit.gradients import Network
 from sdpo.lab.audit.jacobian import (
     QUANTILES,
     Sample,
@@ -13,8 +14,8 @@ from sdpo.lab.audit.jacobian import (
     lanczos,
     spectrum,
 )
-from sdpo.models.base import Conditioning
-from sdpo.models.forward import NoisedPairs, predict
+from sdpo.models.forward import NoisedPairs
+from sdpo.models.sd15 import SD15
 
 
 class Mixer(nn.Module):
@@ -34,17 +35,17 @@ class Mixer(nn.Module):
 @pytest.fixture(scope="module")
 def two():
     """Winner and loser of one pair under a `Mixer`, and their Jacobians, (8, parameters)."""
-    unet = Mixer()
+    network = Network(SD15(), Mixer())
     g = torch.Generator().manual_seed(1)
     x, noise = (torch.randn(n, 2, 2, 2, generator=g, dtype=torch.float64) for n in (2, 1))
     inputs = NoisedPairs(
-        x, torch.tensor([7, 7]), noise.repeat(2, 1, 1, 1), Conditioning(torch.zeros(2, 1, 1))
+        x, torch.tensor([7, 7]), noise.repeat(2, 1, 1, 1), {"hidden": torch.zeros(2, 1, 1)}
     )
-    names, parameters = zip(*unet.named_parameters(), strict=True)
-    samples = [Sample(unet, names, parameters, inputs.samples(slice(i, i + 1))) for i in range(2)]
+    parameters = list(network.parameters.values())
+    samples = [Sample(network, inputs.samples(slice(i, i + 1))) for i in range(2)]
     jacobians = []
     for i in range(2):
-        out = predict(unet, inputs.samples(slice(i, i + 1))).flatten()
+        out = network.predict(inputs.samples(slice(i, i + 1))).flatten()
         rows = [torch.autograd.grad(o, parameters, retain_graph=True) for o in out]
         jacobians.append(torch.stack([torch.cat([g.flatten() for g in row]) for row in rows]))
     return samples, jacobians
@@ -122,9 +123,8 @@ def test_an_isometry_has_no_variation(two):
     )
     x = torch.zeros(1, 2, 2, 2, dtype=torch.float64)
     x.view(-1)[3] = 1.0
-    inputs = NoisedPairs(x, torch.tensor([7]), x, Conditioning(torch.zeros(1, 1, 1)))
-    names, parameters = zip(*unet.named_parameters(), strict=True)
-    sample = Sample(unet, names, parameters, inputs)
+    inputs = NoisedPairs(x, torch.tensor([7]), x, {"hidden": torch.zeros(1, 1, 1)})
+    sample = Sample(Network(SD15(), unet), inputs)
     found = spectrum(sample, sample, 2, 8, torch.Generator().manual_seed(5))
     assert found["variation"] == pytest.approx(0.0, abs=1e-6)
     assert found["participation"] == pytest.approx(1.0)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import pytest
 import torch
 
 from sdpo.common.errors import UserError
+from sdpo.config import OptimConfig
+from sdpo.lab.audit.gradients import Network
 from sdpo.lab.audit.updates import Moments, WinnerErrors, clipped, displacements
-from sdpo.models.forward import predict
+from sdpo.models.sd15 import SD15
 
-ARGS = argparse.Namespace(
+OPTIM = OptimConfig(
     adam_beta1=0.9, adam_beta2=0.99, adam_epsilon=1e-3, adam_weight_decay=0.1, max_grad_norm=1.0
 )
 LR = 1e-2
@@ -52,7 +53,7 @@ def read(optimizer, parameters):
 
 def test_adam_is_the_optimizers_own_step(small):
     parameters, optimizer, gradient = small
-    found = displacements(gradient, parameters, read(optimizer, parameters), ARGS, LR)
+    found = displacements(gradient, parameters, read(optimizer, parameters), OPTIM, LR)
     before = [p.detach().clone() for p in parameters]
     for p, x in zip(parameters, gradient, strict=True):
         p.grad = x.clone()
@@ -65,7 +66,7 @@ def test_adam_is_the_optimizers_own_step(small):
 def test_preconditioned_is_adam_without_momentum_and_decay(small):
     parameters, optimizer, gradient = small
     moments = read(optimizer, parameters)
-    found = displacements(gradient, parameters, moments, ARGS, LR)
+    found = displacements(gradient, parameters, moments, OPTIM, LR)
     g = clipped(gradient, 1.0)
     for x, v, d in zip(g, moments.second, found["preconditioned"], strict=True):
         second = (0.99 * v + 0.01 * x * x) / (1 - 0.99**4)
@@ -92,8 +93,7 @@ def test_foreign_optimizer_state_is_refused(small):
 
 @pytest.fixture(scope="module")
 def errors(double_unet, pairs):
-    names, parameters = zip(*double_unet.named_parameters(), strict=True)
-    return WinnerErrors(double_unet, names, parameters, pairs)
+    return WinnerErrors(Network(SD15(), double_unet), pairs)
 
 
 def some_direction(double_unet):
@@ -106,7 +106,12 @@ def some_direction(double_unet):
 
 def test_errors_are_the_winners(errors, double_unet, pairs):
     with torch.no_grad():
-        expected = (predict(double_unet, pairs) - pairs.target).square().flatten(1).mean(1)[:3]
+        expected = (
+            (Network(SD15(), double_unet).predict(pairs) - pairs.target)
+            .square()
+            .flatten(1)
+            .mean(1)[:3]
+        )
     torch.testing.assert_close(errors.before, expected, rtol=1e-9, atol=0)
 
 

@@ -10,20 +10,69 @@ lam being what the safeguard, or a fixed number, leaves of the losers' part (arX
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call, jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from sdpo.config.method import MethodConfig
 from sdpo.losses.preference import preference_loss
 from sdpo.losses.safeguard import loser_scale, scale_from_products
+from sdpo.models.base import Family
 from sdpo.models.forward import NoisedPairs, predict
+from sdpo.training.parameter_safeguard import inner_product
 
 # One tensor per parameter, in the order of the list of parameters that they were asked for.
 Gradients = list[Tensor]
+# Tensors by the names of their parameters.
+Parameters = dict[str, Tensor]
 WEIGHTED = "weighted"
+
+
+@dataclass(frozen=True)
+class Network:
+    """One model of a family as a function of its trained parameters."""
+
+    family: Family
+    model: nn.Module
+
+    @cached_property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The trained parameters by name."""
+        return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+
+    def named(self, tensors: Sequence[Tensor]) -> Parameters:
+        """Name tensors, one a parameter, as the parameters are."""
+        return dict(zip(self.parameters, tensors, strict=True))
+
+    def values(self) -> Parameters:
+        """Give the parameters as they are, detached."""
+        return {name: p.detach() for name, p in self.parameters.items()}
+
+    def predict(self, inputs: NoisedPairs) -> Tensor:
+        """Call the model on noised samples; its output has the shape of `inputs.noisy`."""
+        return predict(self.family, self.model, inputs)
+
+    def predict_at(self, parameters: Parameters, inputs: NoisedPairs) -> Tensor:
+        """Call the model with `parameters` in the place of its own."""
+
+        def model(*args: object, **kwargs: object) -> object:
+            return functional_call(self.model, parameters, args, kwargs)
+
+        return predict(self.family, model, inputs)
+
+
+def derivative(
+    function: Callable[[Parameters], Tensor], at: Parameters, along: Parameters
+) -> Tensor:
+    """Compute the directional derivative of `function`, by forward-mode differentiation."""
+    # Of the attention kernels only the plain one has a forward derivative.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        return jvp(function, (at,), (along,))[1]
 
 
 @dataclass(frozen=True)
@@ -48,37 +97,30 @@ class Mode:
 
 
 def branches(
-    unet: nn.Module,
-    parameters: Sequence[nn.Parameter],
-    inputs: NoisedPairs,
-    reference: Tensor,
-    args: argparse.Namespace,
-    form: str,
+    network: Network, inputs: NoisedPairs, reference: Tensor, method: MethodConfig, mu: float
 ) -> Branches:
-    """One forward pass over B pairs and five backward passes.
+    """Take the two branches of B pairs apart, by one forward pass and five backward passes.
 
     Args:
         reference: the frozen reference's output, (2B, C, h, w).
-        args: train.py's; of them method, beta, alpha and mu count.
-        form: of DSPO, see `preference_loss`.
+        mu: of the safeguard's scales.
     """
-    prediction = predict(unet, inputs)
+    parameters = list(network.parameters.values())
+    prediction = network.predict(inputs)
     output = prediction.detach().requires_grad_()
     loss = preference_loss(
-        args.train_method,
+        method.train_method,
         output,
         reference,
         inputs.target,
-        beta=args.beta_dpo,
-        alpha=args.dmpo_alpha,
-        form=form,
+        beta=method.beta_dpo,
+        **method.options(network.family.name),
     ).loss
     (at_output,) = torch.autograd.grad(loss, output)
     half = len(output) // 2
     residual = prediction.detach() - inputs.target
     # Of the mean over pairs of the mean over pixels of r^2.
     at_error = 2.0 * residual / residual[:half].numel()
-    mu = args.winner_preserving_mu
     pair_scales = loser_scale(residual[:half], residual[half:], mu, "pair")
     per_pixel = pair_scales.reshape(-1, *[1] * (residual.ndim - 1))
 
@@ -101,12 +143,12 @@ def branches(
 
 
 def inner(a: Gradients, b: Gradients) -> float:
-    """<a, b> over all parameters, summed in float64 over tensors."""
-    return sum((x.double() * y.double()).sum() for x, y in zip(a, b, strict=True)).item()
+    """Compute <a, b> over all parameters in float64, one parameter after another."""
+    return inner_product((x.double() for x in a), (y.double() for y in b)).item()
 
 
 def modes(found: Branches, mu: float, fixed: Sequence[float]) -> dict[str, Mode]:
-    """Every way of treating the losers of one batch.
+    """Treat the losers of one batch in every way.
 
     "none": as the method is published; "fixed C": scaled by a constant; "batch", "pair": the
     safeguard at the output; "parameter": (1 - mu) |g_w|^2 / <g_w, g_l>, with the gradients g of L_w
@@ -138,8 +180,8 @@ def modes(found: Branches, mu: float, fixed: Sequence[float]) -> dict[str, Mode]
 
 
 def _scale(own: float, conflict: float, mu: float) -> float:
-    products = torch.tensor([own, conflict], dtype=torch.float64)
-    return scale_from_products(*products, mu).item()
+    winner, both = torch.tensor([own, conflict], dtype=torch.float64)
+    return scale_from_products(winner, both, mu).item()
 
 
 def _combined(found: Branches, scale: float) -> Gradients:

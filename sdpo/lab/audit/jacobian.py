@@ -11,17 +11,16 @@ two Jacobians are alike and J J^T has one eigenvalue n times.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sdpo.lab.audit.derivatives import derivative, named, predict_at
-from sdpo.lab.audit.gradients import Gradients, inner
-from sdpo.models.forward import NoisedPairs, predict
+from sdpo.lab.audit.gradients import Gradients, Network, derivative, inner
+from sdpo.models.forward import NoisedPairs
 
 # Quantiles of the spectrum of J J^T that are kept.
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
@@ -31,53 +30,50 @@ QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 class Sample:
     """One sample's output as a function of the parameters."""
 
-    unet: nn.Module
-    names: Sequence[str]
-    parameters: Sequence[nn.Parameter]
+    network: Network
     inputs: NoisedPairs
 
     def __post_init__(self) -> None:
         with sdpa_kernel(SDPBackend.MATH):
-            self.output = predict(self.unet, self.inputs)
+            self.output = self.network.predict(self.inputs)
         self.residual = (self.output - self.inputs.target).detach()
 
     def transposed(self, v: Tensor) -> Gradients:
-        """J^T v, `v` shaped like the output, (1, C, h, w)."""
-        return list(torch.autograd.grad(self.output, self.parameters, v, retain_graph=True))
+        """Compute J^T v, `v` shaped like the output, (1, C, h, w)."""
+        parameters = list(self.network.parameters.values())
+        return list(torch.autograd.grad(self.output, parameters, v, retain_graph=True))
 
     def applied(self, displacement: Gradients) -> Tensor:
-        """J d, shaped like the output."""
-
+        """Compute J d, shaped like the output."""
         return derivative(
-            lambda parameters: predict_at(self.unet, parameters, self.inputs),
-            named(self.names, [p.detach() for p in self.parameters]),
-            named(self.names, displacement),
+            lambda parameters: self.network.predict_at(parameters, self.inputs),
+            self.network.values(),
+            self.network.named(displacement),
         )
 
     def gram(self, v: Tensor) -> Tensor:
-        """J J^T v."""
+        """Compute J J^T v."""
         return self.applied(self.transposed(v))
 
 
 def branch_alignment(winner: Sample, loser: Sample) -> dict[str, float]:
-    """Inner products and squared norms of one pair's residuals and of its parameter gradients J^T r
-    (without the common factor 2/n), from which cosines, norm ratios and scales follow."""
-    gradient_w, gradient_l = winner.transposed(winner.residual), loser.transposed(loser.residual)
-    residual_w, residual_l = [winner.residual], [loser.residual]
-    return {
-        "output_inner": inner(residual_w, residual_l),
-        "output_winner_sq": inner(residual_w, residual_w),
-        "output_loser_sq": inner(residual_l, residual_l),
-        "parameter_inner": inner(gradient_w, gradient_l),
-        "parameter_winner_sq": inner(gradient_w, gradient_w),
-        "parameter_loser_sq": inner(gradient_l, gradient_l),
-    }
+    """Take inner products and squared norms of one pair's residuals and of its parameter gradients
+    J^T r (without the common factor 2/n), from which cosines, norm ratios and scales follow."""
+    found = {}
+    for space, w, l in (  # noqa: E741
+        ("output", [winner.residual], [loser.residual]),
+        ("parameter", winner.transposed(winner.residual), loser.transposed(loser.residual)),
+    ):
+        found[f"{space}_inner"] = inner(w, l)
+        found[f"{space}_winner_sq"] = inner(w, w)
+        found[f"{space}_loser_sq"] = inner(l, l)
+    return found
 
 
 def spectrum(
     winner: Sample, loser: Sample, probes: int, iterations: int, generator: torch.Generator
 ) -> dict[str, Any]:
-    """Randomised estimates of the spectrum of J_w J_w^T and of how far J_w and J_l are apart.
+    """Estimate the spectrum of J_w J_w^T and how far J_w and J_l are apart, at random.
 
     With v standard normal, E |J^T v|^2 is the squared Frobenius norm of J, and the difference's
     likewise (Hutchinson 1989). Quantiles of the eigenvalues come from stochastic Lanczos quadrature
@@ -123,7 +119,7 @@ def spectrum(
 def lanczos(
     matrix: Callable[[Tensor], Tensor], start: Tensor, iterations: int
 ) -> tuple[Tensor, Tensor]:
-    """Nodes and weights of the Gauss quadrature of a symmetric matrix' spectrum as `start` sees it.
+    """Compute the Gauss quadrature of a symmetric matrix' spectrum as `start` sees it.
 
     Golub & Meurant 2010, chapter 6; the basis is orthogonalised in full, in float64.
 
@@ -131,7 +127,7 @@ def lanczos(
         matrix: applies it to a tensor shaped like `start`.
 
     Returns:
-        Ritz values and weights that sum to 1, (k,) float64 on the CPU, k <= `iterations`.
+        Nodes (Ritz values) and weights that sum to 1, (k,) float64 on the CPU, k <= `iterations`.
     """
     first = start.double().flatten()
     basis = [first / first.norm()]
