@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from argparse import Namespace
 from pathlib import Path
 
+from sdpo.common.flags import from_flat
+from sdpo.config import TrainConfig
+from sdpo.evaluation.evaluate import EvaluateConfig
 from sdpo.lab.sweep.file import PlannedRun, Sweep
 
 STEPS = (1, 2, 3, 4)
@@ -28,7 +30,7 @@ def planned(variants: tuple[str, ...] = ("none", "pair")) -> list[PlannedRun]:
             seed,
             {},
             {"beta_dpo": beta, "winner_preserving_mu": mu},
-            Namespace(),
+            TrainConfig(),
         )
         for variant in variants
         for beta in BETAS
@@ -46,7 +48,7 @@ def sweep_of(runs: list[PlannedRun]) -> Sweep:
         True,
         {"split": "heldout"},
         {"scorers": "oracle"},
-        Namespace(scorers=["oracle"]),
+        from_flat(EvaluateConfig, {"scorers": ["oracle"]}),
         "all",
     )
 

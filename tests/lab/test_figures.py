@@ -9,7 +9,6 @@ from PIL import Image
 from sdpo.evaluation.generate.manifest import write_manifest
 from sdpo.lab.sweep import figures
 from sdpo.lab.sweep.results import collect
-from sdpo.lab.sweep.sweep_figures import draw
 
 from .sweep_tables import (
     BASE_SCORE,
@@ -189,11 +188,11 @@ def test_a_sweep_gets_the_figures_that_fit_it(tmp_path):
 
     found = write_all(tmp_path, planned())
     write_results(found, tmp_path)
-    names = [path.name for path in draw(found, tmp_path)]
+    names = [path.name for path in figures.draw(found, tmp_path)]
     assert names == ["scale.png", "drift.png", "map_oracle.png", "horizon.png"]
-    plain = replace(found, images=None, image_args=None, grid=("beta_dpo",))
-    assert [path.name for path in draw(plain, tmp_path)] == ["scale.png", "drift.png"]
+    plain = replace(found, images=None, image_config=None, grid=("beta_dpo",))
+    assert [path.name for path in figures.draw(plain, tmp_path)] == ["scale.png", "drift.png"]
     bare = replace(plain, heldout=None)
-    assert [path.name for path in draw(bare, tmp_path)] == ["scale.png"]
-    no_scores = replace(found, images=None, image_args=None)
-    assert [path.name for path in draw(no_scores, tmp_path)][-1] == "map.png"
+    assert [path.name for path in figures.draw(bare, tmp_path)] == ["scale.png"]
+    no_scores = replace(found, images=None, image_config=None)
+    assert [path.name for path in figures.draw(no_scores, tmp_path)][-1] == "map.png"

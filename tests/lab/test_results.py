@@ -18,11 +18,11 @@ from sdpo.lab.sweep.results import (
     final_means,
     label_of,
     read_results,
+    summarise,
     timestep_bins,
     write_results,
 )
 from sdpo.lab.sweep.stages import image_dirs
-from sdpo.lab.sweep.tables import summarise
 
 from .sweep_tables import (
     BASE_SCORE,

@@ -18,7 +18,16 @@ import pyarrow.compute as pc
 
 from sdpo.evaluation.generate.manifest import read_manifest
 from sdpo.lab.drawing import colour_of, plain, save, show_image, smooth, wrapped
-from sdpo.lab.sweep.results import Curves, curves, final_means, timestep_bins
+from sdpo.lab.sweep.file import Sweep
+from sdpo.lab.sweep.results import (
+    RESULTS_FILE,
+    Curves,
+    curves,
+    final_means,
+    read_results,
+    timestep_bins,
+)
+from sdpo.lab.sweep.stages import image_dirs, read_summary
 from sdpo.training.distributions import BINS
 
 WINNER_DRIFT = "winner_drift_percent"
@@ -28,6 +37,58 @@ DRIFTS = {
     "margin": "held-out margin (negative: preferred)",
 }
 SMOOTHING = 10  # optimizer steps
+MAP = ("beta_dpo", "winner_preserving_mu")
+
+
+def draw(sweep: Sweep, out: Path) -> list[Path]:
+    """Write the figures that fit what a sweep varied and measured to OUT/figures.
+
+    Returns: their paths, none where no run came to its end.
+    """
+    table = read_results(out / RESULTS_FILE)
+    if not len(table):
+        return []
+    folder = out / "figures"
+    folder.mkdir(exist_ok=True)
+    by = sweep.groups
+    drawn = [folder / "scale.png"]
+    draw_scale(table, drawn[-1], by)
+    if sweep.heldout is not None:
+        drawn.append(folder / "drift.png")
+        draw_drift(table, drawn[-1], by)
+        if set(MAP) <= set(sweep.grid):
+            for scorer in sweep.scorers if sweep.images else (None,):
+                drawn.append(folder / (f"map_{scorer}.png" if scorer else "map.png"))
+                draw_map(table, drawn[-1], *MAP, scorer=scorer)
+    if sweep.images is not None and sweep.checkpoints == "all":
+        drawn.append(folder / "horizon.png")
+        draw_horizon(table, drawn[-1], sweep.scorers, by)
+        strips = _manifests(sweep, out)
+        if strips:
+            drawn.append(folder / "strips.png")
+            draw_strips(strips, drawn[-1])
+    return drawn
+
+
+def _manifests(sweep: Sweep, out: Path) -> dict[str, dict[int, Path]]:
+    """The first suite's manifests by variant and step, of the first run of each variant."""
+    found: dict[str, dict[int, Path]] = {}
+    for run in sweep.runs:
+        dirs = image_dirs(sweep, run, out)
+        if run.variant in found or len(dirs) < 2:
+            continue
+        found[run.variant] = {
+            step: manifest
+            for step, directory in dirs.items()
+            if read_summary(directory)
+            for manifest in _first_manifest(directory)
+        }
+    return {variant: manifests for variant, manifests in found.items() if manifests}
+
+
+def _first_manifest(directory: Path) -> list[Path]:
+    folders = sorted(p for p in directory.iterdir() if p.is_dir())
+    return [folder.with_name(f"{folder.name}.json") for folder in folders[:1]]
 
 
 def draw_drift(table: pa.Table, path: Path, by: Sequence[str] = ("variant",)) -> plt.Figure:
@@ -69,8 +130,8 @@ def draw_scale(table: pa.Table, path: Path, by: Sequence[str] = ("variant",)) ->
 def draw_map(
     table: pa.Table,
     path: Path,
-    x: str = "beta_dpo",
-    y: str = "winner_preserving_mu",
+    x: str = MAP[0],
+    y: str = MAP[1],
     scorer: str | None = None,
 ) -> plt.Figure:
     """Means over seeds of the final held-out winner drift and of a score, a cell for each value of

@@ -2,53 +2,59 @@
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import re
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Hashable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
-from sdpo import args as train_args
 from sdpo.common.cli import as_argv
 from sdpo.common.errors import UserError, first_line
-from sdpo.common.flags import build_parser
+from sdpo.common.flags import flag_names
+from sdpo.config import TrainConfig, parse_train
+from sdpo.data.local import check_data_location
 from sdpo.evaluation import evaluate, heldout
 from sdpo.evaluation.generate.config import check_suites
-from sdpo.models.locations import check_data_location
+from sdpo.evaluation.score.relabel import check_choice_model
+from sdpo.training.places import check_places
+
+T = TypeVar("T")
 
 KEYS = ("name", "flags", "variants", "grid", "seeds", "heldout", "images")
 CHECKPOINTS = ("last", "all")
 # What a sweep sets itself.
-_OWN_TRAIN = ("output_dir", "seed", "resume_from_checkpoint")
+_OWN_TRAIN = ("output_dir", "seed", "resume_from_checkpoint", "check_only")
 _OWN_HELDOUT = ("run", "ema")
 _OWN_IMAGES = ("unet", "outdir", "check_only")
 # Which model the images are of; taken from the runs.
-_MODEL = ("sdxl", "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "revision")
-_MODEL += ("unet_init", "cache_dir", "resolution")
+_VAE = "pretrained_vae_model_name_or_path"
+_MODEL = (
+    *("sdxl", "pretrained_model_name_or_path", _VAE, "revision"),
+    *("unet_init", "cache_dir", "resolution"),
+)
 
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One run. `flags` are train.py's, but for --output_dir, and `args` all of train.py's flags
-    parsed; `varied` holds the values of those that differ from run to run."""
+    """One run. `flags` are those of train.py that the file gives it, and `config` is what comes of
+    them; `varied` holds the values of those that differ from run to run."""
 
     name: str
     variant: str
     seed: int
     flags: dict[str, Any]
     varied: dict[str, Any]
-    args: argparse.Namespace
+    config: TrainConfig
 
 
 @dataclass(frozen=True)
 class Sweep:
     """A file's content. `heldout` and `images` are flags of sdpo.evaluation.heldout and
-    eval/evaluate.py, None where nothing of the kind was asked for; `image_args` are the latter
-    parsed; `checkpoints`, of which images are made: last, all."""
+    eval/evaluate.py, None where nothing of the kind was asked for; `image_config` is what comes of
+    the latter; images are made of the `checkpoints`: last, all."""
 
     name: str
     runs: list[PlannedRun]
@@ -56,13 +62,13 @@ class Sweep:
     has_variants: bool
     heldout: dict[str, Any] | None
     images: dict[str, Any] | None
-    image_args: evaluate.EvaluateConfig | None
+    image_config: evaluate.EvaluateConfig | None
     checkpoints: str
 
     @property
     def scorers(self) -> list[str]:
-        """Those that score the images."""
-        return self.image_args.scoring.names
+        """The scorers of the images, none where there are none."""
+        return self.image_config.scoring.names if self.image_config else []
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -80,12 +86,12 @@ def read_sweep(path: Path) -> Sweep:
     for key in content:
         if key not in KEYS:
             raise UserError(f"{path}: there is no key {key}; the keys are {', '.join(KEYS)}")
-    parser = train_args.build_parser()
-    flags = _flags(path, "flags", content.get("flags"), parser, _OWN_TRAIN)
-    variants = {}
-    for name, own in _mapping(path, "variants", content.get("variants")).items():
-        variants[str(name)] = _flags(path, f"variants, {name}", own, parser, _OWN_TRAIN)
-    grid = _flags(path, "grid", content.get("grid"), parser, _OWN_TRAIN)
+    flags = _train_flags(path, "flags", content.get("flags"))
+    variants = {
+        str(name): _train_flags(path, f"variants, {name}", own)
+        for name, own in _mapping(path, "variants", content.get("variants")).items()
+    }
+    grid = _train_flags(path, "grid", content.get("grid"))
     for flag, values in grid.items():
         if not isinstance(values, list) or not values:
             raise UserError(f"{path}: grid, {flag}: must be a list of values, e.g. [1, 2]")
@@ -96,14 +102,14 @@ def read_sweep(path: Path) -> Sweep:
     if not _readable(name):
         raise UserError(f"{path}: name: must hold a letter or a digit, got {name!r}")
     runs = _runs(path, flags, variants or {name: {}}, grid, _seeds(path, content.get("seeds")))
-    heldout_flags = images = image_args = None
+    heldout_flags = images = image_config = None
     if "heldout" in content:
         heldout_flags = _heldout(path, content["heldout"], runs)
     checkpoints = "last"
     if "images" in content:
-        images, image_args, checkpoints = _images(path, content["images"], runs)
+        images, image_config, checkpoints = _images(path, content["images"], runs)
     return Sweep(
-        name, runs, tuple(grid), bool(variants), heldout_flags, images, image_args, checkpoints
+        name, runs, tuple(grid), bool(variants), heldout_flags, images, image_config, checkpoints
     )
 
 
@@ -146,21 +152,20 @@ def _mapping(path: Path, where: str, value: Any) -> dict[Any, Any]:
 
 
 def _flags(
-    path: Path,
-    where: str,
-    value: Any,
-    parser: argparse.ArgumentParser,
-    own: tuple[str, ...],
+    path: Path, where: str, value: Any, program: str, known: Container[str], own: Container[str]
 ) -> dict[str, Any]:
     """A mapping whose keys are flags of a program, without their dashes."""
     flags = _mapping(path, where, value)
-    known = {a.dest for a in parser._actions if f"--{a.dest}" in a.option_strings} - {"help"}
     for name in flags:
         if name in own:
             raise UserError(f"{path}: {where}: the sweep sets {name} itself; leave it out")
         if name not in known:
-            raise UserError(f"{path}: {where}: {parser.prog} has no flag --{name}")
+            raise UserError(f"{path}: {where}: {program} has no flag --{name}")
     return flags
+
+
+def _train_flags(path: Path, where: str, value: Any) -> dict[str, Any]:
+    return _flags(path, where, value, "train.py", flag_names(TrainConfig), _OWN_TRAIN)
 
 
 def _seeds(path: Path, seeds: Any) -> list[int]:
@@ -191,9 +196,10 @@ def _runs(
             if name in runs:
                 raise UserError(f"{path}: two runs would have the name {name}: name variants apart")
             merged = {**flags, **own, **chosen, "seed": seed}
-            args = _checked(path, f"run {name}", merged, train_args.parse_args)
-            varied = {key: getattr(args, key) for key in varying}
-            runs[name] = PlannedRun(name, variant, seed, merged, varied, args)
+            config = _checked(path, f"run {name}", _parse_run, as_argv(merged))
+            values = config.flags()
+            varied = {key: values[key] for key in varying}
+            runs[name] = PlannedRun(name, variant, seed, merged, varied, config)
     return list(runs.values())
 
 
@@ -202,31 +208,33 @@ def _readable(text: str) -> str:
     return re.sub(r"[^\w.+-]+", "-", text).strip("-.")
 
 
-def _checked(
-    path: Path,
-    where: str,
-    flags: dict[str, Any],
-    parse: Callable[[list[str]], Any],
-    first: tuple[str, ...] = (),
-) -> Any:
+def _checked(path: Path, where: str, parse: Callable[[list[str]], T], argv: list[str]) -> T:
     try:
-        return parse([*first, *as_argv(flags)])
+        return parse(argv)
     except UserError as error:
         raise UserError(f"{path}: {where}: {error}") from None
 
 
+def _parse_run(argv: list[str]) -> TrainConfig:
+    """As train.py checks its command line."""
+    config = parse_train(argv)
+    check_choice_model(config.data)
+    check_places(config)
+    return config
+
+
 def _heldout(path: Path, value: Any, runs: list[PlannedRun]) -> dict[str, Any]:
-    flags = _flags(path, "heldout", value, heldout.build_parser(), _OWN_HELDOUT)
-    args = _checked(path, "heldout", flags, heldout.parse_flags, (".",))
-    for run in runs:
-        data = argparse.Namespace(**vars(run.args))
-        if args.dataset_name or args.train_data_dir:
-            data.dataset_name, data.train_data_dir = args.dataset_name, args.train_data_dir
-        data.split = args.split
-        try:
-            check_data_location(data)
-        except UserError as error:
-            raise UserError(f"{path}: heldout: {error}") from None
+    known, program = flag_names(heldout.HeldoutConfig), f"python -m {heldout.__name__}"
+    flags = _flags(path, "heldout", value, program, known, _OWN_HELDOUT)
+
+    def parse(argv: list[str]) -> None:
+        config = heldout.parse_config(argv)
+        other = {"dataset_name": config.dataset_name, "train_data_dir": config.train_data_dir}
+        for run in runs:
+            data = replace(run.config.data, split=config.split)
+            check_data_location(replace(data, **other) if any(other.values()) else data)
+
+    _checked(path, "heldout", parse, [".", *as_argv(flags)])
     return flags
 
 
@@ -237,21 +245,19 @@ def _images(
     checkpoints = value.pop("checkpoints", "last")
     if checkpoints not in CHECKPOINTS:
         raise UserError(f"{path}: images, checkpoints: must be last or all, got {checkpoints!r}")
-    flags = _flags(
-        path, "images", value, build_parser(evaluate.EvaluateConfig, "evaluate.py"), _OWN_IMAGES
-    )
-    first = runs[0].args
-    for run in runs[1:]:
+    known = flag_names(evaluate.EvaluateConfig)
+    flags = _flags(path, "images", value, "evaluate.py", known, _OWN_IMAGES)
+    first, *others = [run.config.flags() for run in runs]
+    for run, other in zip(runs[1:], others, strict=True):
         for name in _MODEL:
-            if getattr(first, name) != getattr(run.args, name):
+            if first[name] != other[name]:
                 raise UserError(
                     f"{path}: images: all runs must start from one model, but {runs[0].name} and "
                     f"{run.name} differ in {name}"
                 )
     # What is not said is as in training, where evaluate.py has defaults of its own.
-    model = {name: getattr(first, name) for name in _MODEL if name != "unet_init"}
-    vae = "pretrained_vae_model_name_or_path"
-    flags = {**model, vae: model[vae] or "base", **flags, "unet": first.unet_init or "base"}
-    args = _checked(path, "images", flags, evaluate.parse_args)
-    check_suites(args.generation)
-    return flags, args, checkpoints
+    model = {name: first[name] for name in _MODEL if name != "unet_init"}
+    flags = {**model, _VAE: first[_VAE] or "base", **flags, "unet": first["unet_init"] or "base"}
+    config = _checked(path, "images", evaluate.parse_args, as_argv(flags))
+    check_suites(config.generation)
+    return flags, config, checkpoints

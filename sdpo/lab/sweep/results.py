@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from sdpo.common.errors import UserError
 from sdpo.common.files import written_beside
 from sdpo.common.jsonl import read_lines
+from sdpo.evaluation.compare.statistics import t_interval
 from sdpo.evaluation.heldout import read_heldout
 from sdpo.evaluation.score.summary import ALL
 from sdpo.lab.sweep.file import PlannedRun, Sweep
@@ -32,6 +33,7 @@ from sdpo.training.distributions import BINS
 from sdpo.training.runlog import METRICS_FILE
 
 RESULTS_FILE = "results.parquet"
+FINAL = ("winner_drift_percent", "loser_drift_percent", "margin", "implicit_acc")
 _BEFORE = {"run": pa.string(), "variant": pa.string(), "seed": pa.int64()}
 _AFTER = {
     "kind": pa.string(),
@@ -210,3 +212,28 @@ def label_of(values: dict[str, Any]) -> str:
         str(value) if name == "variant" else f"{name} {text(value)}"
         for name, value in values.items()
     )
+
+
+def summarise(table: pa.Table, by: Sequence[str] = ("variant",)) -> list[dict[str, Any]]:
+    """A row a group, in the table's order.
+
+    {"group": its label, "runs": how many, and by metric {"mean", "interval", "n"}}, the interval
+    being (low, high), Student's t at 95 % over runs, None for one run. The metrics: held-out ones
+    and scores at each run's last step, and loser_scale, the mean over all of its steps.
+    """
+    scores = table.filter(pc.field("kind") == "score")
+    wanted = [("heldout", name) for name in FINAL]
+    wanted += [("score", name) for name in pc.unique(scores["metric"]).to_pylist()]
+    rows: dict[str, dict[str, Any]] = {}
+    for label, scale in curves(table, "train", "loser_scale", by).items():
+        means = np.nanmean(scale.values, axis=1)
+        rows[label] = {"group": label, "runs": len(means), "loser_scale": _spread(means)}
+    for kind, metric in wanted:
+        for label, found in curves(table, kind, metric, by).items():
+            rows[label][metric] = _spread(found.final)
+    return list(rows.values())
+
+
+def _spread(values: np.ndarray) -> dict[str, Any]:
+    mean = float(np.mean(values)) if len(values) else None
+    return {"mean": mean, "interval": t_interval(values), "n": len(values)}

@@ -26,21 +26,20 @@ reported and the others go on; the exit code is then 1.
 
 from __future__ import annotations
 
-import argparse
 import fcntl
 import os
 import shlex
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdpo.common.cli import Parser, at_least
 from sdpo.common.files import check_claim, check_directory, claim_directory
-from sdpo.common.flags import flat
+from sdpo.common.flags import at_least, flag, flat, parse
 from sdpo.common.programs import Programs
 from sdpo.lab.sweep.file import Sweep, read_sweep
 from sdpo.lab.sweep.stages import Stage, run_dir, stages_of
@@ -48,52 +47,59 @@ from sdpo.lab.sweep.stages import Stage, run_dir, stages_of
 PROGRAM = "python -m sdpo.lab sweep"
 LOCK_FILE = ".lock"
 # Of evaluate.py's flags: what says nothing of the images, or may grow.
-_NOT_CLAIMED = ("unet", "outdir", "check_only", "cache_dir", "scorers", "batch_size", "device")
-_NOT_CLAIMED += ("score_batch_size", "scorer_weights", "prompt_source")
+_NOT_CLAIMED = (
+    *("unet", "outdir", "check_only", "cache_dir", "scorers", "batch_size", "device"),
+    *("score_batch_size", "weights", "prompt_source"),
+)
 
 
-def build_parser() -> argparse.ArgumentParser:
+@dataclass(frozen=True)
+class SweepConfig:
     """The program's flags."""
-    parser = Parser(PROGRAM, __doc__)
-    add = parser.add_argument
-    add("file", type=Path, metavar="FILE.yaml")
-    add("--out", type=Path, metavar="DIR", help="default: output/lab/NAME, the file's name")
-    add(
-        "--jobs",
-        type=int,
-        metavar="N",
-        help="runs at a time; each gets its share of the cores, unless OMP_NUM_THREADS says how "
-        "many (default: one a core; with one GPU give 1)",
+
+    file: Path = flag(None, "what to train and to measure", metavar="FILE.yaml", positional=True)
+    out: Path | None = flag(
+        None, "where it is written", metavar="DIR", shown="output/lab/NAME, the file's name"
     )
-    add("--dry_run", action="store_true", help="check, and print the commands still to be run")
-    return parser
+    jobs: int | None = flag(
+        None,
+        "runs at a time; each gets its share of the cores, unless OMP_NUM_THREADS says how many",
+        metavar="N",
+        check=at_least(1),
+        shown="one a core; with one GPU give 1",
+    )
+    dry_run: bool = flag(False, "check, and print the commands still to be run")
 
 
-def main(argv: list[str]) -> int:
-    """Run what is missing, write the table, draw; 1 where a run failed."""
-    args = build_parser().parse_args(argv)
-    at_least(args, 1, "jobs")
-    sweep = read_sweep(args.file)
-    out = args.out or Path("output/lab") / sweep.name
+def main(argv: Sequence[str]) -> int:
+    """Run what is missing, write the table, draw; returns the exit code, 1 where a run failed.
+
+    Raises:
+        UserError: naming the flag or the file's key and what would be right.
+    """
+    config = parse(SweepConfig, argv, PROGRAM, __doc__)
+    sweep = read_sweep(config.file)
+    out = config.out or Path("output/lab") / sweep.name
     check_directory(out, "--out")
     claims = _claims(sweep, out)
     for directory, flags, what in claims:
         check_claim(directory, flags, "--out", what)
     chains = stages_of(sweep, out)
-    if args.dry_run:
+    if config.dry_run:
         print_missing(chains)
         return 0
     for directory, flags, what in claims:
         claim_directory(directory, flags, "--out", what)
     cores = available_cores()
-    jobs = min(args.jobs or cores, len(chains))
+    jobs = min(config.jobs or cores, len(chains))
     with _locked(out) as lock:
         failed = run_all(sweep, out, chains, sweep_programs(max(1, cores // jobs), lock), jobs)
 
-    from sdpo.lab.sweep.sweep_figures import draw
+    from sdpo.lab.sweep.figures import draw
+    from sdpo.lab.sweep.results import RESULTS_FILE
 
     drawn = draw(sweep, out)
-    print(f"wrote {out / 'results.parquet'}" + (f" and {out / 'figures'}" if drawn else ""))
+    print(f"wrote {out / RESULTS_FILE}" + (f" and {out / 'figures'}" if drawn else ""))
     if failed:
         print(f"{len(failed)} of {len(chains)} failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
@@ -101,19 +107,21 @@ def main(argv: list[str]) -> int:
 
 def _claims(sweep: Sweep, out: Path) -> list[tuple[Path, dict[str, Any], str]]:
     """Directories, the flags that their content depends on, and what it is."""
-    claims = []
-    for run in sweep.runs:
-        flags = vars(run.args)
-        flags = {k: v for k, v in flags.items() if k not in ("output_dir", "cache_dir")}
-        claims.append((run_dir(out, run), flags, "a run"))
-    if sweep.image_args is not None:
-        flags = {k: v for k, v in flat(sweep.image_args).items() if k not in _NOT_CLAIMED}
-        claims.append((out / "images", flags, "images"))
+
+    def but(flags: dict[str, Any], *left_out: str) -> dict[str, Any]:
+        return {name: value for name, value in flags.items() if name not in left_out}
+
+    claims = [
+        (run_dir(out, run), but(run.config.flags(), "output_dir", "cache_dir"), "a run")
+        for run in sweep.runs
+    ]
+    if sweep.image_config is not None:
+        claims.append((out / "images", but(flat(sweep.image_config), *_NOT_CLAIMED), "images"))
     return claims
 
 
 def print_missing(chains: dict[str, list[Stage]]) -> None:
-    """What would be run, a command a line."""
+    """Print what would be run, a command a line."""
     for name, stages in chains.items():
         pending = False
         for stage in stages:
@@ -198,7 +206,7 @@ def run_stage(stage: Stage, log: Path, programs: Programs) -> str | None:
 
 
 def available_cores() -> int:
-    """Those that this process may use."""
+    """Count the cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
