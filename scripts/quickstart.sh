@@ -4,4 +4,4 @@
 set -euo pipefail
 source "$(dirname "$0")/_env.sh"
 install_requirements requirements.txt
-exec "$PYTHON" -m sdpo.tinyworld.quickstart "$@"
+exec "$PYTHON" -m sdpo.lab quickstart "$@"

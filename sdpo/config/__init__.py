@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from sdpo.common.flags import flat, from_flat, given_flags
 from sdpo.config.data import DataConfig, SourceConfig
@@ -17,6 +17,7 @@ from sdpo.config.rules import check_rules, fill_in
 from sdpo.config.run import RunConfig
 from sdpo.config.safeguard import SafeguardConfig
 
+C = TypeVar("C", bound="TrainConfig")
 ABOUT = (
     "Align a text-to-image model with preference pairs, with or without the winner-preserving "
     "safeguard."
@@ -35,7 +36,7 @@ class TrainConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     @classmethod
-    def from_flags(cls, values: Mapping[str, Any]) -> TrainConfig:
+    def from_flags(cls: type[C], values: Mapping[str, Any]) -> C:
         """Build a run's settings from flag names and values: a parsed command line, or the "args"
         of a config.json. What is missing takes its default.
 

@@ -21,12 +21,12 @@ STEP = "optimizer step"
 
 
 def colour_of(number: int) -> str:
-    """The colour of the n-th thing."""
+    """Choose the colour of the n-th thing."""
     return COLOURS[number % len(COLOURS)]
 
 
 def plain(axis: plt.Axes, title: str, xlabel: str = STEP, zero: bool = True) -> None:
-    """Title, label, a faint grid, no box; with `zero` a dotted line at 0."""
+    """Give an axis title, label and a faint grid, and no box; with `zero` a dotted line at 0."""
     axis.set_title(title, fontsize=10)
     axis.set_xlabel(xlabel)
     if zero:
@@ -36,16 +36,16 @@ def plain(axis: plt.Axes, title: str, xlabel: str = STEP, zero: bool = True) -> 
 
 
 def show_image(axis: plt.Axes, path: Path) -> None:
-    """An image file, its pixels as they are, without ticks."""
+    """Show an image file, its pixels as they are, without ticks."""
     axis.imshow(plt.imread(path), interpolation="nearest")
     axis.set_xticks([])
     axis.set_yticks([])
 
 
-def smooth(values: Sequence[float], window: int) -> np.ndarray:
-    """Mean over the last `window` values, over fewer at the start, without those that are NaN;
-    NaN where there is none. Works along the last axis."""
-    values = np.asarray(values, dtype=float)
+def smooth(numbers: Sequence[float] | np.ndarray, window: int) -> np.ndarray:
+    """Average the last `window` values, fewer at the start, without those that are NaN; NaN where
+    there is none. Works along the last axis."""
+    values = np.asarray(numbers, dtype=float)
     known = ~np.isnan(values)
 
     def sums(of: np.ndarray) -> np.ndarray:
@@ -59,7 +59,7 @@ def smooth(values: Sequence[float], window: int) -> np.ndarray:
 
 
 def wrapped(text: str, width: int = 24) -> str:
-    """Over several lines."""
+    """Break a text into lines of at most `width` characters."""
     return "\n".join(textwrap.wrap(text, width))
 
 

@@ -1,6 +1,6 @@
 """Curves of any runs side by side, from their metrics.jsonl.
 
-    python -m sdpo.lab.plot RUN... [--out curves.png] [--smooth N] [--metrics loss,winner_drift]
+    python -m sdpo.lab plot RUN... [--out curves.png] [--smooth N] [--metrics loss,winner_drift]
 
 A run is a train.py --output_dir. Where runs logged the safeguard's scale by timestep, each gets a
 strip of it below the curves: a row a tenth of the schedule, a column a step.
@@ -8,16 +8,18 @@ strip of it below the curves: a row a tenth of the schedule, a column a step.
 
 from __future__ import annotations
 
-import argparse
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdpo.common.cli import Parser, at_least
 from sdpo.common.errors import UserError, run_main
+from sdpo.common.flags import at_least, flag, parse
 from sdpo.common.jsonl import read_lines
 from sdpo.training.runlog import METRICS_FILE
 
+PROGRAM = "python -m sdpo.lab plot"
 DEFAULT_METRICS = (
     "loss",
     "winner_drift",
@@ -31,41 +33,45 @@ DEFAULT_METRICS = (
 COLUMNS = 4
 
 
-def build_parser() -> argparse.ArgumentParser:
+@dataclass(frozen=True)
+class PlotConfig:
     """The program's flags."""
-    parser = Parser("python -m sdpo.lab.plot", __doc__)
-    add = parser.add_argument
-    add("runs", type=Path, nargs="+", metavar="RUN", help="--output_dir of a run")
-    add("--out", type=Path, default=Path("curves.png"), help="default: curves.png")
-    add(
-        "--smooth",
-        type=int,
-        default=1,
+
+    runs: tuple[Path, ...] = flag(
+        (), "--output_dir of a run", metavar="RUN", positional=True, required=True
+    )
+    out: Path = flag(Path("curves.png"), "the picture")
+    smooth: int = flag(
+        1,
+        "mean over the last N steps, with the steps themselves behind it",
         metavar="N",
-        help="mean over the last N steps, with the steps themselves behind it (default: 1)",
+        check=at_least(1),
     )
-    add(
-        "--metrics",
+    metrics: str | None = flag(
+        None,
+        "what to draw",
         metavar="NAME,NAME",
-        help=f"default: those of {','.join(DEFAULT_METRICS)} that were logged",
+        shown=f"those of {','.join(DEFAULT_METRICS)} that were logged",
     )
-    return parser
 
 
-def main() -> int:
-    """Read, draw, say where."""
-    args = build_parser().parse_args(sys.argv[1:])
-    at_least(args, 1, "smooth")
-    if args.out.is_dir() or not args.out.absolute().parent.is_dir():
-        raise UserError(f"--out: {args.out} must be a file in a directory that exists")
-    runs = read_runs(args.runs)
-    draw(runs, metrics_of(args.metrics, runs), args.smooth, args.out)
-    print(f"wrote {args.out}")
+def main(argv: Sequence[str]) -> int:
+    """Read the runs, draw them, say where; returns the exit code.
+
+    Raises:
+        UserError: naming the flag or the run and what would be right.
+    """
+    config = parse(PlotConfig, argv, PROGRAM, __doc__)
+    if config.out.is_dir() or not config.out.absolute().parent.is_dir():
+        raise UserError(f"--out: {config.out} must be a file in a directory that exists")
+    runs = read_runs(config.runs)
+    draw(runs, metrics_of(config.metrics, runs), config.smooth, config.out)
+    print(f"wrote {config.out}")
     return 0
 
 
-def read_runs(paths: list[Path]) -> dict[str, list[dict[str, Any]]]:
-    """The lines of each run's metrics.jsonl, by its label.
+def read_runs(paths: Sequence[Path]) -> dict[str, list[dict[str, Any]]]:
+    """Read the lines of each run's metrics.jsonl, by its label.
 
     Raises:
         UserError: a directory is none of a run, holds no step, or is given twice.
@@ -82,8 +88,8 @@ def read_runs(paths: list[Path]) -> dict[str, list[dict[str, Any]]]:
     return runs
 
 
-def labels_of(paths: list[Path]) -> list[str]:
-    """The directories' names; with as many of their parents' as make them differ."""
+def labels_of(paths: Sequence[Path]) -> list[str]:
+    """Label runs by their directories' names, and their parents' until the labels differ."""
     parts = [path.resolve().parts for path in paths]
     for count in range(1, max(map(len, parts)) + 1):
         labels = ["/".join(p[-count:]) for p in parts]
@@ -93,7 +99,7 @@ def labels_of(paths: list[Path]) -> list[str]:
 
 
 def metrics_of(given: str | None, runs: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """--metrics taken apart, or the default panels that some run has numbers for.
+    """Take --metrics apart, or choose the default panels that some run has numbers for.
 
     Raises:
         UserError: no run logged one, or none is named.
@@ -112,7 +118,7 @@ def metrics_of(given: str | None, runs: dict[str, list[dict[str, Any]]]) -> list
 
 
 def draw(runs: dict[str, list[dict[str, Any]]], metrics: list[str], window: int, path: Path) -> Any:
-    """Write the figure, a panel a metric and a strip a run; returns it."""
+    """Draw and write the figure, a panel a metric and a strip a run; returns it."""
     import matplotlib.pyplot as plt
     import numpy as np
 
@@ -127,10 +133,10 @@ def draw(runs: dict[str, list[dict[str, Any]]], metrics: list[str], window: int,
     for number, name in enumerate(metrics):
         axis = figure.add_subplot(grid[number // columns, number % columns])
         for place, (label, entries) in enumerate(runs.items()):
-            found = [(e["step"], e[name]) for e in entries if name in e]
-            if not found:
+            logged = [(e["step"], e[name]) for e in entries if name in e]
+            if not logged:
                 continue
-            steps, values = np.array(found, dtype=float).T
+            steps, values = np.array(logged, dtype=float).T
             if window > 1:
                 axis.plot(steps, values, color=colour_of(place), lw=0.6, alpha=0.3)
             axis.plot(steps, smooth(values, window), color=colour_of(place), lw=1.4, label=label)
@@ -152,8 +158,8 @@ def draw(runs: dict[str, list[dict[str, Any]]], metrics: list[str], window: int,
 
 
 def scale_by_timestep(entries: list[dict[str, Any]]) -> tuple[Any, Any] | None:
-    """Steps (S,) and the scale of the losers' gradient (bins, S), NaN where a bin held no pair;
-    None where the run did not log it."""
+    """Collect steps (S,) and the scale of the losers' gradient (bins, S), NaN where a bin held no
+    pair; None where the run did not log it."""
     import numpy as np
 
     found = [
@@ -168,4 +174,4 @@ def scale_by_timestep(entries: list[dict[str, Any]]) -> tuple[Any, Any] | None:
 
 
 if __name__ == "__main__":
-    run_main(main, "sdpo.plot")
+    run_main(lambda: main(sys.argv[1:]), "sdpo.plot")

@@ -1,7 +1,11 @@
-"""The old name of `sdpo.lab.quickstart`, kept for one release."""
+"""The old name of `python -m sdpo.lab quickstart`, kept for one release.
 
-from sdpo.common.errors import run_main
-from sdpo.lab.quickstart.run import main
+It is named, not imported: the tiny world knows nothing of the lab.
+"""
+
+import runpy
+import sys
 
 if __name__ == "__main__":
-    run_main(main, "quickstart")
+    sys.argv.insert(1, "quickstart")
+    runpy.run_module("sdpo.lab", run_name="__main__", alter_sys=True)

@@ -16,7 +16,9 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
+from inspect import signature
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -142,7 +144,12 @@ def _reset_accelerate() -> None:
 
 def _main_of(name: str) -> Callable[[], int]:
     """`main` of a program named by its path, e.g. "eval/score.py"."""
-    return import_module(name.removesuffix(".py").replace("/", ".")).main
+    main = import_module(name.removesuffix(".py").replace("/", ".")).main
+    return partial(_call, main) if signature(main).parameters else main
+
+
+def _call(main: Callable[[list[str]], int]) -> int:
+    return main(sys.argv[1:])
 
 
 def run_here(name: str, argv: Sequence[Any]) -> int:

@@ -81,12 +81,10 @@ def test_images_are_of_the_model_that_is_trained(content, written, tiny_sd15):
     found = read_sweep(written(content))
     assert found.checkpoints == "all"
     assert found.scorers == ["oracle"]
-    assert found.image_args.generation.pretrained_model_name_or_path == str(tiny_sd15)
-    assert found.image_args.generation.pretrained_vae_model_name_or_path is None
-    assert (found.image_args.generation.resolution, found.image_args.generation.unet) == (
-        32,
-        "base",
-    )
+    images = found.image_config.generation
+    assert images.pretrained_model_name_or_path == str(tiny_sd15)
+    assert images.pretrained_vae_model_name_or_path is None
+    assert (images.resolution, images.unet) == (32, "base")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from sdpo.common.errors import UserError
-from sdpo.lab.audit.run import parse_args as parse_audit
+from sdpo.lab.audit.config import parse_config as parse_audit
 from sdpo.lab.sweep.file import read_sweep
 from sdpo.lab.tiny import run as tiny
 
@@ -72,12 +72,12 @@ def test_sweeps_then_audits_then_the_page(sweeps, tmp_path, monkeypatch):
     # The audits are of what was trained, by its own flags.
     found = {name: parse_audit(command[4:]) for name, command in programs[2:]}
     runs = out / "treatments" / "runs"
-    assert found["audit-start"].checkpoint is None
-    assert found["audit-without"].checkpoint == str(runs / "none_seed-3" / "checkpoint-2")
-    assert not any(f.use_winner_preserving for f in found.values())
-    assert {f.steps for f in found.values()} == {5}
-    assert {f.seed for f in found.values()} == {3}
-    assert found["audit-start"].fixed_scales == [0.5, 0.75]
+    assert found["audit-start"].audit.checkpoint is None
+    assert found["audit-without"].audit.checkpoint == str(runs / "none_seed-3" / "checkpoint-2")
+    assert not any(f.safeguard.use_winner_preserving for f in found.values())
+    assert {f.audit.steps for f in found.values()} == {5}
+    assert {f.run.seed for f in found.values()} == {3}
+    assert found["audit-start"].audit.fixed_scales == (0.5, 0.75)
     assert page[0] == out
     assert [sweep.name for _, sweep in page[1]] == ["treatments", "another"]
     assert set(page[2]) == set(found)
@@ -94,7 +94,7 @@ def test_sweeps_then_audits_then_the_page(sweeps, tmp_path, monkeypatch):
 )
 def test_bad_flags(sweeps, tmp_path, more, sentence):
     with pytest.raises(UserError, match=sentence):
-        tiny.parse_args(argv(sweeps, tmp_path, *more))
+        tiny.parse_config(argv(sweeps, tmp_path, *more))
     assert not (tmp_path / "out").exists()
 
 

@@ -62,9 +62,8 @@ def _bars(axis: plt.Axes, rows: list[dict[str, Any]], names: tuple[str, str]) ->
         axis.bar(at + 0.2 * side, values, 0.38, color=colour, label=label)
         errors = np.abs(ends - values)
         axis.errorbar(at + 0.2 * side, values, errors, fmt="none", ecolor="black", lw=1)
-    axis.set_xticks(at, [f"{r['mode']}, {r['scale']:.2f}" for r in rows], fontsize=7, rotation=40)
-    for tick in axis.get_xticklabels():
-        tick.set_ha("right")
+    labels = [f"{r['mode']}, {r['scale']:.2f}" for r in rows]
+    axis.set_xticks(at, labels, fontsize=7, rotation=40, ha="right")
 
 
 def draw_by_timestep(rows: list[dict[str, Any]], about: str, path: Path) -> None:

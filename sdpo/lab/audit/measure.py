@@ -17,7 +17,7 @@ from sdpo.common.jsonl import JsonLines, read_lines
 from sdpo.common.processes import quieten_libraries
 from sdpo.data.loader import PairLoader
 from sdpo.data.order import FIRST
-from sdpo.data.pairs import PairBatch
+from sdpo.data.pairs import Batch
 from sdpo.data.source import open_pairs
 from sdpo.lab.audit.config import AuditConfig
 from sdpo.lab.audit.gradients import Branches, Network, branches, modes
@@ -58,7 +58,7 @@ class Subject:
         """Take one of the 2B samples alone."""
         return Sample(self.network, inputs.samples(slice(index, index + 1)))
 
-    def noised(self, batch: PairBatch, timesteps: torch.Tensor | None = None) -> NoisedPairs:
+    def noised(self, batch: Batch, timesteps: torch.Tensor | None = None) -> NoisedPairs:
         """Noise a batch as in training, or at timesteps of one's own, (B,)."""
         method = self.config.method
         return noise_pairs(
@@ -188,7 +188,7 @@ def _measure_updates(subject: Subject, lines: JsonLines) -> None:
     bar.close()
 
 
-def _estimated_moments(subject: Subject, batches: Iterator[PairBatch]) -> Moments:
+def _estimated_moments(subject: Subject, batches: Iterator[Batch]) -> Moments:
     """Those of --moment_batches steps at these weights, by the flags' own treatment of losers."""
     config, guard = subject.config, subject.config.safeguard
     moments = Moments.none(subject.models.trainable)

@@ -52,9 +52,8 @@ def rows_of(out: Path, manifests: dict[str, Path]) -> list[dict[str, Any]]:
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
     """The rows on the console; drifts in percent of the reference's held-out error."""
-    head = ("model", "winner drift", "loser drift", "implicit acc", "oracle", "beats base")
-    head += ("seconds",)
-    print("\n" + " ".join(f"{h:>18}" for h in head))
+    head = "model,winner drift,loser drift,implicit acc,oracle,beats base,seconds"
+    print("\n" + " ".join(f"{h:>18}" for h in head.split(",")))
     for row in rows:
         trained = "seconds" in row
         cells = [

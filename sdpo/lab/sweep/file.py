@@ -229,10 +229,12 @@ def _heldout(path: Path, value: Any, runs: list[PlannedRun]) -> dict[str, Any]:
 
     def parse(argv: list[str]) -> None:
         config = heldout.parse_config(argv)
-        other = {"dataset_name": config.dataset_name, "train_data_dir": config.train_data_dir}
         for run in runs:
             data = replace(run.config.data, split=config.split)
-            check_data_location(replace(data, **other) if any(other.values()) else data)
+            name, directory = config.dataset_name, config.train_data_dir
+            if name or directory:
+                data = replace(data, dataset_name=name, train_data_dir=directory)
+            check_data_location(data)
 
     _checked(path, "heldout", parse, [".", *as_argv(flags)])
     return flags

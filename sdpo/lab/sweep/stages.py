@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,6 @@ HELDOUT_FLAGS_FILE = "heldout_flags.json"
 SUMMARY_FILE = "summary.json"
 
 
-def _nothing() -> None:
-    pass
-
-
 @dataclass(frozen=True)
 class Stage:
     """`missing()` gives the commands that are still to be run, none where the stage is done;
@@ -38,24 +34,24 @@ class Stage:
 
     name: str
     missing: Callable[[], list[list[str]]]
-    finish: Callable[[], None] = _nothing
+    finish: Callable[[], None] = lambda: None
 
 
 def stages_of(sweep: Sweep, out: Path) -> dict[str, list[Stage]]:
-    """Stages in their order, for each run by its name and for the base model's images."""
+    """List the stages in their order, for each run by its name and for the base model's images."""
     chains = {run.name: _run_stages(sweep, run, out) for run in sweep.runs}
     if sweep.images is not None:
-        chains[BASE] = [Stage("images", lambda: _image_commands(sweep, out, [(BASE, None)]))]
+        chains[BASE] = [Stage("images", lambda: _image_commands(sweep, out, {BASE: None}))]
     return chains
 
 
 def run_dir(out: Path, run: PlannedRun) -> Path:
-    """--output_dir of a run."""
+    """Name a run's --output_dir."""
     return out / "runs" / run.name
 
 
 def is_trained(directory: Path) -> bool:
-    """Whether train.py has come to its end there: it exports the pipeline last."""
+    """Tell whether train.py has come to its end there: it exports the pipeline last."""
     newest = latest_checkpoint(directory)
     if newest is None or not (directory / "pipeline").is_dir():
         return False
@@ -67,7 +63,7 @@ def _config(directory: Path) -> dict[str, Any]:
 
 
 def image_dirs(sweep: Sweep, run: PlannedRun, out: Path) -> dict[int, Path]:
-    """Where a run's images are or will be, by step; step 0 is the base's.
+    """Name the places of a run's images, there or to be made, by step; step 0 is the base's.
 
     Checkpoints that a stop left between those that were asked for are passed over.
     """
@@ -82,14 +78,14 @@ def image_dirs(sweep: Sweep, run: PlannedRun, out: Path) -> dict[int, Path]:
 
 
 def has_scores(directory: Path, scorers: list[str]) -> bool:
-    """Whether evaluate.py has come to its end there with these scorers: it writes the summary
+    """Tell whether evaluate.py has come to its end there with these scorers: it writes the summary
     last."""
     rows = read_summary(directory)
     return bool(rows) and {row["scorer"] for row in rows} >= set(scorers)
 
 
 def read_summary(directory: Path) -> list[dict[str, Any]]:
-    """evaluate.py's means, a row for each suite and scorer; [] where there are none."""
+    """Read evaluate.py's means, a row for each suite and scorer; [] where there are none."""
     path = directory / SUMMARY_FILE
     return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
 
@@ -118,26 +114,24 @@ def _run_stages(sweep: Sweep, run: PlannedRun, out: Path) -> list[Stage]:
     if sweep.images is not None:
 
         def drawing() -> list[list[str]]:
-            unets = [
-                (f"{run.name}/checkpoint-{step}", directory / f"checkpoint-{step}" / UNET_FILE)
+            unets = {
+                f"{run.name}/checkpoint-{step}": directory / f"checkpoint-{step}" / UNET_FILE
                 for step in image_dirs(sweep, run, out)
                 if step
-            ]
+            }
             return _image_commands(sweep, out, unets)
 
         stages.append(Stage("images", drawing))
     return stages
 
 
-def _image_commands(
-    sweep: Sweep, out: Path, unets: list[tuple[str, Path | None]]
-) -> list[list[str]]:
+def _image_commands(sweep: Sweep, out: Path, unets: Mapping[str, Path | None]) -> list[list[str]]:
     """Of UNets by their directory under OUT/images; None is the sweep's starting point."""
     commands = []
-    for name, unet in unets:
+    for name, unet in unets.items():
         directory = out / "images" / name
         if not has_scores(directory, sweep.scorers):
-            flags = {**sweep.images, "outdir": directory}
+            flags = {**(sweep.images or {}), "outdir": directory}
             if unet is not None:
                 flags["unet"] = unet
             commands.append([*program("eval/evaluate.py"), *as_argv(flags)])

@@ -12,8 +12,7 @@ from sdpo.lab.audit.run import SUMMARY_FILE
 from sdpo.lab.audit.summary import MEASURED_ON
 from sdpo.lab.report import Cell, Section, Table, write_report
 from sdpo.lab.sweep.file import Sweep
-from sdpo.lab.sweep.results import RESULTS_FILE, read_results
-from sdpo.lab.sweep.tables import summarise
+from sdpo.lab.sweep.results import RESULTS_FILE, read_results, summarise
 
 REPORT_FILE = "report.html"
 ABOUT = (
@@ -140,7 +139,7 @@ def _update_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Cell]]:
         cells = by_mode.setdefault(row["mode"], {"losers": row["mode"], "scale": row["scale"]})
         cells[f"{row['update']}: rising, %"] = row["rising_first_order"]
         cells[f"{row['update']}: change"] = (
-            _interval(row["first_order"], row["first_order_interval"]) + f" / {row['realised']:.3g}"
+            f"{_interval(row['first_order'], row['first_order_interval'])} / {row['realised']:.3g}"
         )
     return list(by_mode.values())
 

@@ -10,18 +10,19 @@ point, the same command goes on.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdpo.common.cli import Parser, as_argv, at_least
+from sdpo.common.cli import as_argv
 from sdpo.common.errors import UserError
 from sdpo.common.files import check_directory
+from sdpo.common.flags import at_least, flag, parse
 from sdpo.common.programs import run_step, run_together
-from sdpo.lab.sweep.file import PlannedRun, Sweep, read_sweep
+from sdpo.lab.sweep.file import Sweep, read_sweep
 from sdpo.lab.sweep.run import available_cores
 from sdpo.lab.sweep.stages import run_dir
 from sdpo.training.checkpoint_paths import list_checkpoints
@@ -32,75 +33,79 @@ AUDITED = "treatments"
 AUDITED_VARIANT = "none"
 
 
-def parse_args(argv: list[str]) -> argparse.Namespace:
-    """The program's flags.
+@dataclass(frozen=True)
+class TinyConfig:
+    """The program's flags."""
+
+    out: Path = flag(Path("output/lab"), "where everything is written")
+    sweeps: Path = flag(
+        Path("scripts/lab"), "its *.yaml are run, in the order of their names", metavar="DIR"
+    )
+    pairs: int = flag(4096, "training pairs", check=at_least(1))
+    heldout: int = flag(128, "held-out pairs", check=at_least(1))
+    audit_steps: int = flag(16, "batches of each audit", check=at_least(1))
+    audit_pairs: int = flag(64, "pairs of each audit", check=at_least(1))
+
+
+def parse_config(argv: Sequence[str]) -> TinyConfig:
+    """Parse the program's command line and check it.
 
     Raises:
-        UserError: on a value out of range.
+        UserError: naming the flag and what would be right.
     """
-    parser = Parser(PROGRAM, __doc__)
-    add = parser.add_argument
-    add("--out", type=Path, default=Path("output/lab"), help="default: output/lab")
-    add(
-        "--sweeps",
-        type=Path,
-        default=Path("scripts/lab"),
-        metavar="DIR",
-        help="its *.yaml are run, in the order of their names (default: scripts/lab)",
-    )
-    add("--pairs", type=int, default=4096, help="training pairs (default: 4096)")
-    add("--heldout", type=int, default=128, help="held-out pairs (default: 128)")
-    add("--audit_steps", type=int, default=16, help="batches of each audit (default: 16)")
-    add("--audit_pairs", type=int, default=64, help="pairs of each audit (default: 64)")
-    args = parser.parse_args(argv)
-    at_least(args, 1, "pairs", "heldout", "audit_steps", "audit_pairs")
-    if not sorted(args.sweeps.glob("*.yaml")):
-        raise UserError(f"--sweeps: {args.sweeps} holds no *.yaml")
-    check_directory(args.out, "--out")
-    return args
+    config = parse(TinyConfig, argv, PROGRAM, __doc__)
+    if not sorted(config.sweeps.glob("*.yaml")):
+        raise UserError(f"--sweeps: {config.sweeps} holds no *.yaml")
+    check_directory(config.out, "--out")
+    return config
 
 
-def main(argv: list[str]) -> int:
-    """Run what is missing, then write the page."""
-    args = parse_args(argv)
+def main(argv: Sequence[str]) -> int:
+    """Run what is missing, then write the page; returns the exit code.
+
+    Raises:
+        UserError: a flag or a sweep is wrong, or a program failed.
+    """
+    config = parse_config(argv)
 
     from sdpo.tinyworld.pairs import ensure_pairs
 
-    ensure_pairs(args.out / "pairs", args.pairs, args.heldout, seed=0, progress=True)
-    sweeps = [(path, read_sweep(path)) for path in sorted(args.sweeps.glob("*.yaml"))]
+    ensure_pairs(config.out / "pairs", config.pairs, config.heldout, seed=0, progress=True)
+    sweeps = [(path, read_sweep(path)) for path in sorted(config.sweeps.glob("*.yaml"))]
     for path, sweep in sweeps:
-        command = [*_lab("sweep"), str(path), "--out", str(args.out / sweep.name)]
-        run_step(command, sweep.name)
+        run_step([*_lab("sweep"), str(path), "--out", str(config.out / sweep.name)], sweep.name)
     commands: dict[str, list[str]] = {}
     for _, sweep in sweeps:
         if sweep.name == AUDITED:
-            commands = dict(audits(sweep, args))
+            commands = audits(sweep, config)
     threads = max(1, available_cores() // max(1, len(commands)))
     run_together(commands, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
 
     from sdpo.lab.tiny.report import write
 
-    page = write(args.out, sweeps, commands)
+    page = write(config.out, sweeps, commands)
     print(f"\nLook at {page}")
     return 0
 
 
-def audits(sweep: Sweep, args: argparse.Namespace) -> Iterator[tuple[str, list[str]]]:
-    """The audits' commands by name."""
+def audits(sweep: Sweep, config: TinyConfig) -> dict[str, list[str]]:
+    """Make the audits' commands by name, of the first run of the variant that they look at."""
     planned = next((run for run in sweep.runs if run.variant == AUDITED_VARIANT), None)
-    if planned is not None:
-        first_saved = list_checkpoints(run_dir(args.out / sweep.name, planned))[0]
-        for name, checkpoint in (("audit-start", None), ("audit-without", first_saved)):
-            yield name, _audit(planned, args, name, checkpoint)
-
-
-def _audit(
-    planned: PlannedRun, args: argparse.Namespace, name: str, checkpoint: Path | None
-) -> list[str]:
-    flags: dict[str, Any] = {**planned.flags, "output_dir": args.out / name}
-    flags |= {"checkpoint": checkpoint, "steps": args.audit_steps}
-    flags |= {"jacobian_pairs": args.audit_pairs, "fixed_scales": [0.5, 0.75]}
-    return [*_lab("audit"), *as_argv(flags)]
+    if planned is None:
+        return {}
+    first_saved = list_checkpoints(run_dir(config.out / sweep.name, planned))[0]
+    commands = {}
+    for name, checkpoint in (("audit-start", None), ("audit-without", first_saved)):
+        flags: dict[str, Any] = {
+            **planned.flags,
+            "output_dir": config.out / name,
+            "checkpoint": checkpoint,
+            "steps": config.audit_steps,
+            "jacobian_pairs": config.audit_pairs,
+            "fixed_scales": [0.5, 0.75],
+        }
+        commands[name] = [*_lab("audit"), *as_argv(flags)]
+    return commands
 
 
 def _lab(command: str) -> list[str]:
