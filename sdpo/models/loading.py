@@ -1,7 +1,16 @@
-"""Reading UNet weights from wherever they are: strictly, and never by running pickled code."""
+"""Loading models from wherever they are: whole or not at all, never by running pickled code.
+
+A library's own `from_pretrained` gives what a file lacks random values and says so in a log. Here a
+weight that is missing, unknown or of another shape is an error; what training programs add around
+the names (prefixes) and around the state dict (wrappers) is taken off.
+"""
 
 from __future__ import annotations
 
+import inspect
+import logging
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,66 +20,185 @@ from torch import Tensor, nn
 from sdpo.common.errors import UserError, first_line
 from sdpo.models.locations import WEIGHT_SUFFIXES
 
+log = logging.getLogger(__name__)
+
+# Under these keys training programs keep a state dict beside other things, in the order of trust.
+WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "unet", "params")
+# Weights that a file may have beside the model's: buffers of older versions of the libraries, and
+# the other parts of a CLIP of which the text encoder alone is loaded.
+_HARMLESS = re.compile(
+    r"(.*\.)?(position_ids|num_batches_tracked)|(vision_model|visual_projection)\..*"
+    r"|text_projection\.weight|logit_scale"
+)
+_ADAPTER = re.compile(r"lora_|\.hada_|\.lokr_|(^|\.)dora_scale$|oft_")
+_ORIGINAL_LAYOUT = "model.diffusion_model."
+
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """The state dict in a .pth/.pt/.bin (weights_only) or .safetensors file, on the CPU.
+    """Read the state dict in a .pth/.pt/.bin/.ckpt (weights_only) or .safetensors file, on the CPU,
+    out of the wrapper that a training program put around it.
 
     Raises:
-        UserError: missing, truncated, or not a plain state dict.
+        UserError: missing, truncated, or without a state dict.
     """
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            state = load_file(path)
+            found: Any = load_file(path)
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            found = _torch_load(path)
     # Truncated zips, pickles with code and foreign files each raise something else.
     except Exception as error:
         raise UserError(f"cannot read UNet weights from {path}: {first_line(error)}") from None
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    state = _unwrapped(found)
+    if state is None:
         raise UserError(f"{path} is not a plain state dict of a UNet (name to tensor)")
+    if state is not found:
+        log.info("%s: its state dict lies under one of %s", path, ", ".join(WRAPPERS))
     return state
 
 
-def load_strictly(unet: nn.Module, state: dict[str, Tensor], where: str) -> None:
-    """Load `state` into `unet`; every name and every shape must fit.
+def _torch_load(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError as error:
+        # The format before torch 1.6 cannot be mapped.
+        if "mmap" not in str(error):
+            raise
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _unwrapped(found: Any) -> dict[str, Tensor] | None:
+    if not isinstance(found, Mapping) or not found:
+        return None
+    if all(isinstance(value, Tensor) for value in found.values()):
+        return dict(found)
+    for key in WRAPPERS:
+        if isinstance(found.get(key), Mapping):
+            return _unwrapped(found[key])
+    return None
+
+
+def load_strictly(
+    module: nn.Module, state: dict[str, Tensor], where: str, what: str = "UNet"
+) -> None:
+    """Load `state` into `module`; every name, a common prefix aside, and every shape must fit.
+
+    Args:
+        where: names the file, for messages.
+        what: names the module, for messages.
 
     Raises:
-        UserError: saying how many names or shapes do not fit and one of them.
+        UserError: saying how many names or shapes do not fit and one of them, or what the file is.
     """
-    own = unet.state_dict()
+    own = module.state_dict()
+    state = _without_prefix(state, own, where)
     missing = sorted(own.keys() - state.keys())
-    unknown = sorted(state.keys() - own.keys())
+    unknown = sorted(k for k in state.keys() - own.keys() if not _HARMLESS.fullmatch(k))
     shapes = sorted(k for k in own.keys() & state.keys() if own[k].shape != state[k].shape)
-    for names, what in ((missing, "missing"), (unknown, "unknown"), (shapes, "of another shape")):
+    if missing and (kind := _another_kind(state)):
+        raise UserError(f"{where} is {kind}, not the weights of a {what} alone")
+    for names, wrong in ((missing, "missing"), (unknown, "unknown"), (shapes, "of another shape")):
         if names:
             raise UserError(
-                f"{where} does not fit this UNet: {len(names)} of {len(own)} weights are {what} "
+                f"{where} does not fit this {what}: {len(names)} of {len(own)} weights are {wrong} "
                 f"(e.g. {names[0]}); is it of another family or size?"
             )
-    unet.load_state_dict(state, strict=True)
+    module.load_state_dict({name: state[name] for name in own}, strict=True)
+
+
+def _without_prefix(
+    state: dict[str, Tensor], own: Mapping[str, Any], where: str
+) -> dict[str, Tensor]:
+    """`state` without the prefix under which it has all of `own`'s names (`module.`, `_orig_mod.`,
+    `unet.`, one within another); what lies beside that prefix is left out."""
+    if own.keys() <= state.keys():
+        return state
+    longest = max(own, key=len)
+    for name in state:
+        prefix = name.removesuffix(longest)
+        if prefix and name.endswith(f".{longest}") and all(prefix + k in state for k in own):
+            log.info("%s: names without their prefix %s", where, prefix)
+            return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    # Compiled parts carry their prefix in the middle of names.
+    plain = {name.replace("_orig_mod.", ""): value for name, value in state.items()}
+    return plain if own.keys() <= plain.keys() else state
+
+
+def _another_kind(state: Mapping[str, Any]) -> str | None:
+    if any(_ADAPTER.search(name) for name in state):
+        return "a file of adapters (LoRA and the like)"
+    if any(name.startswith(_ORIGINAL_LAYOUT) for name in state):
+        return "a single-file checkpoint in the original layout"
+    return None
 
 
 def is_weights_file(name: str) -> bool:
-    """Whether a name means one file of weights (rather than a directory or a hub id)."""
+    """Say whether a name means one file of weights (rather than a directory or a hub id)."""
     return Path(name).suffix in WEIGHT_SUFFIXES
 
 
 def from_pretrained(cls: Any, flag: str, name: str, **kwargs: Any) -> Any:
-    """`cls.from_pretrained(name, ...)`, its failures as one sentence.
+    """Call `cls.from_pretrained(name, ...)` and check that a model got all of its weights; where
+    there are weights of the variant fp16 alone, those are taken.
 
     Raises:
-        UserError: nothing of the kind there, or no network and no cache; names `flag`.
+        UserError: nothing of the kind there, no network and no cache, or weights that are missing,
+            unknown or of another shape; names `flag`.
     """
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
+    part = kwargs.get("subfolder")
+    where = f"{part + ' from ' if part else ''}{name}"
     try:
-        return cls.from_pretrained(name, **kwargs)
+        if not (inspect.isclass(cls) and issubclass(cls, nn.Module)):
+            return cls.from_pretrained(name, **kwargs)
+        model, report = _with_report(cls, name, kwargs)
     # OSError where files are missing, but ValueError and hub errors occur as well.
     except Exception as error:
-        part = kwargs.get("subfolder")
         raise UserError(
-            f"{flag}: cannot load {part + ' from ' if part else ''}{name} ({first_line(error)}); "
+            f"{flag}: cannot load {where} ({first_line(error)}); "
             "give a hub id this machine can reach or has in --cache_dir, or a local directory in "
             "diffusers layout"
         ) from error
+    wrong = {
+        "missing": sorted(map(str, report["missing_keys"])),
+        "unknown": sorted(k for k in report["unexpected_keys"] if not _HARMLESS.fullmatch(k)),
+        "of another shape": sorted(map(str, report["mismatched_keys"])),
+    }
+    if not any(wrong.values()):
+        return model
+    folder = Path(name, part or "")
+    if wrong["missing"] and folder.is_dir():
+        return _read_into(cls, folder, f"{flag}: {where}")
+    found = "; ".join(f"{len(v)} {k} (e.g. {v[0]})" for k, v in wrong.items() if v)
+    raise UserError(f"{flag}: {where} does not fit a {cls.__name__}: of its weights {found}")
+
+
+def _with_report(cls: Any, name: str, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The model and what the library says of its weights."""
+    try:
+        return cls.from_pretrained(name, output_loading_info=True, **kwargs)
+    except OSError as error:
+        try:
+            loaded = cls.from_pretrained(name, output_loading_info=True, variant="fp16", **kwargs)
+        except Exception:
+            raise error from None
+        log.info("%s: its weights of the variant fp16", name)
+        return loaded
+
+
+def _read_into(cls: Any, folder: Path, where: str) -> Any:
+    """A model of a local folder whose weights have other names than the library looks for."""
+    files = [p for p in sorted(folder.iterdir()) if p.suffix in WEIGHT_SUFFIXES]
+    whole = [p for p in files if ".fp16." not in p.name and "ema" not in p.name] or files
+    kind = [p for p in whole if p.suffix == ".safetensors"] or whole
+    state: dict[str, Tensor] = {}
+    for path in kind:
+        state |= read_state_dict(path)
+    if hasattr(cls, "load_config"):
+        model = cls.from_config(cls.load_config(folder))
+    else:
+        model = cls(cls.config_class.from_pretrained(folder))
+    load_strictly(model, state, where, cls.__name__)
+    return model.eval()
