@@ -139,9 +139,19 @@ def is_weights_file(name: str) -> bool:
     return Path(name).suffix in WEIGHT_SUFFIXES
 
 
-def from_pretrained(cls: Any, flag: str, name: str, **kwargs: Any) -> Any:
+ADVICE = (
+    "give a hub id this machine can reach or has in --cache_dir, or a local directory in diffusers "
+    "layout"
+)
+
+
+def from_pretrained(cls: Any, flag: str, name: str, advice: str = ADVICE, **kwargs: Any) -> Any:
     """Call `cls.from_pretrained(name, ...)` and check that a model got all of its weights; where
     there are weights of the variant fp16 alone, those are taken.
+
+    Args:
+        flag: what named it, for messages.
+        advice: what to do where nothing can be loaded, for messages.
 
     Raises:
         UserError: nothing of the kind there, no network and no cache, or weights that are missing,
@@ -156,11 +166,7 @@ def from_pretrained(cls: Any, flag: str, name: str, **kwargs: Any) -> Any:
         model, report = _with_report(cls, name, kwargs)
     # OSError where files are missing, but ValueError and hub errors occur as well.
     except Exception as error:
-        raise UserError(
-            f"{flag}: cannot load {where} ({first_line(error)}); "
-            "give a hub id this machine can reach or has in --cache_dir, or a local directory in "
-            "diffusers layout"
-        ) from error
+        raise UserError(f"{flag}: cannot load {where} ({first_line(error)}); {advice}") from error
     wrong = {
         "missing": sorted(map(str, report["missing_keys"])),
         "unknown": sorted(k for k in report["unexpected_keys"] if not _HARMLESS.fullmatch(k)),
@@ -172,7 +178,7 @@ def from_pretrained(cls: Any, flag: str, name: str, **kwargs: Any) -> Any:
     if wrong["missing"] and folder.is_dir():
         return _read_into(cls, folder, f"{flag}: {where}")
     found = "; ".join(f"{len(v)} {k} (e.g. {v[0]})" for k, v in wrong.items() if v)
-    raise UserError(f"{flag}: {where} does not fit a {cls.__name__}: of its weights {found}")
+    raise UserError(f"{flag}: {where} does not fit its configuration: of its weights {found}")
 
 
 def _with_report(cls: Any, name: str, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -11,7 +11,7 @@ from sdpo.common.errors import UserError
 from sdpo.config import ModelConfig
 from sdpo.config.families import FAMILIES, family_of_config
 
-WEIGHT_SUFFIXES = frozenset({".pth", ".pt", ".bin", ".safetensors"})
+WEIGHT_SUFFIXES = frozenset({".pth", ".pt", ".bin", ".ckpt", ".safetensors"})
 # ORG/NAME; a path that begins with a dot is none.
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from sdpo.common.errors import UserError
 from sdpo.models import get_family
@@ -105,7 +106,7 @@ def test_pickled_code_is_not_run(suffix, zipped, tiny_sd15, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("value", [[1, 2], {"a": 1}, {"state_dict": {"a": torch.ones(1)}}])
+@pytest.mark.parametrize("value", [[1, 2], {"a": 1}, {"state_dict": {"a": 1}}])
 def test_what_is_no_plain_state_dict_is_refused(value, tmp_path):
     torch.save(value, tmp_path / "x.pth")
     with pytest.raises(UserError, match="not a plain state dict"):
@@ -144,3 +145,116 @@ def test_names_and_shapes_must_all_fit():
 def test_is_weights_file():
     assert all(is_weights_file(f"a/b{s}") for s in (".pth", ".pt", ".bin", ".safetensors"))
     assert not any(is_weights_file(name) for name in ("owner/name", "dir", "owner/name-1.5"))
+
+
+WRAPPED = [
+    lambda s: {"state_dict": s, "epoch": 3},
+    lambda s: {"model": {"state_dict": s}},
+    lambda s: {"module": s},
+    lambda s: {"unet": s, "optimizer": {"step": 1}},
+    lambda s: {f"module.{k}": v for k, v in s.items()},
+    lambda s: {f"_orig_mod.{k}": v for k, v in s.items()},
+    lambda s: {"model": {f"module._orig_mod.unet.{k}": v for k, v in s.items()}},
+    lambda s: {k.replace(".resnets.", "._orig_mod.resnets."): v for k, v in s.items()},
+    lambda s: {f"unet.{k}": v for k, v in s.items()} | {"text_encoder.x": torch.zeros(1)},
+]
+
+
+@pytest.mark.parametrize("wrap", WRAPPED)
+@pytest.mark.parametrize("zipped", [True, False])
+def test_wrappers_prefixes_and_the_old_format(trained, tiny_sd15, tmp_path, wrap, zipped):
+    path = tmp_path / "unet.ckpt"
+    torch.save(wrap(trained.state_dict()), path, _use_new_zipfile_serialization=zipped)
+    unet = start(tiny_sd15, path)
+    want = trained.state_dict()
+    assert all(torch.equal(v, want[k]) for k, v in unet.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        ({"unet.down_blocks.0.attn.to_q.lora_A.weight": 1}, "a file of adapters"),
+        ({"lora_unet_down_blocks_0_attn_to_q.lora_down.weight": 1}, "a file of adapters"),
+        ({"model.diffusion_model.input_blocks.0.0.weight": 1}, "single-file checkpoint"),
+    ],
+)
+def test_other_kinds_of_files_are_recognised(tiny_sd15, tmp_path, state, said):
+    path = tmp_path / "other.safetensors"
+    save_file({k: torch.zeros(v) for k, v in state.items()}, path)
+    with pytest.raises(UserError, match=said):
+        start(tiny_sd15, path)
+
+
+def edited(base, tmp_path, part, file, change):
+    """A copy of a base in which the state dict of one part's file is another."""
+    path = tmp_path / "base"
+    shutil.copytree(base, path)
+    state = change(load_file(path / part / file))
+    save_file(state, path / part / file, metadata={"format": "pt"})
+    return ModelSource(str(path))
+
+
+UNET, TEXT = "diffusion_pytorch_model.safetensors", "model.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("part", "file", "drop"),
+    [
+        ("unet", UNET, "mid_block"),
+        ("vae", UNET, "mid_block"),
+        ("vae", UNET, "conv_in.bias"),
+        ("text_encoder", TEXT, "layers.0."),
+        ("text_encoder", TEXT, "final_layer_norm.weight"),
+    ],
+)
+def test_a_base_that_lacks_weights_is_refused(tiny_sd15, tmp_path, part, file, drop):
+    family = get_family(False)
+    source = edited(
+        tiny_sd15, tmp_path, part, file, lambda s: {k: v for k, v in s.items() if drop not in k}
+    )
+    with pytest.raises(UserError) as caught:
+        family.load_unet(source) if part == "unet" else family.load_frozen(source)
+    message = str(caught.value)
+    assert message.startswith(f"--pretrained_model_name_or_path: {part} from ")
+    assert "are missing (e.g. " in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_a_base_with_unknown_weights_is_refused(tiny_sd15, tmp_path, part):
+    family, file = get_family(False), TEXT if part == "text_encoder" else UNET
+    more = {"extra.weight": torch.zeros(2)}
+    source = edited(tiny_sd15, tmp_path, part, file, lambda s: {**s, **more})
+    with pytest.raises(UserError, match=rf"{part} from .*1 unknown \(e.g. extra.weight\)"):
+        family.load_unet(source) if part == "unet" else family.load_frozen(source)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "cond_stage_model.transformer."])
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_a_bases_prefixes_are_taken_off(tiny_sd15, tmp_path, part, prefix):
+    family, file = get_family(False), TEXT if part == "text_encoder" else UNET
+    source = edited(
+        tiny_sd15, tmp_path, part, file, lambda s: {f"{prefix}{k}": v for k, v in s.items()}
+    )
+
+    def loaded(source):
+        if part == "unet":
+            return family.load_unet(source)
+        frozen = family.load_frozen(source)
+        return frozen.vae if part == "vae" else frozen.text_encoders[0]
+
+    want = loaded(ModelSource(str(tiny_sd15))).state_dict()
+    found = loaded(source)
+    assert not found.training
+    assert all(torch.equal(v, want[k]) for k, v in found.state_dict().items())
+
+
+def test_weights_of_the_variant_fp16_alone(tiny_sd15, tmp_path):
+    path = tmp_path / "base"
+    shutil.copytree(tiny_sd15, path)
+    for file in path.rglob("*.safetensors"):
+        file.rename(file.with_name(file.name.replace(".safetensors", ".fp16.safetensors")))
+    family, source = get_family(False), ModelSource(str(path))
+    family.load_unet(source)
+    family.load_frozen(source)
+    start(tiny_sd15, path)

@@ -19,6 +19,7 @@ from torch import nn
 
 from sdpo.common.errors import UserError, first_line
 from sdpo.common.files import file_sha256, hub_sha256
+from sdpo.models.loading import from_pretrained
 from sdpo.models.locations import HUB_ID
 
 log = logging.getLogger(__name__)
@@ -126,18 +127,14 @@ class Weights:
         """Call `cls.from_pretrained` on a part that is a repository or directory.
 
         Raises:
-            UserError: nothing of the kind there, or no network and no cache.
+            UserError: nothing of the kind there, no network and no cache, or weights that are missing.
         """
+        advice = (
+            "where the hub cannot be reached, put the files of "
+            f"{self.parts[part].source} into a directory and give {self.flag(part)}=DIR"
+        )
         source = self.source(part)
-        try:
-            return cls.from_pretrained(source, cache_dir=self.cache_dir)
-        # OSError where files are missing, but ValueError and hub errors occur as well.
-        except Exception as error:
-            raise UserError(
-                f"{self.scorer}: cannot load {source} ({first_line(error)}); where the hub cannot "
-                f"be reached, put the files of {self.parts[part].source} into a directory and "
-                f"give {self.flag(part)}=DIR"
-            ) from error
+        return from_pretrained(cls, self.scorer, source, advice, cache_dir=self.cache_dir)
 
     def _download(self, wanted: Part, name: str) -> Path:
         if wanted.hub:
