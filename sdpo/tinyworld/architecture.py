@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from sdpo.common.errors import UserError, run_main
 from sdpo.common.files import replace_directory
 from sdpo.common.flags import Check, flag, parse
+from sdpo.common.text_encoders import name_for_all_versions
 from sdpo.tinyworld import world
 
 if TYPE_CHECKING:
@@ -244,6 +245,7 @@ def save_pipeline(pipeline: Pipeline, directory: str | PathLike[str]) -> None:
     beside = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(beside, ignore_errors=True)
     pipeline.save_pretrained(beside)
+    name_for_all_versions(beside)
     for name in ("tokenizer", "tokenizer_2"):
         tokenizer = getattr(pipeline, name, None)
         if tokenizer is None:

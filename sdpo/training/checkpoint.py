@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from sdpo.common.errors import UserError
 from sdpo.common.files import rename_complete, replace_directory, write_json, written_beside
+from sdpo.common.text_encoders import name_for_all_versions
 from sdpo.data.order import Place
 from sdpo.models.loading import load_strictly, read_state_dict
 from sdpo.models.lora import LORA_FILE, has_adapters, load_adapters, merged_state, save_adapters
@@ -245,5 +246,6 @@ def export_pipeline(path: Path, base: Base, unet: nn.Module) -> Path:
     beside = path.with_name(path.name + ".tmp")
     shutil.rmtree(beside, ignore_errors=True)
     pipeline.save_pretrained(beside, safe_serialization=True)
+    name_for_all_versions(beside)
     replace_directory(beside, path)
     return path

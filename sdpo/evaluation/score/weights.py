@@ -127,7 +127,7 @@ class Weights:
         """Call `cls.from_pretrained` on a part that is a repository or directory.
 
         Raises:
-            UserError: nothing of the kind there, no network and no cache, or weights that are missing.
+            UserError: nothing of the kind there, no network and no cache, or weights are missing.
         """
         advice = (
             "where the hub cannot be reached, put the files of "
