@@ -162,7 +162,7 @@ class Family(ABC):
         from diffusers import AutoencoderKL
         from transformers import CLIPTokenizer
 
-        common = {"revision": source.revision, "cache_dir": source.cache_dir}
+        common: Any = {"revision": source.revision, "cache_dir": source.cache_dir}
         if source.vae:
             vae = from_pretrained(AutoencoderKL, VAE_FLAG, source.vae, cache_dir=source.cache_dir)
         else:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sdpo.common.randomness import Key
-    from sdpo.data.pairs import PairBatch
+    from sdpo.data.pairs import Batch
     from sdpo.losses.preference import LossOutput
 
 
@@ -42,7 +42,7 @@ class Step:
     what came of each, `Update.apply` reduces and closes it; then `entry` is its line of
     metrics.jsonl and `progress` where the run stands."""
 
-    def __init__(self, run: Session, batches: Iterator[PairBatch]) -> None:
+    def __init__(self, run: Session, batches: Iterator[Batch]) -> None:
         self.run, self.batches = run, batches
         self.number = run.progress.step + 1
         self.progress = run.progress
@@ -64,7 +64,7 @@ class Step:
         """
         count = self.run.config.optim.gradient_accumulation_steps
         gradients, one_scale = self.run.gradients, self.run.one_scale_a_step
-        coming: Iterator[tuple[NoisedPairs, PairBatch]] = map(self._noised, self.batches)
+        coming: Iterator[tuple[NoisedPairs, Batch]] = map(self._noised, self.batches)
         scale: Tensor | float | None = self.run.config.safeguard.loser_scale_fixed
         if gradients and one_scale:
             kept = []
@@ -83,7 +83,7 @@ class Step:
             place_after = self.run.loader.place_after(batch)
             yield MicroBatch(inputs, batch.keys, place_after, scale, number == count - 1)
 
-    def _noised(self, batch: PairBatch) -> tuple[NoisedPairs, PairBatch]:
+    def _noised(self, batch: Batch) -> tuple[NoisedPairs, Batch]:
         # Outside autocast: the frozen parts have a dtype of their own, float32 for a VAE that
         # overflows in float16.
         method = self.run.config.method
