@@ -1,10 +1,9 @@
-"""Encoding what a cache lacks, each process its share, shard by shard."""
+"""Encode what a cache lacks, each process its share, shard by shard."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from sdpo.data.loader import BadRowCounter
 from sdpo.data.pairs import BadRow, PairDecoder, as_caption
 from sdpo.data.source import PairSource
 from sdpo.data.transforms import PairTransform, UndecodableImage
-from sdpo.models.base import Family, Frozen
+from sdpo.models.base import Family, Frozen, joined
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +36,7 @@ SHARD_BYTES = 256 * 2**20
 
 @dataclass(frozen=True)
 class Work:
-    """What a cache lacks: rows of the dataset, ascending, and captions."""
+    """List what a cache lacks: rows of the dataset, ascending, and captions."""
 
     rows: np.ndarray
     captions: list[str]
@@ -48,7 +47,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Builder:
-    """Encodes one process's share of some `Work` into `directory`."""
+    """Encode one process's share of some `Work` into `directory`."""
 
     directory: Path
     family: Family
@@ -61,7 +60,7 @@ class Builder:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Give the number format of what is kept."""
+        """Give the dtype of what is kept."""
         return DTYPES[self.config.data.cache_dtype]
 
     def build(self, work: Work, pairs: PairSource) -> None:
@@ -70,24 +69,21 @@ class Builder:
         Raises:
             UserError: too many images cannot be decoded, or an encoding does not fit the dtype.
         """
-        self._texts(work.captions)
+        if work.captions:
+            self._texts(work.captions)
         self._latents(work.rows, pairs)
 
     def _texts(self, captions: list[str]) -> None:
-        if not captions:
-            return
         example = self._encode_texts([""])
-        size = sum(t.numel() for t in example.values()) * self.dtype.itemsize
-        shards = self._share(captions, size)
+        shards = self._share(captions, sum(tensor.nbytes for tensor in example.values()))
         with self._bar("caching captions", shards, "caption") as bar:
             for shard in shards:
                 parts = []
                 for chunk in _chunks(shard, 2 * self.config.data.cache_batch_size):
                     parts.append(self._encode_texts(chunk))
                     bar.update(len(chunk))
-                tensors = {name: torch.cat([p[name] for p in parts]) for name in example}
                 digests = [caption_digest(caption) for caption in shard]
-                write_shard(self.directory, TEXT, digests[0], digests, tensors)
+                write_shard(self.directory, TEXT, digests[0], digests, joined(parts))
 
     def _encode_texts(self, captions: list[str]) -> dict[str, Tensor]:
         encoded = self.family.encode_text(self.frozen, captions)
@@ -95,11 +91,11 @@ class Builder:
 
     def _latents(self, rows: np.ndarray, pairs: PairSource) -> None:
         data = self.config.data
-        shape = self.family.latent_shape(self.frozen, data.resolution)
-        size = 4 * (1 + self.flips) * math.prod(shape) * self.dtype.itemsize
-        shards = self._share(rows.tolist(), size)
-        batches = [chunk for shard in shards for chunk in _chunks(shard, data.cache_batch_size)]
+        assert data.resolution
+        shape = (1 + self.flips, 2, 2, *self.family.latent_shape(self.frozen, data.resolution))
+        shards = self._share(rows.tolist(), math.prod(shape) * self.dtype.itemsize)
         decoder = PairDecoder(pairs.columns, pairs.base, PairTransform(data.resolution), 0.0)
+        batches = [chunk for shard in shards for chunk in _chunks(shard, data.cache_batch_size)]
         images = DataLoader(
             _Images(pairs, decoder),
             batch_sampler=batches,
@@ -107,39 +103,29 @@ class Builder:
             collate_fn=list,
             pin_memory=self.device.type == "cuda",
         )
-        counter = BadRowCounter(data.max_bad_fraction)
         decoded = iter(images)
+        counter = BadRowCounter(data.max_bad_fraction)
         with self._bar("caching latents", shards, "pair") as bar:
             for shard in shards:
-                self._write_latents(shard, shape, decoded, counter, bar.update)
-
-    def _write_latents(
-        self,
-        shard: list[int],
-        shape: Sequence[int],
-        decoded: Iterator[list[tuple[int, Tensor | str]]],
-        counter: BadRowCounter,
-        done: Callable[[int], Any],
-    ) -> None:
-        moments = torch.empty((len(shard), 1 + self.flips, 2, 2, *shape), dtype=self.dtype)
-        kept: list[int] = []
-        bad: dict[int, str] = {}
-        while len(kept) + len(bad) < len(shard):
-            batch = next(decoded)
-            found = {row: pixels for row, pixels in batch if isinstance(pixels, Tensor)}
-            broken = {row: reason for row, reason in batch if isinstance(reason, str)}
-            counter.update(len(batch), [BadRow(row, reason) for row, reason in broken.items()])
-            if found:
-                encoded = self._encode_images(torch.stack(list(found.values())), list(found))
-                moments[len(kept) : len(kept) + len(found)] = encoded
-            kept += found
-            bad |= broken
-            done(len(batch))
-        tensors = {MOMENTS: moments[: len(kept)]}
-        write_shard(self.directory, LATENTS, f"{shard[0]:08d}", kept, tensors, bad)
+                moments = torch.empty((len(shard), *shape), dtype=self.dtype)
+                kept: list[int] = []
+                bad: dict[int, str] = {}
+                while len(kept) + len(bad) < len(shard):
+                    batch = next(decoded)
+                    found = {row: pixels for row, pixels in batch if isinstance(pixels, Tensor)}
+                    broken = {row: reason for row, reason in batch if isinstance(reason, str)}
+                    counter.update(len(batch), [BadRow(*item) for item in broken.items()])
+                    if found:
+                        encoded = self._encode_images(torch.stack([*found.values()]), [*found])
+                        moments[len(kept) : len(kept) + len(found)] = encoded
+                    kept += found
+                    bad |= broken
+                    bar.update(len(batch))
+                tensors = {MOMENTS: moments[: len(kept)]}
+                write_shard(self.directory, LATENTS, f"{shard[0]:08d}", kept, tensors, bad)
 
     def _encode_images(self, pixels: Tensor, rows: list[int]) -> Tensor:
-        """Pixels (n, 2, 3, R, R) to moments (n, views, 2 images, 2, C, r, r)."""
+        """Encode pixels (n, 2, 3, R, R) to moments (n, views, 2 images, 2, C, r, r)."""
         both = pixels.flatten(0, 1).to(self.device)
         views = [both, both.flip(-1)] if self.flips else [both]
         encoded = []
@@ -160,21 +146,22 @@ class Builder:
         return kept
 
     def _share(self, items: list[Any], item_bytes: int) -> list[list[Any]]:
-        """This process's shards: of a size that leaves none of the processes idle."""
+        """Choose this process's shards, of a size that leaves none of the processes idle."""
         largest = max(1, SHARD_BYTES // item_bytes)
         size = max(1, min(largest, math.ceil(len(items) / self.world_size)))
-        return list(_chunks(items, size))[self.rank :: self.world_size]
+        return _chunks(items, size)[self.rank :: self.world_size]
 
     def _bar(self, what: str, shards: list[list[Any]], unit: str) -> Any:
         total = sum(map(len, shards))
         return closing(tqdm(total=total, desc=what, unit=unit, disable=self.rank > 0 or not total))
 
 
-class _Images(Dataset):
-    """(row of the dataset, pixels (2, 3, R, R) of images 0 and 1, or why there are none)."""
+@dataclass
+class _Images(Dataset[tuple[int, Tensor | str]]):
+    """Give the row of the dataset and the pixels (2, 3, R, R) of its images, or why it has none."""
 
-    def __init__(self, pairs: PairSource, decoder: PairDecoder) -> None:
-        self.pairs, self.decoder = pairs, decoder
+    pairs: PairSource
+    decoder: PairDecoder
 
     def __getitem__(self, row: int) -> tuple[int, Tensor | str]:
         try:
@@ -185,7 +172,7 @@ class _Images(Dataset):
 
 
 def all_captions(pairs: PairSource) -> list[str]:
-    """Every caption that the pairs can train with, each once, the empty one included.
+    """Collect every caption that the pairs can train with, each once, the empty one included.
 
     Raises:
         UserError: the column holds something else than text.
@@ -199,6 +186,5 @@ def all_captions(pairs: PairSource) -> list[str]:
     return sorted(found)
 
 
-def _chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    for first in range(0, len(items), size):
-        yield items[first : first + size]
+def _chunks(items: list[Any], size: int) -> list[list[Any]]:
+    return [items[first : first + size] for first in range(0, len(items), size)]

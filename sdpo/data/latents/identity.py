@@ -1,22 +1,21 @@
-"""Telling models and data sets apart by what is in them, without loading a model or an image."""
+"""Tell models and data sets apart by what is in them, without loading a model or an image."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from sdpo.common.errors import UserError, first_line
 from sdpo.common.files import file_sha256, hub_sha256
-from sdpo.models.base import BASE_FLAG, VAE_FLAG
-
-if TYPE_CHECKING:
-    from sdpo.data.source import PairSource
-    from sdpo.models.base import Family, ModelSource
+from sdpo.data.source import PairSource, arrow_column
+from sdpo.models.base import BASE_FLAG, VAE_FLAG, Family, ModelSource
 
 # What `from_pretrained` reads, in the order in which it looks for it.
 _WEIGHTS = (
@@ -28,25 +27,31 @@ _WEIGHTS = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-_TOKENIZER = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json")
-_TOKENIZER += ("special_tokens_map.json",)
+_TOKENIZER = (
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+)
 # They change whenever a model is saved again, and say nothing about what it computes.
 _BY_THE_WAY = {"transformers_version", "torch_dtype", "dtype", "architectures"}
 SAMPLED_ROWS = 64
 
 
+@dataclass(frozen=True)
 class _Folder:
-    """A folder of a model, on this machine or on the hub (whose client downloads what is asked
-    for)."""
+    """Find the files of a model's folder, on this machine or on the hub (whose client downloads
+    what is asked for)."""
 
-    def __init__(
-        self, flag: str, name: str, subfolder: str, revision: str | None, cache_dir: str | None
-    ) -> None:
-        self.flag, self.name, self.subfolder = flag, name, subfolder
-        self.revision, self.cache_dir = revision, cache_dir
+    flag: str
+    name: str
+    subfolder: str = ""
+    revision: str | None = None
+    cache_dir: str | None = None
 
     def find(self, file: str) -> Path | None:
-        """A file's path; None where there is none of the name."""
+        """Find a file of that name; None where there is none."""
         local = Path(self.name)
         if local.is_dir():
             path = local / self.subfolder / file
@@ -71,7 +76,7 @@ class _Folder:
         return Path(found)
 
     def weights(self) -> list[Path]:
-        """The files of weights."""
+        """Find the files of weights that `from_pretrained` would read."""
         for name in _WEIGHTS:
             path = self.find(name)
             if path is not None and path.suffix == ".json":
@@ -85,13 +90,13 @@ class _Folder:
         )
 
     def digest(self) -> str:
-        """Of config and weights."""
+        """Hash config and weights."""
         config = self.find("config.json")
-        about = _config_digest(config) if config else ""
+        about = _config_text(config) if config else ""
         return _joined([about, *map(_content_digest, self.weights())])
 
     def tokenizer_digest(self) -> str:
-        """Of a tokenizer's files."""
+        """Hash a tokenizer's files."""
         paths = [(name, self.find(name)) for name in _TOKENIZER]
         return _joined([f"{name} {_content_digest(path)}" for name, path in paths if path])
 
@@ -105,25 +110,25 @@ def _content_digest(path: Path) -> str:
     return hub_sha256(path) or file_sha256(path)
 
 
-def _config_digest(path: Path) -> str:
+def _config_text(path: Path) -> str:
     config = json.loads(path.read_text(encoding="utf-8"))
     kept = {k: v for k, v in config.items() if not k.startswith("_") and k not in _BY_THE_WAY}
     return json.dumps(kept, sort_keys=True)
 
 
 def vae_digest(source: ModelSource) -> str:
-    """Of the VAE's config and weights, read from their files.
+    """Hash the VAE's config and weights, read from their files.
 
     Raises:
         UserError: they are not to be had.
     """
     if source.vae:
-        return _Folder(VAE_FLAG, source.vae, "", None, source.cache_dir).digest()
+        return _Folder(VAE_FLAG, source.vae, cache_dir=source.cache_dir).digest()
     return _base_folder(source, "vae").digest()
 
 
 def text_digest(family: Family, source: ModelSource) -> str:
-    """Of the text encoders' configs and weights and the tokenizers' files.
+    """Hash the text encoders' configs and weights and the tokenizers' files.
 
     Raises:
         UserError: they are not to be had.
@@ -139,14 +144,13 @@ def _base_folder(source: ModelSource, part: str) -> _Folder:
 
 
 def dataset_digest(pairs: PairSource) -> str:
-    """Of the images of all rows of the dataset as it was given, whatever rows are trained on: the
+    """Hash the images of all rows of the dataset as it was given, whatever rows are trained on: the
     length of each, and the content of those of some rows. Labels and captions play no part."""
     given, base = pairs.given, pairs.base
     digest = hashlib.sha256(str(len(given)).encode())
     columns = (pairs.columns.image_0, pairs.columns.image_1)
     for name in columns:
-        column = given.select_columns([name]).with_format("arrow")[:].column(0)
-        digest.update(_image_sizes(column, base).tobytes())
+        digest.update(_image_sizes(arrow_column(given, name), base).tobytes())
     for row in np.unique(np.linspace(0, len(given) - 1, SAMPLED_ROWS).round().astype(int)):
         values = given[int(row)]
         for name in columns:
@@ -154,25 +158,20 @@ def dataset_digest(pairs: PairSource) -> str:
     return digest.hexdigest()
 
 
-def _image_sizes(column: Any, base: Path | None) -> np.ndarray:
-    """Bytes of every image of an Arrow column, (rows,) int64; -1 where there is none. Of embedded
-    images no byte is read; of others the file system is asked."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    content, paths = column, None
+def _image_sizes(column: pa.ChunkedArray, base: Path | None) -> np.ndarray:
+    """Count the bytes of every image of a column, (rows,) int64; -1 where there is none. Of
+    embedded images no byte is read; of others the file system is asked."""
+    is_path = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
+    content, paths = (None, column) if is_path else (column, None)
     if pa.types.is_struct(column.type):
-        names = {column.type.field(i).name for i in range(column.type.num_fields)}
+        names = {member.name for member in column.type}
         content = pc.struct_field(column, "bytes") if "bytes" in names else None
         paths = pc.struct_field(column, "path") if "path" in names else None
-    elif pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-        content, paths = None, column
     sizes = np.full(len(column), -1, dtype=np.int64)
     if content is not None and (
         pa.types.is_binary(content.type) or pa.types.is_large_binary(content.type)
     ):
-        lengths = pc.fill_null(pc.binary_length(content), -1)
-        sizes[:] = np.asarray(lengths, dtype=np.int64)
+        sizes[:] = pc.fill_null(pc.binary_length(content), -1).to_numpy()
     if paths is not None:
         # An embedded image that came from a file keeps its name; the bytes are what counts.
         apart = np.flatnonzero(sizes <= 0)
@@ -184,7 +183,7 @@ def _image_sizes(column: Any, base: Path | None) -> np.ndarray:
 
 def _file_size(path: Path) -> int:
     try:
-        return os.stat(path).st_size
+        return path.stat().st_size
     except OSError:
         return -1
 

@@ -1,18 +1,16 @@
-"""What a cache depends on, and what differs where one does not fit a run."""
+"""Say what a cache depends on, and what differs where one does not fit a run."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sdpo.common.errors import UserError
 from sdpo.config import TrainConfig
 from sdpo.config.data import CACHE_FLAG
 from sdpo.data.latents.identity import dataset_digest, text_digest, vae_digest
-
-if TYPE_CHECKING:
-    from sdpo.data.source import PairSource
-    from sdpo.models.base import Family, ModelSource
+from sdpo.data.source import PairSource
+from sdpo.models.base import Family, ModelSource
 
 # To be changed with `PairTransform`, so that what was encoded by another version is not taken.
 TRANSFORM = "shorter side resized bilinearly, centre crop, 1"
@@ -23,7 +21,7 @@ _MADE_OF = "made_of"
 def make_key(
     config: TrainConfig, family: Family, source: ModelSource, pairs: PairSource
 ) -> dict[str, Any]:
-    """The key of the cache that a run needs. Reads the files of VAE and text encoders.
+    """Make the key of the cache that a run needs, from the files of VAE and text encoders.
 
     Captions are not in it: a text is filed under the caption itself, so that other captions are
     encoded when they are needed.
@@ -63,24 +61,27 @@ _PARTS = {
 
 
 def differences(there: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """What keeps a run from using a cache, one phrase each; [] where nothing does. A cache with
-    flips serves a run without."""
-    found = []
-    if there["family"] != wanted["family"]:
+    """Say what keeps a run from using a cache, one phrase each. A cache with flips serves a run
+    without."""
+    changed = {name for name in wanted if there[name] != wanted[name]}
+    if "family" in changed:
         # All else differs too then, and would only hide the reason.
         return [f"family {there['family']} (this run: {wanted['family']})"]
-    for name, flag in _FLAGS.items():
-        if there[name] != wanted[name]:
-            found.append(f"{flag} {there[name]} (this run: {wanted[name]})")
-    if there["transform"] != wanted["transform"]:
+    found = [
+        f"{flag} {there[name]} (this run: {wanted[name]})"
+        for name, flag in _FLAGS.items()
+        if name in changed
+    ]
+    if "transform" in changed:
         found.append(f"the transform {there['transform']!r} (this run: {wanted['transform']!r})")
     if wanted["flips"] and not there["flips"]:
         found.append("--no_hflip (this run flips)")
-    for name, what in _PARTS.items():
-        if there[name] != wanted[name]:
-            made_of, own = there[_MADE_OF][name], wanted[_MADE_OF][name]
-            found.append(f"{what}, then of {made_of} (this run: {own})")
-    return found
+    then, now = there[_MADE_OF], wanted[_MADE_OF]
+    return found + [
+        f"{what}, then of {then[name]} (this run: {now[name]})"
+        for name, what in _PARTS.items()
+        if name in changed
+    ]
 
 
 def check_key(directory: Path, there: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -1,5 +1,5 @@
-"""The list of a cache's shards. A shard counts once its own entry is written, beside it and after
-it; when a build ends the entries are gathered in manifest.json.
+"""List a cache's shards. A shard counts once its own entry is written, beside it and after it; when
+a build ends the entries are gathered in manifest.json.
 
 So any number of processes write shards without waiting for each other, and a kill at any moment
 leaves each shard either finished or to be made again.
@@ -22,34 +22,45 @@ log = logging.getLogger(__name__)
 MANIFEST_FILE = "manifest.json"
 FORMAT = 1
 LATENTS, TEXT = "latents", "text"
-SHARD_PATTERNS = (f"{LATENTS}-*", f"{TEXT}-*")
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One file and what is in it, in order: row numbers of the dataset as it was given, or digests
-    of captions. `bad` are the rows of its range that cannot be decoded, and why."""
+    """Describe one file.
+
+    Args:
+        kind: "latents" or "text".
+        size: in bytes.
+        items: what is in it, in order: row numbers of the dataset as it was given, or digests of
+            captions.
+        bad: the rows of its range that cannot be decoded, and why.
+    """
 
     kind: str
     file: str
-    size: int  # bytes
+    size: int
     sha256: str
     items: list[Any]
     bad: dict[int, str] = field(default_factory=dict)
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Shard:
-        """From `asdict` after JSON, which makes text of `bad`'s keys."""
+        """Undo `asdict` and JSON, which makes text of `bad`'s keys."""
         return cls(**{**value, "bad": {int(k): v for k, v in value["bad"].items()}})
 
 
 @dataclass
 class Manifest:
-    """What a cache depends on (`key`), what training must know of it (`about`), its shards."""
+    """Say what a cache depends on (`key`), what training must know of it (`about`), its shards."""
 
     key: dict[str, Any]
     about: dict[str, Any]
     shards: list[Shard] = field(default_factory=list)
+
+    @property
+    def files(self) -> list[str]:
+        """Name the shards' files."""
+        return [shard.file for shard in self.shards]
 
     def write(self, directory: Path) -> None:
         """Write manifest.json whole, one shard a line."""
@@ -65,8 +76,8 @@ class Manifest:
 
 
 def read_manifest(directory: Path) -> Manifest | None:
-    """manifest.json with the entries of finished shards that are not in it yet; None where there is
-    no cache. Shards whose files are gone are left out, so that they are made again.
+    """Read manifest.json and the entries of finished shards that are not in it yet; None where
+    there is no cache. Shards whose files are gone are left out, so that they are made again.
 
     Raises:
         UserError: unreadable, of another format, or a shard is not as long as it was.
@@ -77,10 +88,11 @@ def read_manifest(directory: Path) -> Manifest | None:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
         found = value["format"]
-        shards = [Shard.from_json(shard) for shard in value["shards"]]
-        listed = {shard.file for shard in shards}
-        shards += [shard for shard in _entries(directory) if shard.file not in listed]
-        manifest = Manifest(value["key"], value["about"], shards)
+        shards = {shard["file"]: Shard.from_json(shard) for shard in value["shards"]}
+        for entry in _shard_files(directory, ".json"):
+            shard = Shard.from_json(json.loads(entry.read_text(encoding="utf-8")))
+            shards.setdefault(shard.file, shard)
+        key, about = value["key"], value["about"]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(
             f"{CACHE_FLAG}: {path} cannot be read ({error}); delete the directory to have its "
@@ -91,8 +103,7 @@ def read_manifest(directory: Path) -> Manifest | None:
             f"{CACHE_FLAG}: {directory} holds a cache of format {found}, this version reads "
             f"{FORMAT}; give another directory"
         )
-    manifest.shards = [s for s in manifest.shards if _is_whole(directory, s)]
-    return manifest
+    return Manifest(key, about, [s for s in shards.values() if _is_whole(directory, s)])
 
 
 def _is_whole(directory: Path, shard: Shard) -> bool:
@@ -103,35 +114,35 @@ def _is_whole(directory: Path, shard: Shard) -> bool:
         log.warning("%s is gone: what was in it is encoded again", path)
         return False
     if size != shard.size:
-        raise UserError(damaged(path, f"it has {size} bytes, not {shard.size}"))
+        raise damaged(path, f"it has {size} bytes, not {shard.size}")
     return True
 
 
-def damaged(path: Path, what: str) -> str:
-    """The sentence about a shard that is not what it was."""
-    return f"{CACHE_FLAG}: {path} is damaged: {what}; delete it to have it made again"
+def damaged(path: Path, what: str) -> UserError:
+    """Make the error that says that a shard is not what it was."""
+    return UserError(f"{CACHE_FLAG}: {path} is damaged: {what}; delete it to have it made again")
 
 
 def entry_path(directory: Path, file: str) -> Path:
-    """Where a shard's own entry stands until a build gathers them."""
+    """Say where a shard's own entry stands until a build gathers them."""
     return (directory / file).with_suffix(".json")
 
 
-def _entries(directory: Path) -> list[Shard]:
-    paths = sorted(p for pattern in SHARD_PATTERNS for p in directory.glob(f"{pattern}.json"))
-    return [Shard.from_json(json.loads(path.read_text(encoding="utf-8"))) for path in paths]
+def _shard_files(directory: Path, suffix: str = "") -> list[Path]:
+    """Find shards, their entries and what a killed build left of them; or those of a suffix."""
+    return [p for kind in (LATENTS, TEXT) for p in sorted(directory.glob(f"{kind}-*{suffix}"))]
 
 
 def start_manifest(directory: Path, key: dict[str, Any], about: dict[str, Any]) -> Manifest:
-    """Begin a cache: a manifest without shards.
+    """Begin a cache: write a manifest without shards.
 
     Raises:
         UserError: there are shards, of which nobody knows what they were made from.
     """
-    left = [p.name for pattern in SHARD_PATTERNS for p in directory.glob(pattern)]
+    left = _shard_files(directory)
     if left:
         raise UserError(
-            f"{CACHE_FLAG}: {directory} has {left[0]} but no {MANIFEST_FILE}; give another "
+            f"{CACHE_FLAG}: {directory} has {left[0].name} but no {MANIFEST_FILE}; give another "
             "directory"
         )
     manifest = Manifest(key, about)
@@ -145,17 +156,14 @@ def gather_entries(directory: Path) -> Manifest:
     assert manifest is not None
     manifest.shards.sort(key=lambda shard: shard.file)
     manifest.write(directory)
-    for pattern in SHARD_PATTERNS:
-        for path in directory.glob(f"{pattern}.json"):
-            path.unlink()
+    for path in _shard_files(directory, ".json"):
+        path.unlink()
     return manifest
 
 
 def clear_unfinished(directory: Path, manifest: Manifest) -> None:
     """Delete what a killed build left: files that no entry names. By one process alone."""
-    known = {shard.file for shard in manifest.shards}
-    known |= {entry_path(directory, shard.file).name for shard in manifest.shards}
-    for pattern in SHARD_PATTERNS:
-        for path in directory.glob(pattern):
-            if path.name not in known:
-                path.unlink()
+    known = {*manifest.files, *(entry_path(directory, file).name for file in manifest.files)}
+    for path in _shard_files(directory):
+        if path.name not in known:
+            path.unlink()

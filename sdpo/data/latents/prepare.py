@@ -1,13 +1,15 @@
-"""Opening the cache that a run needs; what it lacks is encoded first, by all processes together."""
+"""Open the cache that a run needs; what it lacks is encoded first, by all processes together."""
 
 from __future__ import annotations
 
-import fcntl
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from filelock import FileLock, Timeout
 
 from sdpo.common.errors import UserError
 from sdpo.common.precision import DTYPES
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LOCK_FILE = "lock"
+T = TypeVar("T")
 
 
 def prepare_cache(
@@ -42,7 +45,7 @@ def prepare_cache(
     source: ModelSource,
     accelerator: Accelerator,
 ) -> LatentCache:
-    """The complete cache of --cache_dir_latents. Called by every process.
+    """Complete and open the cache of --cache_dir_latents. Called by every process.
 
     VAE and text encoders are loaded where something is missing, and let go of again.
 
@@ -51,102 +54,101 @@ def prepare_cache(
     """
     from accelerate.utils.memory import clear_device_cache
 
-    directory = Path(config.data.cache_dir_latents)
-
-    def find() -> tuple[dict[str, Any], bool]:
-        key = make_key(config, family, source, pairs)
-        manifest = read_manifest(directory)
-        if manifest is None:
-            return key, True
-        check_key(directory, manifest.key, key)
-        return key, bool(_missing(directory, manifest, pairs))
-
-    key, incomplete = _on_main(accelerator, find)
-    if incomplete:
-        with accelerator.local_main_process_first():
-            dtype = DTYPES[config.optim.mixed_precision]
-            frozen = load_frozen_as(family, source, accelerator.device, dtype)
-        _build(key, directory, pairs, config, family, frozen, accelerator)
-        del frozen
+    key = _on_main(accelerator, lambda: make_key(config, family, source, pairs))
+    preparation = _Preparation(key, pairs, config, family, source, accelerator)
+    if _on_main(accelerator, lambda: bool(preparation.missing())):
+        preparation.build()
         clear_device_cache(garbage_collection=True)
-    return _open(directory, config.data.verify_cache, accelerator)
+    return preparation.open()
 
 
-def _missing(directory: Path, manifest: Manifest, pairs: PairSource) -> Work:
-    cache = LatentCache(directory, manifest)
-    by_digest = {caption_digest(caption): caption for caption in all_captions(pairs)}
-    captions = [by_digest[digest] for digest in cache.missing_captions(by_digest)]
-    return Work(cache.missing_rows(pairs.origin), captions)
+@dataclass(frozen=True)
+class _Preparation:
+    """Bring the cache of a run to what it needs. `build` and `open` are called by every process."""
+
+    key: dict[str, Any]
+    pairs: PairSource
+    config: TrainConfig
+    family: Family
+    source: ModelSource
+    accelerator: Accelerator
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.config.data.cache_dir_latents or "")
+
+    def missing(self) -> Work:
+        """List what the cache lacks, once it is known to be made for this run."""
+        manifest = read_manifest(self.directory) or Manifest(self.key, {})
+        check_key(self.directory, manifest.key, self.key)
+        cache = LatentCache(self.directory, manifest)
+        by_digest = {caption_digest(caption): caption for caption in all_captions(self.pairs)}
+        captions = [by_digest[digest] for digest in cache.missing_captions(by_digest)]
+        return Work(cache.missing_rows(self.pairs.origin), captions)
+
+    def build(self) -> None:
+        """Encode what is missing, each process its share."""
+        accelerator, device = self.accelerator, self.accelerator.device
+        with accelerator.local_main_process_first():
+            dtype = DTYPES[self.config.optim.mixed_precision]
+            frozen = load_frozen_as(self.family, self.source, device, dtype)
+        with _locked(self.directory, accelerator):
+            flips, work = _on_main(accelerator, lambda: self._begin(frozen))
+            share = accelerator.process_index, accelerator.num_processes
+            builder = Builder(
+                self.directory, self.family, frozen, device, self.config, flips, *share
+            )
+            _together(lambda: builder.build(work, self.pairs))
+            _on_main(accelerator, self._finish)
+
+    def _begin(self, frozen: Frozen) -> tuple[bool, Work]:
+        assert self.config.data.resolution
+        vae: Any = frozen.vae.config
+        about = {
+            "latent_shape": list(self.family.latent_shape(frozen, self.config.data.resolution)),
+            "scaling_factor": vae.scaling_factor,
+            "shift_factor": vae.shift_factor,
+        }
+        manifest = read_manifest(self.directory) or start_manifest(self.directory, self.key, about)
+        work = self.missing()
+        clear_unfinished(self.directory, manifest)
+        return manifest.key["flips"], work
+
+    def _finish(self) -> None:
+        gather_entries(self.directory)
+        if self.missing():
+            raise self._apart()
+
+    def open(self) -> LatentCache:
+        """Open the same files on every process; --verify_cache compares their checksums."""
+        accelerator = self.accelerator
+
+        def read() -> LatentCache:
+            manifest = read_manifest(self.directory)
+            if manifest is None or manifest.files != files:
+                raise self._apart()
+            cache = LatentCache(self.directory, manifest)
+            if self.config.data.verify_cache:
+                cache.verify(accelerator.process_index, accelerator.num_processes)
+            return cache
+
+        nothing = Manifest({}, {})
+        files = _on_main(accelerator, lambda: (read_manifest(self.directory) or nothing).files)
+        return _together(read)
+
+    def _apart(self) -> UserError:
+        return UserError(
+            f"{CACHE_FLAG}: the processes do not find the same files in {self.directory}; they "
+            "need one directory that all of them can read and write"
+        )
 
 
-def _build(
-    key: dict[str, Any],
-    directory: Path,
-    pairs: PairSource,
-    config: TrainConfig,
-    family: Family,
-    frozen: Frozen,
-    accelerator: Accelerator,
-) -> None:
-    def begin() -> tuple[bool, Work]:
-        manifest = read_manifest(directory)
-        if manifest is None:
-            vae = frozen.vae.config
-            about = {
-                "latent_shape": list(family.latent_shape(frozen, config.data.resolution)),
-                "scaling_factor": vae.scaling_factor,
-                "shift_factor": vae.shift_factor,
-            }
-            manifest = start_manifest(directory, key, about)
-        check_key(directory, manifest.key, key)
-        clear_unfinished(directory, manifest)
-        return manifest.key["flips"], _missing(directory, manifest, pairs)
-
-    def finish() -> None:
-        if _missing(directory, gather_entries(directory), pairs):
-            raise UserError(_apart(directory))
-
-    with _locked(directory, accelerator):
-        flips, work = _on_main(accelerator, begin)
-        rank, world_size = accelerator.process_index, accelerator.num_processes
-        device = accelerator.device
-        builder = Builder(directory, family, frozen, device, config, flips, rank, world_size)
-        _together(lambda: builder.build(work, pairs))
-        _on_main(accelerator, finish)
-
-
-def _open(directory: Path, verify: bool, accelerator: Accelerator) -> LatentCache:
-    def files_of_main() -> list[str]:
-        manifest = read_manifest(directory)
-        return [shard.file for shard in manifest.shards] if manifest else []
-
-    files = _on_main(accelerator, files_of_main)
-
-    def read() -> LatentCache:
-        manifest = read_manifest(directory)
-        if manifest is None or [shard.file for shard in manifest.shards] != files:
-            raise UserError(_apart(directory))
-        cache = LatentCache(directory, manifest)
-        if verify:
-            cache.verify(accelerator.process_index, accelerator.num_processes)
-        return cache
-
-    return _together(read)
-
-
-def _apart(directory: Path) -> str:
-    return (
-        f"{CACHE_FLAG}: the processes do not find the same files in {directory}; they need one "
-        "directory that all of them can read and write"
-    )
-
-
-def _together(work: Callable[[], Any]) -> Any:
-    """`work()` on every process; the first `UserError` of any of them is raised in all, so that
+def _together(work: Callable[[], T]) -> T:
+    """Call `work` on every process. The first `UserError` of any of them is raised in all, so that
     none waits for one that is gone."""
     from accelerate.utils import gather_object
 
-    value, error = None, None
+    error = None
     try:
         value = work()
     except UserError as raised:
@@ -157,35 +159,32 @@ def _together(work: Callable[[], Any]) -> Any:
     return value
 
 
-def _on_main(accelerator: Accelerator, work: Callable[[], Any]) -> Any:
-    """`work()` of the main process, its value given to all."""
+def _on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """Call `work` on the main process and give its value to all."""
     from accelerate.utils import broadcast_object_list
 
-    value = _together(work if accelerator.is_main_process else lambda: None)
+    value = _together(lambda: work() if accelerator.is_main_process else None)
     return broadcast_object_list([value])[0]
 
 
 @contextmanager
 def _locked(directory: Path, accelerator: Accelerator) -> Iterator[None]:
     """Keep two runs from building one cache; the lock ends with the process that holds it."""
+    lock = FileLock(directory / LOCK_FILE)
 
-    def lock() -> Any:
+    def take() -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        file = open(directory / LOCK_FILE, "w")  # noqa: SIM115
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
+            lock.acquire(blocking=False)
+        except Timeout:
             raise UserError(
                 f"{CACHE_FLAG}: another run is encoding into {directory}; wait for its end"
             ) from None
-        except OSError as error:
+        except (OSError, NotImplementedError) as error:
             log.warning("%s cannot be locked (%s): build it by one run alone", directory, error)
-        return file
 
-    held = _together(lock if accelerator.is_main_process else lambda: None)
+    _on_main(accelerator, take)
     try:
         yield
     finally:
-        if held is not None:
-            held.close()
+        lock.release()

@@ -1,4 +1,4 @@
-"""Reading and writing the shards: pairs by their row, texts by their caption."""
+"""Read and write the shards: pairs by their row, texts by their caption."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ import safetensors.torch
 from safetensors import safe_open
 from torch import Tensor
 
-from sdpo.common.errors import UserError
 from sdpo.common.files import file_sha256, write_bytes, write_text
 from sdpo.data.latents.manifest import LATENTS, TEXT, Manifest, Shard, damaged, entry_path
 
@@ -24,25 +23,23 @@ OPEN_FILES = 32  # memory-mapped at a time, in each process
 
 
 def caption_digest(caption: str) -> str:
-    """What a caption is filed under, 32 hex digits."""
+    """Make the 32 hex digits under which a caption is filed."""
     return hashlib.blake2b(caption.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 class LatentCache:
-    """What is there of a cache. `bad` are rows that cannot be decoded, and why."""
+    """Read what there is of a cache. `bad` are rows that cannot be decoded, and why."""
 
     def __init__(self, directory: Path, manifest: Manifest) -> None:
         self.directory, self.about, self.shards = directory, manifest.about, manifest.shards
-        self.bad: dict[int, str] = {}
-        latents = [(i, s) for i, s in enumerate(self.shards) if s.kind == LATENTS]
-        for _, shard in latents:
-            self.bad.update(shard.bad)
-        size = 1 + max((max(s.items) for _, s in latents if s.items), default=-1)
+        self.bad = {row: reason for s in self.shards for row, reason in s.bad.items()}
+        latents = [(i, s.items) for i, s in enumerate(self.shards) if s.kind == LATENTS]
+        size = 1 + max((max(rows) for _, rows in latents if rows), default=-1)
         self._shard_of = np.full(size, -1, dtype=np.int32)
         self._place_of = np.zeros(size, dtype=np.int32)
-        for i, shard in latents:
-            self._shard_of[shard.items] = i
-            self._place_of[shard.items] = np.arange(len(shard.items))
+        for i, rows in latents:
+            self._shard_of[rows] = i
+            self._place_of[rows] = np.arange(len(rows))
         self._texts = {
             digest: (i, place)
             for i, shard in enumerate(self.shards)
@@ -53,7 +50,7 @@ class LatentCache:
 
     @property
     def summary(self) -> str:
-        """What is there, for people."""
+        """Say what is there, for people."""
         pairs = int((self._shard_of >= 0).sum())
         size = sum(shard.size for shard in self.shards) / 2**30
         return (
@@ -62,7 +59,7 @@ class LatentCache:
         )
 
     def missing_rows(self, rows: np.ndarray) -> np.ndarray:
-        """Those of `rows` that are neither encoded nor known to be bad."""
+        """Choose those of `rows` that are neither encoded nor known to be bad."""
         known = np.zeros(max(len(self._shard_of), int(rows.max(initial=-1)) + 1), dtype=bool)
         known[: len(self._shard_of)] = self._shard_of >= 0
         bad = np.fromiter(self.bad, dtype=np.int64, count=len(self.bad))
@@ -70,20 +67,20 @@ class LatentCache:
         return rows[~known[rows]]
 
     def missing_captions(self, digests: Iterable[str]) -> list[str]:
-        """Those digests whose captions are not encoded, in order."""
+        """Choose those digests whose captions are not encoded, in order."""
         return sorted(d for d in digests if d not in self._texts)
 
     def moments(self, row: int, flipped: bool = False) -> Tensor:
-        """Of images 0 and 1 of a row the posterior's mean and standard deviation, as they are kept,
-        (2 images, 2, C, r, r)."""
-        shard, place = int(self._shard_of[row]), int(self._place_of[row])
-        return self._files.slice(self.shards[shard].file, MOMENTS)[place, int(flipped)]
+        """Read mean and standard deviation of the posteriors of a row's images 0 and 1, as they are
+        kept, (2 images, 2, C, r, r)."""
+        file = self.shards[self._shard_of[row]].file
+        return self._files.tensors(file)[MOMENTS][int(self._place_of[row]), int(flipped)]
 
     def text(self, caption: str) -> dict[str, Tensor]:
-        """`Family.encode_text` of one caption, without the batch's dimension, as it is kept."""
+        """Read what `Family.encode_text` gave of one caption, without the batch's dimension."""
         shard, place = self._texts[caption_digest(caption)]
-        file = self.shards[shard].file
-        return {name: self._files.slice(file, name)[place] for name in self._files.names(file)}
+        tensors = self._files.tensors(self.shards[shard].file)
+        return {name: tensor[place] for name, tensor in tensors.items()}
 
     def verify(self, rank: int = 0, world_size: int = 1) -> None:
         """Compare one process's share of the shards with their checksums.
@@ -94,40 +91,37 @@ class LatentCache:
         for shard in self.shards[rank::world_size]:
             path = self.directory / shard.file
             if file_sha256(path) != shard.sha256:
-                raise UserError(damaged(path, "its sha256 is not the one in the manifest"))
+                raise damaged(path, "its sha256 is not the one in the manifest")
 
 
 class _OpenFiles:
-    """The files used last, memory-mapped. Each data worker opens its own."""
+    """Keep the files used last memory-mapped. Each data worker opens its own."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._open: OrderedDict[str, tuple[Any, dict[str, Any]]] = OrderedDict()
+        self._open: OrderedDict[str, dict[str, Any]] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"directory": self.directory, "_open": OrderedDict()}
 
-    def _file(self, name: str) -> tuple[Any, dict[str, Any]]:
-        if name in self._open:
-            self._open.move_to_end(name)
-            return self._open[name]
-        path = self.directory / name
-        try:
-            file = safe_open(path, framework="pt")
-        except Exception as error:
-            raise UserError(damaged(path, str(error))) from None
-        if len(self._open) >= OPEN_FILES:
-            self._open.popitem(last=False)
-        self._open[name] = (file, {key: file.get_slice(key) for key in file.keys()})  # noqa: SIM118
+    def tensors(self, name: str) -> dict[str, Any]:
+        """Give a file's tensors by name, each read where it is indexed.
+
+        Raises:
+            UserError: it is not a file of tensors.
+        """
+        if name not in self._open:
+            path = self.directory / name
+            try:
+                file = safe_open(path, framework="pt")
+                slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+            except Exception as error:
+                raise damaged(path, str(error)) from None
+            if len(self._open) >= OPEN_FILES:
+                self._open.popitem(last=False)
+            self._open[name] = slices
+        self._open.move_to_end(name)
         return self._open[name]
-
-    def slice(self, name: str, tensor: str) -> Any:
-        """One tensor of a file, read where it is indexed."""
-        return self._file(name)[1][tensor]
-
-    def names(self, name: str) -> list[str]:
-        """The names of a file's tensors."""
-        return list(self._file(name)[1])
 
 
 def write_shard(
