@@ -36,22 +36,15 @@ class BadRow:
 
 @dataclass(frozen=True)
 class Pair:
-    """Hold one training sample.
-
-    Args:
-        winner, loser: images (3, R, R) in [-1, 1]; from a cache of encodings mean and standard
-            deviation of each image's posterior, (2, C, r, r).
-        caption: its text; from a cache what `Family.encode_text` gave, without the batch's
-            dimension.
-        key: (seed, epoch, position).
-        bad_rows: those that this one replaces.
-    """
+    """Hold one training sample: images (3, R, R) in [-1, 1] and a text, or from a cache their
+    encodings: of each image the posterior's mean and standard deviation (2, C, r, r), of the text
+    what `Family.encode_text` gave, without the batch's dimension."""
 
     winner: Tensor
     loser: Tensor
     caption: str | dict[str, Tensor]
-    key: Key
-    bad_rows: tuple[BadRow, ...] = ()
+    key: Key  # (seed, epoch, position)
+    bad_rows: tuple[BadRow, ...] = ()  # which this one replaces
 
 
 class Batch:

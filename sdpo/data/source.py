@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LABEL = "label_0"
+MODELS = ("model_0", "model_1")
 DREAMLIKE = "dream"
 
 
@@ -38,22 +39,14 @@ class Columns:
 
 @dataclass(frozen=True)
 class PairSource:
-    """Hold decided pairs, undecoded.
+    """Hold decided pairs, undecoded, of the dataset `given` (while streaming, all its rows)."""
 
-    Args:
-        rows: a `datasets.Dataset` of them; while streaming an `IterableDataset` of all rows.
-        base: what relative paths of images are relative to.
-        origin: their row numbers in the dataset as it was given; None while streaming.
-        labels: what takes the place of the rows' label_0, where it is given.
-        given: the dataset as it was given; None while streaming.
-    """
-
-    rows: Any
+    rows: Any  # a `datasets.Dataset`; while streaming an `IterableDataset`
     columns: Columns
-    base: Path | None
-    origin: Any = None
-    labels: np.ndarray | None = None
-    given: Any = None
+    base: Path | None  # of relative paths to images
+    origin: Any = None  # row numbers in `given`, (n,) int64; None while streaming
+    labels: np.ndarray | None = None  # (n,), in place of the rows' label_0
+    given: Any = None  # None while streaming
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -73,7 +66,7 @@ def open_pairs(data: SourceConfig, seed: int) -> PairSource:
     rows, base = _load(data)
     columns = _find_columns(rows, data)
     needed = [columns.image_0, columns.image_1, LABEL, columns.caption]
-    needed += ["model_0", "model_1"] if data.dreamlike_pairs_only else []
+    needed += MODELS if data.dreamlike_pairs_only else ()
     rows = _without_decoding(rows.select_columns(list(dict.fromkeys(needed))))
     if data.streaming:
         return PairSource(rows, columns, base)
@@ -121,9 +114,8 @@ def _find_columns(rows: Any, data: SourceConfig) -> Columns:
         )
 
     pick(data.location_flag, LABEL)
-    if data.dreamlike_pairs_only:
-        pick("--dreamlike_pairs_only", "model_0")
-        pick("--dreamlike_pairs_only", "model_1")
+    for model in MODELS if data.dreamlike_pairs_only else ():
+        pick("--dreamlike_pairs_only", model)
     return Columns(
         image_0=pick(data.location_flag, "jpg_0", "image_0"),
         image_1=pick(data.location_flag, "jpg_1", "image_1"),
@@ -164,7 +156,7 @@ def _choose_rows(rows: datasets.Dataset, data: SourceConfig, seed: int) -> tuple
         *(len(labels), keep.sum(), ties.sum(), missing.sum()),
     )
     if data.dreamlike_pairs_only:
-        for model in ("model_0", "model_1"):
+        for model in MODELS:
             from_dreamlike = pc.match_substring(arrow_column(rows, model), DREAMLIKE)
             keep &= pc.fill_null(from_dreamlike, False).to_numpy()
         log.info("--dreamlike_pairs_only keeps %d of them", keep.sum())

@@ -16,7 +16,7 @@ from sdpo.common.randomness import Key, generator
 from sdpo.config import TrainConfig
 from sdpo.data.order import FIRST, Place
 from sdpo.data.pairs import NumberedRow, Pair, PairDecoder, decode_first
-from sdpo.data.source import DREAMLIKE, LABEL, PairSource, bad_label
+from sdpo.data.source import DREAMLIKE, LABEL, MODELS, PairSource, bad_label
 
 SHUFFLE_BUFFER = 1000  # pairs held in memory, undecoded
 
@@ -174,4 +174,4 @@ def is_wanted(row: dict[str, Any], number: int | str, dreamlike_only: bool = Fal
         return False
     if float(label) not in (0.0, 1.0):
         raise UserError(bad_label(number, label))
-    return not dreamlike_only or all(DREAMLIKE in (row[m] or "") for m in ("model_0", "model_1"))
+    return not dreamlike_only or all(DREAMLIKE in (row[model] or "") for model in MODELS)

@@ -48,39 +48,33 @@ def make_key(
     }
 
 
-_FLAGS = {
-    "precision": "--mixed_precision",
-    "dtype": "--cache_dtype",
-    "resolution": "--resolution",
-}
-_PARTS = {
-    "vae": "another VAE",
-    "text": "other text encoders or tokenizers",
-    "dataset": "other images",
+# Of what is there {0} and of the run {1}; of what they are made {2} and {3}.
+_PHRASES = {
+    "family": "family {0} (this run: {1})",
+    "precision": "--mixed_precision {0} (this run: {1})",
+    "dtype": "--cache_dtype {0} (this run: {1})",
+    "resolution": "--resolution {0} (this run: {1})",
+    "transform": "the transform {0!r} (this run: {1!r})",
+    "flips": "--no_hflip (this run flips)",
+    "vae": "another VAE, then of {2} (this run: {3})",
+    "text": "other text encoders or tokenizers, then of {2} (this run: {3})",
+    "dataset": "other images, then of {2} (this run: {3})",
 }
 
 
 def differences(there: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     """Say what keeps a run from using a cache, one phrase each. A cache with flips serves a run
     without."""
-    changed = {name for name in wanted if there[name] != wanted[name]}
+    changed = [name for name in _PHRASES if there[name] != wanted[name]]
     if "family" in changed:
         # All else differs too then, and would only hide the reason.
-        return [f"family {there['family']} (this run: {wanted['family']})"]
-    found = [
-        f"{flag} {there[name]} (this run: {wanted[name]})"
-        for name, flag in _FLAGS.items()
-        if name in changed
-    ]
-    if "transform" in changed:
-        found.append(f"the transform {there['transform']!r} (this run: {wanted['transform']!r})")
-    if wanted["flips"] and not there["flips"]:
-        found.append("--no_hflip (this run flips)")
-    then, now = there[_MADE_OF], wanted[_MADE_OF]
-    return found + [
-        f"{what}, then of {then[name]} (this run: {now[name]})"
-        for name, what in _PARTS.items()
-        if name in changed
+        changed = ["family"]
+    if there["flips"] and "flips" in changed:
+        changed.remove("flips")
+    made = there[_MADE_OF], wanted[_MADE_OF]
+    return [
+        _PHRASES[name].format(there[name], wanted[name], *(of.get(name) for of in made))
+        for name in changed
     ]
 
 

@@ -26,19 +26,12 @@ LATENTS, TEXT = "latents", "text"
 
 @dataclass(frozen=True)
 class Shard:
-    """Describe one file.
-
-    Args:
-        kind: "latents" or "text".
-        size: in bytes.
-        items: what is in it, in order: row numbers of the dataset as it was given, or digests of
-            captions.
-        bad: the rows of its range that cannot be decoded, and why.
-    """
+    """Describe one file: `items` are in it, in order, row numbers of the dataset as it was given or
+    digests of captions; `bad` are the rows of its range that cannot be decoded, and why."""
 
     kind: str
     file: str
-    size: int
+    size: int  # bytes
     sha256: str
     items: list[Any]
     bad: dict[int, str] = field(default_factory=dict)

@@ -60,11 +60,8 @@ class LatentCache:
 
     def missing_rows(self, rows: np.ndarray) -> np.ndarray:
         """Choose those of `rows` that are neither encoded nor known to be bad."""
-        known = np.zeros(max(len(self._shard_of), int(rows.max(initial=-1)) + 1), dtype=bool)
-        known[: len(self._shard_of)] = self._shard_of >= 0
-        bad = np.fromiter(self.bad, dtype=np.int64, count=len(self.bad))
-        known[bad[bad < len(known)]] = True
-        return rows[~known[rows]]
+        known = np.append(np.flatnonzero(self._shard_of >= 0), [*self.bad]).astype(np.int64)
+        return rows[~np.isin(rows, known)]
 
     def missing_captions(self, digests: Iterable[str]) -> list[str]:
         """Choose those digests whose captions are not encoded, in order."""
