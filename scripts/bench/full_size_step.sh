@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The real training step at SD1.5's true size on this machine (about 18 GB of memory, 11 GB of disk).
+# The real training step at SD1.5's true size on this machine (about 18 GB of memory, 13 GB of disk).
 set -euo pipefail
 source "$(dirname "$0")/../_env.sh"
 install_requirements requirements.txt

@@ -26,48 +26,18 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import numpy as np
 import torch
 from PIL import Image
-from random_weights import random_tensor
-from vocabulary import write_vocabulary
+
+from scripts.parity.small_scorers import TRUE_BLIP, BlipSize, fill
+from scripts.parity.vocabulary import write_vocabulary
 
 FIXTURES = Path(__file__).resolve().parents[2] / "tests" / "evaluation" / "fixtures" / "parity"
 COMMAND = "bash scripts/parity/run.sh"
-PACKAGES = (
-    "image-reward",
-    "hpsv2",
-    "transformers",
-    "timm",
-    "torch",
-    "torchvision",
-    "numpy",
-    "pillow",
-)
+LIBRARIES = ("transformers", "timm", "torch", "torchvision", "numpy", "pillow")
+PACKAGES = ("image-reward", "hpsv2", *LIBRARIES)
 
-SMALL_MED = {
-    "attention_probs_dropout_prob": 0.1,
-    "hidden_act": "gelu",
-    "hidden_dropout_prob": 0.1,
-    "hidden_size": 96,
-    "initializer_range": 0.02,
-    "intermediate_size": 384,
-    "layer_norm_eps": 1e-12,
-    "max_position_embeddings": 512,
-    "model_type": "bert",
-    "num_attention_heads": 4,
-    "num_hidden_layers": 3,
-    "pad_token_id": 0,
-    "type_vocab_size": 2,
-    "vocab_size": 30524,
-    "encoder_width": 768,
-    "add_cross_attention": True,
-}
-# The published file's sizes.
-TRUE_MED = {
-    **SMALL_MED,
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_attention_heads": 12,
-    "num_hidden_layers": 12,
-}
+# The second is of the published file's sizes.
+SMALL_MED = BlipSize(text_width=96, text_depth=3, text_heads=4).med_config()
+TRUE_MED = TRUE_BLIP.med_config()
 SMALL_VIT = {"embed_dim": 128, "depth": 3, "num_heads": 2}
 SMALL_CLIP = {
     "embed_dim": 48,
@@ -100,7 +70,8 @@ def main() -> None:
         found["versions"] = {name: version(name) for name in PACKAGES}
         found["versions"]["python"] = platform.python_version()
         with tempfile.TemporaryDirectory() as scratch:
-            found.update(globals()[package](args.sizes, Path(scratch)))
+            measure = imagereward if package == "imagereward" else hpsv2
+            found.update(measure(args.sizes, Path(scratch)))
         text = json.dumps(found, indent=1)
         # Lists of numbers on one line each.
         text = re.sub(r"\n\s+(?=-?\d)|(?<=\d)\n\s+(?=\])", " ", text)
@@ -108,7 +79,7 @@ def main() -> None:
 
 
 def imagereward(sizes: list[str], scratch: Path) -> dict[str, Any]:
-    """image-reward's tokens, pixels, and rewards by `ImageReward.score`."""
+    """Measure image-reward's tokens, pixels, and rewards by `ImageReward.score`."""
     write_vocabulary(scratch / "bert-base-uncased")
     os.chdir(scratch)  # image-reward loads "bert-base-uncased", which may be a directory
     found = {}
@@ -128,8 +99,8 @@ def imagereward(sizes: list[str], scratch: Path) -> dict[str, Any]:
     return found
 
 
-def true_imagereward(scratch: Path) -> tuple[torch.nn.Module, dict[str, Any]]:
-    """ViT-L/16 and BERT-base, written to a file and loaded by the package's own `load`."""
+def true_imagereward(scratch: Path) -> tuple[Any, dict[str, Any]]:
+    """Build ViT-L/16 and BERT-base, written to a file and loaded by the package's own `load`."""
     import ImageReward
 
     med = scratch / "med_config.json"
@@ -142,9 +113,9 @@ def true_imagereward(scratch: Path) -> tuple[torch.nn.Module, dict[str, Any]]:
     return ImageReward.load(path, device="cpu", med_config=str(med)), {"med_config": TRUE_MED}
 
 
-def small_imagereward(scratch: Path) -> tuple[torch.nn.Module, dict[str, Any]]:
-    """The package's model with its encoders and head, of the package's own classes, made smaller:
-    it offers no smaller one itself."""
+def small_imagereward(scratch: Path) -> tuple[Any, dict[str, Any]]:
+    """Build the package's model with its encoders and head, of the package's own classes, made
+    smaller: it offers no smaller one itself."""
     import ImageReward
     from ImageReward.ImageReward import MLP
     from ImageReward.models.BLIP.med import BertConfig, BertModel
@@ -163,7 +134,7 @@ def small_imagereward(scratch: Path) -> tuple[torch.nn.Module, dict[str, Any]]:
 
 
 def hpsv2(sizes: list[str], scratch: Path) -> dict[str, Any]:
-    """hpsv2's tokens, pixels, and scores by `hpsv2.img_score.score`."""
+    """Measure hpsv2's tokens, pixels, and scores by `hpsv2.img_score.score`."""
     os.environ["HPS_ROOT"] = str(scratch)
     from hpsv2 import img_score
     from hpsv2.src import open_clip
@@ -195,17 +166,17 @@ def hpsv2(sizes: list[str], scratch: Path) -> dict[str, Any]:
 
 
 def prompts() -> list[str]:
-    """The prompts of the fixtures."""
+    """Read the prompts of the fixtures."""
     return json.loads((FIXTURES / "prompts.json").read_text(encoding="utf-8"))
 
 
 def image(name: str) -> Path:
-    """An image of the fixtures."""
+    """Find an image of the fixtures."""
     return FIXTURES / "images" / name
 
 
 def pairs_of(size: str) -> list[tuple[str, int]]:
-    """(image, prompt number) of everything that is scored."""
+    """List (image, prompt number) of everything that is scored."""
     if size == "true":
         return list(TRUE_PAIRS)
     names = sorted(path.name for path in (FIXTURES / "images").iterdir())
@@ -213,22 +184,15 @@ def pairs_of(size: str) -> list[tuple[str, int]]:
 
 
 def by_image(scored: Iterable[tuple[str, int, float]]) -> dict[str, dict[int, float]]:
-    """Image to prompt number to score."""
+    """Sort scores by image and prompt number."""
     found: dict[str, dict[int, float]] = {}
     for name, number, score in scored:
         found.setdefault(name, {})[number] = score
     return found
 
 
-def fill(model: torch.nn.Module) -> None:
-    """Random weights into every floating point tensor of a model."""
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point():
-            tensor.copy_(torch.from_numpy(random_tensor(name, tuple(tensor.shape))))
-
-
 def weights_of(model: torch.nn.Module, used: tuple[str, ...]) -> dict[str, Any]:
-    """A digest of the names and shapes of what decides the scores, and the names of the rest."""
+    """Digest the names and shapes of what decides the scores, and name the rest."""
     state = model.state_dict()
     needed = {k for k, v in state.items() if k.startswith(used) and v.is_floating_point()}
     lines = "".join(f"{name} {list(state[name].shape)}\n" for name in sorted(needed))
@@ -237,7 +201,7 @@ def weights_of(model: torch.nn.Module, used: tuple[str, ...]) -> dict[str, Any]:
 
 
 def pixels_of(preprocess: Callable[[Image.Image], torch.Tensor]) -> dict[str, Any]:
-    """What a package makes of each image: a digest of the floats, and some of them."""
+    """Record what a package makes of each image: a digest of the floats, and some of them."""
     found = {}
     for path in sorted((FIXTURES / "images").iterdir()):
         pixels = preprocess(Image.open(path)).numpy()

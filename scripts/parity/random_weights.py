@@ -17,7 +17,7 @@ _NORM_STD = 0.1
 
 
 def random_tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """float32 of `shape`, uniform about 0 (norms' weights: about 1), with a spread that keeps
+    """Draw float32 of `shape`, uniform about 0 (norms' weights: about 1), with a spread that keeps
     activations about constant from layer to layer and attention far from even."""
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:16], "big")
     count = math.prod(shape)

@@ -33,7 +33,7 @@ class BlipSize:
     vocabulary: int = 30524
 
     def med_config(self) -> dict[str, Any]:
-        """What the published med_config.json says, at this size."""
+        """Give what the published med_config.json says, at this size."""
         return {
             "architectures": ["BertModel"],
             "attention_probs_dropout_prob": 0.1,
@@ -60,43 +60,23 @@ TRUE_BLIP = BlipSize(1024, 24, 768, 12, 12)
 
 SMALL_CLIP: dict[str, Any] = {
     "embed_dim": 32,
-    "vision_cfg": {
-        "image_size": 224,
-        "layers": 2,
-        "width": 80,
-        "head_width": 40,
-        "patch_size": 28,
-    },
-    "text_cfg": {
-        "context_length": 77,
-        "vocab_size": 49408,
-        "width": 32,
-        "heads": 2,
-        "layers": 2,
-    },
+    "vision_cfg": {"image_size": 224, "layers": 2, "width": 80, "head_width": 40, "patch_size": 28},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
 }
 
 
-_SMALL_CLIP_TEXT: dict[str, Any] = {
+_TOWER: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
-    "vocab_size": 49408,
-    "eos_token_id": 49407,
 }
-_SMALL_CLIP_VISION: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": 224,
-    "patch_size": 28,
-}
+_SMALL_CLIP_TEXT = {**_TOWER, "vocab_size": 49408, "eos_token_id": 49407}
+_SMALL_CLIP_VISION = {**_TOWER, "image_size": 224, "patch_size": 28}
 
 
 def write_imagereward(directory: Path, size: BlipSize = SMALL_BLIP) -> dict[str, str]:
-    """ImageReward.pt, med_config.json and a tokenizer's directory."""
+    """Write ImageReward.pt, med_config.json and a tokenizer's directory."""
     directory.mkdir(parents=True, exist_ok=True)
     state = random_state(imagereward_shapes(size))
     torch.save(state, directory / "ImageReward.pt")
@@ -106,32 +86,31 @@ def write_imagereward(directory: Path, size: BlipSize = SMALL_BLIP) -> dict[str,
 
 
 def write_hpsv2(directory: Path, config: dict[str, Any] = SMALL_CLIP) -> dict[str, str]:
-    """HPS_v2_compressed.pt and, unless it is the published architecture, open_clip_config.json."""
+    """Write HPS_v2_compressed.pt and, unless it is the published architecture,
+    open_clip_config.json."""
     state = _open_clip_state(directory, config)
     torch.save({"state_dict": state}, directory / "HPS_v2_compressed.pt")
     return {"hpsv2": str(directory)}
 
 
 def write_clip(directory: Path, config: dict[str, Any] = SMALL_CLIP) -> dict[str, str]:
-    """open_clip_pytorch_model.bin and, as above, open_clip_config.json."""
+    """Write open_clip_pytorch_model.bin and, as above, open_clip_config.json."""
     torch.save(_open_clip_state(directory, config), directory / "open_clip_pytorch_model.bin")
     return {"clip": str(directory)}
 
 
 def _open_clip_state(directory: Path, config: dict[str, Any]) -> dict[str, torch.Tensor]:
-    from open_clip import CLIP, get_model_config
+    from open_clip import get_model_config
 
     directory.mkdir(parents=True, exist_ok=True)
-    with torch.device("meta"):
-        shapes = {name: tuple(t.shape) for name, t in CLIP(**config).state_dict().items()}
     if config != get_model_config("ViT-H-14"):
         text = json.dumps({"model_cfg": config, "preprocess_cfg": {}})
         (directory / "open_clip_config.json").write_text(text)
-    return random_state(shapes)
+    return random_state(clip_shapes(config))
 
 
 def write_pickscore(directory: Path) -> dict[str, str]:
-    """A transformers CLIPModel with its tokenizer beside it."""
+    """Write a transformers CLIPModel with its tokenizer beside it."""
     from transformers import CLIPConfig, CLIPModel
 
     config = CLIPConfig(
@@ -145,7 +124,7 @@ def write_pickscore(directory: Path) -> dict[str, str]:
 
 
 def write_clip_tokenizer(directory: Path) -> None:
-    """CLIP's own vocabulary, as transformers keeps it, from the copy that open_clip has."""
+    """Write CLIP's own vocabulary as transformers keeps it, from the copy that open_clip has."""
     from open_clip.tokenizer import SimpleTokenizer
     from transformers import CLIPTokenizer
 
@@ -160,23 +139,19 @@ def write_clip_tokenizer(directory: Path) -> None:
 
 
 def write_aesthetics(directory: Path) -> dict[str, str]:
-    """The head's file and a transformers CLIP vision tower."""
+    """Write the head's file and a transformers CLIP vision tower."""
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     tower = CLIPVisionModelWithProjection(CLIPVisionConfig(**_SMALL_CLIP_VISION, projection_dim=16))
     fill(tower)
     tower.save_pretrained(directory / "clip")
-    sizes = (16, 1024, 128, 64, 16, 1)
-    shapes: Shapes = {}
-    for place, ins, outs in zip((0, 2, 4, 6, 7), sizes, sizes[1:], strict=False):
-        shapes.update(_linear(f"layers.{place}", ins, outs))
     path = directory / "sac+logos+ava1-l14-linearMSE.pth"
-    torch.save(random_state(shapes), path)
+    torch.save(random_state(dict(_head("layers", 16))), path)
     return {"aesthetics": str(path), "aesthetics.clip": str(directory / "clip")}
 
 
 def write_all(directory: Path) -> dict[str, str]:
-    """All five of the published; as `--weights` takes them."""
+    """Write all five of the published; returns them as `--weights` takes them."""
     found: dict[str, str] = {}
     for name, write in WRITERS.items():
         found |= write(directory / name)
@@ -184,9 +159,11 @@ def write_all(directory: Path) -> dict[str, str]:
 
 
 def fill(module: torch.nn.Module) -> None:
-    """Give a module random weights that are the same for the same names and shapes."""
-    shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
-    module.load_state_dict(random_state(shapes), strict=False)
+    """Fill every floating point tensor of a module with the random weights of its name and
+    shape."""
+    for name, tensor in module.state_dict().items():
+        if tensor.is_floating_point():
+            tensor.copy_(torch.from_numpy(random_tensor(name, tuple(tensor.shape))))
 
 
 WRITERS = {
@@ -199,12 +176,12 @@ WRITERS = {
 
 
 def random_state(shapes: Shapes) -> dict[str, torch.Tensor]:
-    """A state dict of random weights; the same for the same names and shapes, everywhere."""
+    """Draw a state dict, the same for the same names and shapes everywhere."""
     return {name: torch.from_numpy(random_tensor(name, shape)) for name, shape in shapes.items()}
 
 
 def clip_shapes(config: dict[str, Any]) -> Shapes:
-    """Names and shapes of the weights of open_clip's CLIP."""
+    """List names and shapes of the weights of open_clip's CLIP."""
     from open_clip import CLIP
 
     with torch.device("meta"):
@@ -212,7 +189,7 @@ def clip_shapes(config: dict[str, Any]) -> Shapes:
 
 
 def imagereward_shapes(size: BlipSize) -> Shapes:
-    """Names and shapes of the weights in an ImageReward.pt.
+    """List names and shapes of the weights in an ImageReward.pt.
 
     Left out: the constant position_ids and the two projections, which the reward does not use.
     """
@@ -233,9 +210,7 @@ def imagereward_shapes(size: BlipSize) -> Shapes:
         shapes.update(_linear(f"{block}mlp.fc2", 4 * width, width))
     shapes.update(_norm(f"{vision}norm", width))
     shapes.update(_text_shapes(size))
-    sizes = (size.text_width, 1024, 128, 64, 16, 1)
-    for place, ins, outs in zip((0, 2, 4, 6, 7), sizes, sizes[1:], strict=False):
-        shapes.update(_linear(f"mlp.layers.{place}", ins, outs))
+    shapes.update(_head("mlp.layers", size.text_width))
     return shapes
 
 
@@ -256,6 +231,13 @@ def _text_shapes(size: BlipSize) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield from _linear(f"{block}intermediate.dense", width, 4 * width)
         yield from _linear(f"{block}output.dense", 4 * width, width)
         yield from _norm(f"{block}output.LayerNorm", width)
+
+
+def _head(name: str, width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The perceptron that both scorers end with; what lies between its layers has no weights."""
+    sizes = (width, 1024, 128, 64, 16, 1)
+    for place, ins, outs in zip((0, 2, 4, 6, 7), sizes, sizes[1:], strict=False):
+        yield from _linear(f"{name}.{place}", ins, outs)
 
 
 def _linear(name: str, ins: int, outs: int) -> Iterator[tuple[str, tuple[int, ...]]]:

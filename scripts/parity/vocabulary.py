@@ -29,7 +29,7 @@ _OTHER = "éèüößñçøåæ°£€¥§…–—‘’“”•αβγδεπσ�
 
 
 def vocabulary() -> list[str]:
-    """SIZE different tokens; the place of a token is its id."""
+    """List SIZE different tokens; the place of a token is its id."""
     singles = [*string.punctuation, *_LETTERS, *_OTHER]
     tokens = dict.fromkeys(_WORDS.split() + singles)
     tokens |= dict.fromkeys("##" + piece for piece in [*_PIECES.split(), *_LETTERS, *_OTHER])
@@ -51,7 +51,7 @@ def vocabulary() -> list[str]:
 
 
 def write_vocabulary(directory: Path) -> Path:
-    """A directory that `BertTokenizer.from_pretrained` takes."""
+    """Write a directory that `BertTokenizer.from_pretrained` takes."""
     directory.mkdir(parents=True, exist_ok=True)
     text = "\n".join(vocabulary()) + "\n"
     (directory / "vocab.txt").write_text(text, encoding="utf-8", newline="\n")

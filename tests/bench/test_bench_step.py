@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
 from e2e.harness import run_here
 
 import sdpo
-from scripts.bench import common, step
+from scripts.bench import common, full_size_step, step
 from scripts.bench.public_style import PublicStep, autograd_scale
 from scripts.bench.training import STYLES, open_run
 from sdpo.common.cli import as_argv
@@ -166,3 +167,26 @@ def test_a_true_worker_takes_a_step_when_it_is_told_to(tmp_path):
     assert entry["loss"] == pytest.approx(0.6931, abs=1e-3)
     assert 0 < entry["seconds"] < 60 and entry["peak_memory_gib"] > 0.1
     assert not list(tmp_path.glob("public-0/checkpoint-*"))
+
+
+def test_full_size_step_with_the_tiny_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        full_size_step,
+        "write_pipeline_apart",
+        lambda family, path: shutil.copytree(common.TINY_MODEL, path),
+    )
+    out = tmp_path / "x.json"
+    argv = ["--resolution", 64, "--repeats", 2, "--mixed_precision", "no", "--out", out]
+    assert run_here("scripts/bench/full_size_step.py", argv) == 0
+    found = json.loads(out.read_text())
+    assert found["parameters"] == {"sd15": 859_520_964, "sdxl": 2_567_463_684}
+    assert [entry["step"] for entry in found["first_steps"]] == [1, 2]
+    # Off in the plain steps, as the loser's scale shows.
+    assert found["first_steps"][0]["loser_scale"] == 1.0
+    assert {name: len(taken) for name, taken in found["step_seconds"].items()} == {
+        "plain": 2,
+        "safeguard": 2,
+    }
+    plain, guarded = (found["median_seconds"][name] for name in ("plain", "safeguard"))
+    assert found["overhead_of_medians"] == pytest.approx(guarded / plain - 1)
+    assert found["rule_share_of_step"] == pytest.approx(found["rule_seconds"] / plain)

@@ -132,25 +132,3 @@ def test_mistakes(repo, quickstart, flags, said):
     assert done.returncode == 2
     assert said in done.stderr.strip().splitlines()[-1]
     assert (out / "flags.json").read_text() == before
-
-
-def test_table_over_seeds(repo, tmp_path):
-    for seed, drift in ((3, 10.0), (4, 21.0)):
-        row = {"loser_drift_percent": 1.0, "implicit_acc": 0.5, "oracle": 0.5, "loser_scale": 1.0}
-        row["wins_over_base_percent"] = 60.0
-        rows = [
-            {"model": "base", "oracle": 0.4},
-            {"model": "plain", "winner_drift_percent": drift, **row},
-            {"model": "safeguard", "winner_drift_percent": -drift, **row},
-        ]
-        (tmp_path / f"dspo-{seed}").mkdir()
-        (tmp_path / f"dspo-{seed}" / "summary.json").write_text(json.dumps({"rows": rows}))
-    flags = ["--methods", "dspo", "--seeds", "3", "4", "--out", tmp_path]
-    done = bash(repo, "bench/tiny_results.sh", *flags)
-    assert done.returncode == 0, done.stderr
-    table = (tmp_path / "results.md").read_text()
-    assert "| dspo | without | +15.5 (+10.0 to +21.0) | +1.0 (+1.0 to +1.0) |" in table
-    assert "| dspo | with | -15.5 (-21.0 to -10.0) |" in table
-    assert "0.400" in table
-    assert table in done.stdout
-    assert bash(repo, "bench/tiny_results.sh", "--seeds", "1", "1").returncode == 2
