@@ -62,7 +62,7 @@ PROGRAMS = (
     ["eval/compare.py"],
     ["-m", "sdpo.lab", "sweep"],
     ["-m", "sdpo.lab", "audit"],
-    ["-m", "sdpo.lab.plot"],
+    ["-m", "sdpo.lab", "plot"],
     ["-m", "sdpo.evaluation.heldout"],
 )
 
