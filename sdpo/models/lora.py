@@ -187,11 +187,17 @@ def save_adapters(unet: Any, path: Path) -> None:
     """Write the adapters in diffusers' LoRA layout: `pipeline.load_lora_weights` takes the file, or
     its directory where it is called `LORA_FILE`."""
     from diffusers import StableDiffusionPipeline
-    from peft import get_peft_model_state_dict
+    from peft import LoraConfig, get_peft_model_state_dict
 
     # Both families' pipelines call the UNet's part "unet", so that either class may write it.
     state = get_peft_model_state_dict(unet, adapter_name=_ADAPTER)
-    settings = unet.peft_config[_ADAPTER].to_dict()
+    # What is as peft has it is left out: an older peft refuses fields that it does not know.
+    plain, used = LoraConfig().to_dict(), unet.peft_config[_ADAPTER].to_dict()
+    settings = {
+        name: value
+        for name, value in used.items()
+        if name in ("r", "lora_alpha") or value != plain[name]
+    }
     settings["target_modules"] = sorted(settings["target_modules"])
     StableDiffusionPipeline.save_lora_weights(
         path.parent,

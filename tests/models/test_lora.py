@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
 from contextlib import nullcontext
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from sdpo import preference_loss
 from sdpo.common.errors import UserError
@@ -290,6 +293,38 @@ def test_diffusers_loads_the_file(base, adapted, tmp_path, flags):
         found, want = predict(family, pipeline.unet, inputs), predict(family, unet, inputs)
     torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
     assert (want - before).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("flags", "more"),
+    [
+        ({}, {}),
+        ({"lora_rank": 8, "lora_alpha": 8}, {"r": 8, "lora_alpha": 8}),
+        ({"use_dora": True, "lora_dropout": 0.5}, {"use_dora": True, "lora_dropout": 0.5}),
+    ],
+    ids=str,
+)
+def test_metadata_holds_what_differs_from_pefts_defaults(adapted, tmp_path, flags, more):
+    """peft 0.17 refuses a LoraConfig with the fields that 0.21 has (velora_config, ...)."""
+    save_adapters(adapted(**flags), tmp_path / LORA_FILE)
+    with safe_open(tmp_path / LORA_FILE, "pt") as file:
+        found = json.loads(file.metadata()["lora_adapter_metadata"])
+    want = {"r": RANK, "lora_alpha": int(ALPHA), **more}
+    want["target_modules"] = ["to_k", "to_out.0", "to_q", "to_v"]
+    assert found == {f"unet.{name}": value for name, value in want.items()}
+
+
+def test_a_file_of_all_fields_is_read_as_before(adapted, tmp_path):
+    """Files written up to now name every field of their peft; weights alone are read of them."""
+    unet = trained(adapted())
+    save_adapters(unet, tmp_path / "now.safetensors")
+    every = {f"unet.{k}": v for k, v in unet.peft_config["default"].to_dict().items()}
+    meta = {"format": "pt", "lora_adapter_metadata": json.dumps(every, default=str)}
+    save_file(load_file(tmp_path / "now.safetensors"), tmp_path / "old.safetensors", meta)
+    other = adapted(seed=5)
+    load_adapters(other, tmp_path / "old.safetensors")
+    for mine, theirs in zip(other.parameters(), unet.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
 
 
 def test_files_are_read_back_to_the_bit_and_checked(base, adapted, tmp_path):
