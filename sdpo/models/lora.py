@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 LORA_FILE = "pytorch_lora_weights.safetensors"
 _ADAPTER = "default"
 _PREFIX = "unet."
+# Fields that diffusers 0.35 looks for in a file's metadata, whatever their value.
+_ALWAYS_NAMED = ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
 
 
 def add_adapters(
@@ -196,7 +198,7 @@ def save_adapters(unet: Any, path: Path) -> None:
     settings = {
         name: value
         for name, value in used.items()
-        if name in ("r", "lora_alpha") or value != plain[name]
+        if name in _ALWAYS_NAMED or value != plain[name]
     }
     settings["target_modules"] = sorted(settings["target_modules"])
     StableDiffusionPipeline.save_lora_weights(

@@ -305,11 +305,12 @@ def test_diffusers_loads_the_file(base, adapted, tmp_path, flags):
     ids=str,
 )
 def test_metadata_holds_what_differs_from_pefts_defaults(adapted, tmp_path, flags, more):
-    """peft 0.17 refuses a LoraConfig with the fields that 0.21 has (velora_config, ...)."""
+    """peft 0.17 refuses a LoraConfig with the fields that 0.21 has (velora_config, ...), and
+    diffusers 0.35 a file without the two patterns."""
     save_adapters(adapted(**flags), tmp_path / LORA_FILE)
     with safe_open(tmp_path / LORA_FILE, "pt") as file:
         found = json.loads(file.metadata()["lora_adapter_metadata"])
-    want = {"r": RANK, "lora_alpha": int(ALPHA), **more}
+    want = {"r": RANK, "lora_alpha": int(ALPHA), "rank_pattern": {}, "alpha_pattern": {}, **more}
     want["target_modules"] = ["to_k", "to_out.0", "to_q", "to_v"]
     assert found == {f"unet.{name}": value for name, value in want.items()}
 
