@@ -1,7 +1,9 @@
-"""Find pairs on this machine's disk: parquet files, or a folder with a metadata file."""
+"""Find pairs on this machine's disk, and of several splits the one that is asked for."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,12 +13,15 @@ from sdpo.config.data import CACHE_FLAG
 from sdpo.models.locations import looks_local
 
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
+_SPLIT_WORDS = ("train", "test", "validation", "valid", "val", "dev", "eval", "heldout", "holdout")
+# train-00000-of-00003[-0123456789abcdef]
+_SHARD = re.compile(r"(.*?)[-_.]?(\d{3,})-of-(\d{3,})(?:-[0-9a-f]{8,})?", re.IGNORECASE)
 
 
 class LocalFiles(NamedTuple):
-    """Name files for `datasets.load_dataset`; image paths are relative to `base`."""
+    """Name the files of a split; image paths in them are relative to `base`."""
 
-    kind: str  # "parquet", "json" or "csv"
+    kind: str  # "parquet" or "text" (JSON lines, JSON, CSV)
     files: list[str]
     base: Path
 
@@ -25,31 +30,117 @@ def find_local_files(directory: Path, split: str, flag: str) -> LocalFiles:
     """Find the files of one split in a local directory.
 
     `DIR/metadata.jsonl` (or .csv), `DIR/SPLIT/metadata.jsonl`, or parquet files in DIR or DIR/data:
-    those whose name begins with the split's, or, where no name says a split, all of them.
+    those whose name begins with the split's (train-00000-of-00002, train_0), or, where no name says
+    a split, all of them, which then are the split "train", or the one that DIR is named after.
 
     Raises:
-        UserError: nothing of the kind is there; names `flag`.
+        UserError: nothing of the kind is there, or not of this split, or shards are missing; names
+            `flag` or the files.
     """
     for base in (directory / split, directory):
         for name in METADATA_NAMES:
-            if (base / name).is_file():
-                kind = "json" if name.endswith("jsonl") else "csv"
-                return LocalFiles(kind, [str(base / name)], base)
-    parquet = sorted([*directory.glob("*.parquet"), *directory.glob("data/*.parquet")])
-    if not parquet:
+            found = [p for p in _files(base) if p.name.lower() == name]
+            if found:
+                if base == directory:
+                    _check_unnamed_split(directory, split)
+                return LocalFiles("text", [str(found[0])], base)
+    # A folder of that name holds the split itself, whatever its files are called.
+    for base in (directory / split, directory):
+        files = [p for place in (base, base / "data") for p in _files(place)]
+        parquet = [p for p in files if p.suffix.lower() == ".parquet"]
+        if parquet:
+            within = base if base == directory else None
+            return LocalFiles("parquet", _of_split(directory, parquet, split, within), base)
+    elsewhere = sorted(
+        folder.name
+        for folder in (directory.iterdir() if directory.is_dir() else ())
+        if any(p.name.lower() in METADATA_NAMES for p in _files(folder))
+    )
+    if elsewhere:
         raise UserError(
-            f"{flag}: {directory} holds neither parquet files nor {' or '.join(METADATA_NAMES)}"
+            f"--split: {directory} has no split {split!r}; it has: {', '.join(elsewhere)}"
         )
-    chosen = [p for p in parquet if p.name.split("-")[0].split(".")[0] == split]
+    raise UserError(
+        f"{flag}: {directory} holds neither parquet files nor {' or '.join(METADATA_NAMES)}"
+    )
+
+
+def _files(directory: Path) -> list[Path]:
+    return sorted(p for p in directory.iterdir() if p.is_file()) if directory.is_dir() else []
+
+
+def _check_unnamed_split(directory: Path, split: str) -> None:
+    if split != "train" and directory.resolve().name != split:
+        raise UserError(
+            f"--split: nothing in {directory} names a split, so that its pairs are split 'train' "
+            f"and not {split!r}; give --split train, or put those of {split!r} into "
+            f"{directory / split}"
+        )
+
+
+def _of_split(
+    directory: Path, files: Sequence[Path], split: str, unnamed: Path | None
+) -> list[str]:
+    """Choose a split's files by name; all, where no name says a split and `unnamed` (the directory
+    they lie in) may hold this one."""
+    chosen = [p for p in files if split.lower() in _split_names(p)]
     if not chosen:
-        named = sorted({p.name.split("-")[0].split(".")[0] for p in parquet})
-        if len(named) < len(parquet) or any("-00" in p.name for p in parquet):
+        named = sorted({_split_names(p)[0] for p in files})
+        if unnamed and (
+            len(named) < len(files)
+            or any("-00" in p.name for p in files)
+            or any(re.split(r"[-_.]", name)[0] in _SPLIT_WORDS for name in named)
+        ):
+            kind = files[0].suffix.lower().lstrip(".")
             raise UserError(
-                f"--split: {directory} has no parquet files of split {split!r}; it has those of: "
-                f"{', '.join(named)}"
+                f"--split: {directory} has no {kind} files of split {split!r}; it has those "
+                f"of: {', '.join(named)}"
             )
-        chosen = parquet
-    return LocalFiles("parquet", [str(p) for p in chosen], directory)
+        if unnamed:
+            _check_unnamed_split(unnamed, split)
+        chosen = list(files)
+    _check_shards(chosen)
+    return [str(p) for p in chosen]
+
+
+def _split_names(path: Path) -> list[str]:
+    """List what a file's name may call its split: without the shard's number, then with it."""
+    stem = path.stem.lower()
+    shard = _SHARD.fullmatch(stem)
+    name = shard[1] if shard else stem
+    family = re.sub(r"[-_.]?\d+$", "", name) or stem
+    return [family, name, stem.split("-")[0].split(".")[0]]
+
+
+def _check_shards(files: Sequence[Path]) -> None:
+    """Refuse files of the form NAME-00000-of-00003 of which some are not there.
+
+    Raises:
+        UserError: naming a file that is.
+    """
+    sets: dict[tuple[str, int], dict[int, Path]] = {}
+    for path in files:
+        shard = _SHARD.fullmatch(path.stem)
+        if shard:
+            there = sets.setdefault((shard[1], int(shard[3])), {})
+            twin = there.setdefault(int(shard[2]), path)
+            if twin is not path:
+                raise UserError(f"{twin} and {path} are the same shard: remove one of them")
+    for (name, count), there in sets.items():
+        first = next(iter(there.values()))
+        missing = [i for i in range(count) if i not in there]
+        if missing:
+            raise UserError(
+                f"{first}: of its {count} shards {len(missing)} are missing "
+                f"(number {', '.join(map(str, missing[:5]))}{', ...' if missing[5:] else ''}); "
+                "add them, or rename the files that are there if they are to stand alone"
+            )
+        others = [n for other, n in sets if other == name and n != count]
+        if others:
+            raise UserError(
+                f"{first.parent}: the shards of {name!r} are divided twice, in {count} and in "
+                f"{others[0]}; remove those that are out of date"
+            )
 
 
 def check_data_location(data: SourceConfig) -> None:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from sdpo.common.errors import UserError, first_line
 from sdpo.common.randomness import generator
 from sdpo.config import SourceConfig
-from sdpo.data.local import find_local_files
+from sdpo.data.local import LocalFiles, find_local_files
+from sdpo.data.tables import LABEL, open_parquet, open_text
 
 if TYPE_CHECKING:
     import datasets
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-LABEL = "label_0"
 MODELS = ("model_0", "model_1")
 DREAMLIKE = "dream"
 
@@ -75,34 +75,47 @@ def open_pairs(data: SourceConfig, seed: int) -> PairSource:
 
 
 def _load(data: SourceConfig) -> tuple[Any, Path | None]:
-    import datasets
-
-    common = {"split": data.split, "streaming": data.streaming, "cache_dir": data.cache_dir}
     flag, name = data.location_flag, data.location
     local = Path(name).expanduser()
+    is_local = local.is_dir()
     try:
-        if local.is_dir():
+        if is_local:
             found = find_local_files(local, data.split, flag)
-            common["split"] = "train"  # what load_dataset calls plain data_files
-            rows = datasets.load_dataset(found.kind, data_files=found.files, **common)
-            return rows, found.base
-        return datasets.load_dataset(name, data.dataset_config_name, **common), None
+            return _open_local(found, data), found.base
+        return _open_hub(name, data), None
     except UserError:
         raise
     except ValueError as error:
-        if "split" in str(error).lower():
+        if not is_local and "split" in str(error).lower():
             raise UserError(f"--split: {name} has no split {data.split!r}: {error}") from None
-        raise UserError(f"{flag}: cannot read {name}: {error}") from error
+        raise UserError(f"{flag}: cannot read {name}: {first_line(error)}") from error
     # Hub and file errors come in many classes; all of them mean that the pairs are not there.
     except Exception as error:
+        cause = error.__cause__ or error  # "An error occurred while generating" says nothing
         raise UserError(
-            f"{flag}: cannot open {name} ({type(error).__name__}: {first_line(error)}); give a "
+            f"{flag}: cannot open {name} ({type(cause).__name__}: {first_line(cause)}); give a "
             "dataset that this machine can reach, or a local directory with --train_data_dir"
         ) from error
 
 
+def _open_hub(name: str, data: SourceConfig) -> Any:
+    import datasets
+
+    common = {"split": data.split, "streaming": data.streaming, "cache_dir": data.cache_dir}
+    return datasets.load_dataset(name, data.dataset_config_name, **common)
+
+
+def _open_local(found: LocalFiles, data: SourceConfig) -> Any:
+    if found.kind == "parquet":
+        return open_parquet(found.files, data.cache_dir, data.streaming)
+    rows = open_text(found.files, found.base, data.cache_dir)
+    return rows.to_iterable_dataset() if data.streaming else rows
+
+
 def _find_columns(rows: Any, data: SourceConfig) -> Columns:
-    names = list(rows.column_names or next(iter(rows)).keys())
+    names = list(rows.column_names or next(iter(rows), {}).keys())
+    if not names:
+        raise UserError(f"{data.location_flag}: {data.location} holds no rows")
 
     def pick(flag: str, *candidates: str) -> str:
         for candidate in candidates:
@@ -139,13 +152,9 @@ def _choose_rows(rows: datasets.Dataset, data: SourceConfig, seed: int) -> tuple
         The rows left, and their numbers in `rows`, (n,) int64, ascending.
     """
     import numpy as np
-    import pyarrow as pa
     import pyarrow.compute as pc
 
-    try:
-        column = arrow_column(rows, LABEL).cast(pa.float64())
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise UserError(f"column {LABEL} must hold 0, 0.5 or 1: {error}") from None
+    column = _numeric_labels(arrow_column(rows, LABEL))
     labels, missing = column.to_numpy(), column.is_null().to_numpy()
     keep, ties = (labels == 0) | (labels == 1), labels == 0.5
     other = np.flatnonzero(~(keep | ties | missing))
@@ -172,9 +181,40 @@ def _choose_rows(rows: datasets.Dataset, data: SourceConfig, seed: int) -> tuple
     return (rows if len(origin) == len(rows) else rows.select(origin)), origin
 
 
+def _numeric_labels(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Cast labels to float64.
+
+    Raises:
+        UserError: one is no number; names its row.
+    """
+    import pyarrow as pa
+
+    try:
+        return column.cast(pa.float64())
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        for row, value in enumerate(column.to_pylist()):
+            read_label(row, value)
+        raise UserError(f"column {LABEL} must hold 0, 0.5 or 1: {first_line(error)}") from None
+
+
 def arrow_column(rows: datasets.Dataset, name: str) -> pa.ChunkedArray:
     """Take one column as it lies in Arrow, without loading the others."""
     return rows.select_columns([name]).with_format("arrow")[:].column(0)
+
+
+def read_label(row: int | str, value: Any) -> float | None:
+    """Read a row's label as a number; None where there is none.
+
+    Raises:
+        UserError: it is something else.
+    """
+    try:
+        return None if value is None else float(value)
+    except (TypeError, ValueError):
+        raise UserError(
+            f"row {row}: {LABEL} is {value!r}; {LABEL} must hold 0 (image 1 preferred), 0.5 (a "
+            "tie) or 1 (image 0 preferred)"
+        ) from None
 
 
 def bad_label(row: int | str, label: float) -> str:

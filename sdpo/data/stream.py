@@ -11,12 +11,12 @@ from typing import Any
 from torch import randint, randperm
 from torch.utils.data import IterableDataset
 
-from sdpo.common.errors import UserError
+from sdpo.common.errors import UserError, first_line
 from sdpo.common.randomness import Key, generator
 from sdpo.config import TrainConfig
 from sdpo.data.order import FIRST, Place
 from sdpo.data.pairs import NumberedRow, Pair, PairDecoder, decode_first
-from sdpo.data.source import DREAMLIKE, LABEL, MODELS, PairSource, bad_label
+from sdpo.data.source import DREAMLIKE, LABEL, MODELS, PairSource, bad_label, read_label
 
 SHUFFLE_BUFFER = 1000  # pairs held in memory, undecoded
 
@@ -111,10 +111,28 @@ class StreamingPairs(IterableDataset[list[Pair]]):
     def _decided(self, shards: list[int]) -> Iterator[NumberedRow]:
         rows = self.source.rows
         for shard in shards:
-            for index, row in enumerate(rows.shard(rows.num_shards, shard)):
+            for index, row in enumerate(self._read(shard)):
                 number = index if rows.num_shards == 1 else f"{index} of shard {shard}"
                 if is_wanted(row, number, self.config.data.dreamlike_pairs_only):
                     yield number, row
+
+    def _read(self, shard: int) -> Iterator[dict[str, Any]]:
+        """Read the rows of one shard.
+
+        Raises:
+            UserError: its file is broken, or not to be reached any more.
+        """
+        rows, data = self.source.rows, self.config.data
+        try:
+            yield from rows.shard(rows.num_shards, shard)
+        except UserError:
+            raise
+        # Of arrow, of the hub's client and of the file system.
+        except Exception as error:
+            raise UserError(
+                f"--streaming: cannot read shard {shard} of {data.location} "
+                f"({type(error).__name__}: {first_line(error)})"
+            ) from error
 
 
 class OwnShards(StreamingPairs):
@@ -169,9 +187,9 @@ def is_wanted(row: dict[str, Any], number: int | str, dreamlike_only: bool = Fal
     Raises:
         UserError: its label is none of 0, 0.5 and 1.
     """
-    label = row[LABEL]
-    if label is None or float(label) == 0.5:
+    label = read_label(number, row[LABEL])
+    if label is None or label == 0.5:
         return False
-    if float(label) not in (0.0, 1.0):
+    if label not in (0.0, 1.0):
         raise UserError(bad_label(number, label))
     return not dreamlike_only or all(DREAMLIKE in (row[model] or "") for model in MODELS)
