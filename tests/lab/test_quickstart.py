@@ -1,4 +1,4 @@
-"""scripts/quickstart.sh, a few steps long, and the table over seeds made of its summaries."""
+"""scripts/quickstart.sh, a few steps long."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from sdpo.lab.audit.jacobian import QUANTILES
-from sdpo.lab.audit.summary import MEASURED_ON, TIMESTEPS, pair_quantities
+from sdpo.lab.audit.summary import MEASURED_ON, TIMESTEPS, numbers, pair_quantities
 from sdpo.lab.audit.updates import UPDATES
 from sdpo.lab.drawing import BLUE, COLOURS, RED, colour_of, plain, plt, save
 from sdpo.training.distributions import BINS
@@ -23,8 +23,8 @@ SHOWN = ("none", "batch", "pair", "parameter", "weighted")
 
 
 def draw(lines: dict[str, list[dict[str, Any]]], summary: dict[str, Any], out: Path) -> None:
-    """updates_own.png, updates_next.png, both by timestep too, jacobian.png and, where measured,
-    spectrum.png."""
+    """Draw updates_own.png, updates_next.png, both by timestep too, jacobian.png and, where
+    measured, spectrum.png."""
     for on, about in MEASURED_ON.items():
         rows = [row for row in summary["updates"] if row["on"] == on]
         draw_updates(rows, about, out / f"updates_{on}.png")
@@ -36,7 +36,7 @@ def draw(lines: dict[str, list[dict[str, Any]]], summary: dict[str, Any], out: P
 
 
 def draw_updates(rows: list[dict[str, Any]], about: str, path: Path) -> None:
-    """Above: share of batches whose winners' error would rise. Below: the change itself."""
+    """Draw, above, the share of batches whose winners' error would rise; below, its change."""
     figure, axes = plt.subplots(2, len(UPDATES), figsize=(15, 7.5), constrained_layout=True)
     labels = ("batches whose winners' error rises, %", "change of that error, %")
     for column, update in enumerate(UPDATES):
@@ -67,12 +67,12 @@ def _bars(axis: plt.Axes, rows: list[dict[str, Any]], names: tuple[str, str]) ->
 
 
 def draw_by_timestep(rows: list[dict[str, Any]], about: str, path: Path) -> None:
-    """First-order change of the winners' error by timestep bin."""
+    """Draw the first-order change of the winners' error by timestep bin."""
     figure, axes = plt.subplots(1, len(UPDATES), figsize=(15, 4), constrained_layout=True)
     for axis, update in zip(axes, UPDATES, strict=True):
         shown = [r for r in rows if r["update"] == update and r["mode"] in SHOWN]
         for number, row in enumerate(shown):
-            values = _numbers(row["by_timestep"]["first_order"])
+            values = numbers(row["by_timestep"]["first_order"])
             axis.plot(_centres(), values, "o-", ms=3, color=colour_of(number), label=row["mode"])
         plain(axis, TITLES[update], xlabel="timestep")
     axes[0].set_ylabel("first-order change of winners' error, %", fontsize=8)
@@ -82,7 +82,7 @@ def draw_by_timestep(rows: list[dict[str, Any]], about: str, path: Path) -> None
 
 
 def draw_jacobian(found: dict[str, np.ndarray], summary: dict[str, Any], path: Path) -> None:
-    """Output against parameters, pair by pair: cosine, norm ratio, scale; and over timesteps."""
+    """Draw output against parameters, by pair: cosine, norm ratio, scale; and over timesteps."""
     figure, axes = plt.subplots(1, 4, figsize=(17, 4), constrained_layout=True)
     titles = {
         "cosine": "cosine of the two branches",
@@ -98,7 +98,7 @@ def draw_jacobian(found: dict[str, np.ndarray], summary: dict[str, Any], path: P
         axis.set_ylabel("gradients over the parameters", fontsize=8)
     figure.colorbar(points, ax=axes[2], label="timestep")
     for space, colour in (("output", BLUE), ("parameter", RED)):
-        values = _numbers(summary["jacobian"]["by_timestep"][f"{space}_cosine"])
+        values = numbers(summary["jacobian"]["by_timestep"][f"{space}_cosine"])
         axes[3].plot(_centres(), values, "o-", ms=3, color=colour, label=space)
     plain(axes[3], "cosine by timestep", xlabel="timestep", zero=False)
     axes[3].legend(frameon=False, fontsize=8)
@@ -106,10 +106,10 @@ def draw_jacobian(found: dict[str, np.ndarray], summary: dict[str, Any], path: P
 
 
 def draw_spectrum(pairs: list[dict[str, Any]], path: Path) -> None:
-    """Eigenvalue quantiles of J J^T over their mean, and the branches' Jacobians apart."""
+    """Draw eigenvalue quantiles of J J^T over their mean, and the branches' Jacobians apart."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
     for pair, colour in zip(pairs, plt.cm.viridis(np.linspace(0, 0.9, len(pairs))), strict=True):
-        values = np.maximum(pair["quantiles"], 1e-12)
+        values = np.maximum(numbers(pair["quantiles"]), 1e-12)
         axes[0].plot(QUANTILES, values, "o-", color=colour, label=f"t = {pair['timestep']}")
     plain(axes[0], "eigenvalues of J J^T over their mean (dotted: an isometry)", "quantile", False)
     axes[0].axhline(1.0, color="black", lw=0.8, ls=":")
@@ -120,7 +120,7 @@ def draw_spectrum(pairs: list[dict[str, Any]], path: Path) -> None:
         ("jacobian_cosine", BLUE, "cosine of J_w and J_l", -0.2),
         ("jacobian_difference", RED, "|J_w - J_l| / |J_w|", 0.2),
     ):
-        axes[1].bar(at + side, [p[name] for p in pairs], 0.38, color=colour, label=label)
+        axes[1].bar(at + side, numbers([p[name] for p in pairs]), 0.38, color=colour, label=label)
     plain(axes[1], "the two branches' Jacobians, Frobenius", "timestep", zero=False)
     axes[1].set_xticks(at, [str(p["timestep"]) for p in pairs])
     axes[1].set_ylim(0, 1.3)
@@ -130,7 +130,3 @@ def draw_spectrum(pairs: list[dict[str, Any]], path: Path) -> None:
 
 def _centres() -> np.ndarray:
     return (np.arange(BINS) + 0.5) * TIMESTEPS / BINS
-
-
-def _numbers(values: list[float | None]) -> np.ndarray:
-    return np.array([np.nan if v is None else v for v in values])

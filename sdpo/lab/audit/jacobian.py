@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from scipy.linalg import eigh_tridiagonal
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -145,9 +146,5 @@ def lanczos(
             break
         beside.append(length)
         basis.append(w / length)
-    size = len(diagonal)
-    off = torch.tensor(beside[: size - 1], dtype=torch.float64)
-    tridiagonal = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
-    tridiagonal += torch.diag(off, 1) + torch.diag(off, -1)
-    values, vectors = torch.linalg.eigh(tridiagonal)
-    return values, vectors[0].square()
+    values, vectors = eigh_tridiagonal(diagonal, beside[: len(diagonal) - 1])
+    return torch.from_numpy(values), torch.from_numpy(vectors[0] ** 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ MEASURED_ON = {
 
 
 def summarise(lines: dict[str, list[dict[str, Any]]], flags: dict[str, Any]) -> dict[str, Any]:
-    """All that is in summary.json.
+    """Make all that is in summary.json.
 
     Changes are percentages of the winners' error before the step. Intervals are 95 % percentile
     bootstrap intervals over batches (updates) or pairs (jacobian).
@@ -35,15 +36,15 @@ def summarise(lines: dict[str, list[dict[str, Any]]], flags: dict[str, Any]) -> 
 
 
 def update_rows(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row for each mode, update and batch that the change is measured on."""
+    """Make a row for each mode, update and batch that the change is measured on."""
     rows = []
     keys = [(r["mode"], r["update"]) for r in batches[0]["records"]]
     for place, on in ((p, on) for p in range(len(keys)) for on in MEASURED_ON):
         mode, update = keys[place]
         records = [b["records"][place] for b in batches]
-        error = np.array([np.mean(b[on]["winner_error"]) for b in batches])
-        first = 100 * np.array([np.mean(r[on]["first_order"]) for r in records]) / error
-        real = 100 * np.array([np.mean(r[on]["realised"]) for r in records]) / error
+        error = np.array([numbers(b[on]["winner_error"]).mean() for b in batches])
+        first = 100 * np.array([numbers(r[on]["first_order"]).mean() for r in records]) / error
+        real = 100 * np.array([numbers(r[on]["realised"]).mean() for r in records]) / error
         columns = np.stack([first, real, 100.0 * (first > 0), 100.0 * (real > 0)], axis=1)
         low, high = bootstrap_means(columns, _SEED)
         names = ("first_order", "realised", "rising_first_order", "rising_realised")
@@ -68,10 +69,10 @@ def _by_timestep(
 ) -> dict[str, list[float | None]]:
     """Changes by timestep bin, in percent of the errors in the bin."""
     bins = bin_of(np.concatenate([b[on]["timesteps"] for b in batches]))
-    error = np.concatenate([b[on]["winner_error"] for b in batches])
+    error = np.concatenate([numbers(b[on]["winner_error"]) for b in batches])
     result: dict[str, list[float | None]] = {"pairs": np.bincount(bins, minlength=BINS).tolist()}
     for name in ("first_order", "realised"):
-        change = np.concatenate([b["records"][place][on][name] for b in batches])
+        change = np.concatenate([numbers(b["records"][place][on][name]) for b in batches])
         result[name] = [
             100 * float(change[bins == i].sum() / error[bins == i].sum())
             if (bins == i).any()
@@ -81,15 +82,20 @@ def _by_timestep(
     return result
 
 
+def numbers(values: Sequence[Any]) -> np.ndarray:
+    """Turn a list into floats; null, which stands for what was not finite, becomes NaN."""
+    return np.array(values, dtype=float)
+
+
 def bin_of(timesteps: np.ndarray) -> np.ndarray:
-    """The tenth of the schedule that each timestep lies in, 0 to 9."""
+    """Number the tenth of the schedule that each timestep lies in, 0 to 9."""
     return np.asarray(timesteps) * BINS // TIMESTEPS
 
 
 def pair_quantities(pairs: list[dict[str, Any]], mu: float) -> dict[str, np.ndarray]:
-    """Of each pair: timestep, cosines, loser/winner norm ratios and safeguard scales, at the output
-    and over the parameters."""
-    columns = {name: np.array([p[name] for p in pairs], dtype=float) for name in pairs[0]}
+    """Compute each pair's timestep, cosines, loser/winner norm ratios and safeguard scales, at the
+    output and over the parameters."""
+    columns = {name: numbers([p[name] for p in pairs]) for name in pairs[0]}
     found = {"timestep": columns["timestep"]}
     for space in ("output", "parameter"):
         inner = columns[f"{space}_inner"]
@@ -102,12 +108,12 @@ def pair_quantities(pairs: list[dict[str, Any]], mu: float) -> dict[str, np.ndar
 
 
 def jacobian_rows(pairs: list[dict[str, Any]], mu: float) -> dict[str, Any]:
-    """Means over all pairs with intervals, means by timestep bin, how the scales of the two spaces
-    go together, and how often the output's scale would be too large for the pair's own gradients:
-    <g_w, g_l> lam > (1 - mu) |g_w|^2, and > |g_w|^2 (the pair's winner would get worse)."""
+    """Sum up the pairs: means with intervals, means by timestep bin, how the scales of the two
+    spaces go together, and how often the output's scale would be too large for the pair's own
+    gradients: <g_w, g_l> lam > (1 - mu) |g_w|^2, and > |g_w|^2 (the pair's winner would get worse)."""
     found = pair_quantities(pairs, mu)
-    parameter_winner = np.array([p["parameter_winner_sq"] for p in pairs])
-    conflict = found["output_scale"] * np.array([p["parameter_inner"] for p in pairs])
+    parameter_winner = numbers([p["parameter_winner_sq"] for p in pairs])
+    conflict = found["output_scale"] * numbers([p["parameter_inner"] for p in pairs])
     found["share_below_mu"] = 100.0 * (conflict > (1 - mu) * parameter_winner)
     found["share_rising"] = 100.0 * (conflict > parameter_winner)
     names = [n for n in found if n != "timestep"]
@@ -141,7 +147,7 @@ def _correlation(a: np.ndarray, b: np.ndarray) -> float | None:
 
 
 def print_summary(summary: dict[str, Any]) -> None:
-    """The table of updates and the Jacobians' means on the console."""
+    """Print the table of updates and the Jacobians' means."""
     print(f"\n{'losers':>14} {'scale':>7}", *(f"{u:>32}" for u in UPDATES))
     print(f"{'':>14} {'':>7}", *(f"{'rising  first order  realised':>32}" for _ in UPDATES))
     for on, about in MEASURED_ON.items():

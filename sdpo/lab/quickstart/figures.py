@@ -23,8 +23,8 @@ SMOOTHING = 10  # optimizer steps
 
 
 def rows_of(out: Path, manifests: dict[str, Path]) -> list[dict[str, Any]]:
-    """One row a model: held-out drift at the last checkpoint, mean oracle score with its standard
-    error, share of prompts on which it beats the base, training seconds."""
+    """Make a row a model: held-out drift at the last checkpoint, mean oracle score with its
+    standard error, share of prompts on which it beats the base, training seconds."""
     rows = []
     matrix = json.loads((out / "compare" / "matrix_oracle.json").read_text(encoding="utf-8"))
     over_base = dict(zip(matrix["models"], (row[-1] for row in matrix["win_rate"]), strict=True))
@@ -51,7 +51,7 @@ def rows_of(out: Path, manifests: dict[str, Path]) -> list[dict[str, Any]]:
 
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
-    """The rows on the console; drifts in percent of the reference's held-out error."""
+    """Print the rows; drifts in percent of the reference's held-out error."""
     head = "model,winner drift,loser drift,implicit acc,oracle,beats base,seconds"
     print("\n" + " ".join(f"{h:>18}" for h in head.split(",")))
     for row in rows:
@@ -69,7 +69,7 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def draw_curves(out: Path, path: Path, method: str) -> None:
-    """Held-out errors against the reference, margin, and the safeguard's scale, over steps."""
+    """Draw held-out errors against the reference, margin, and the safeguard's scale, over steps."""
     figure, axes = plt.subplots(1, 4, figsize=(16, 3.8), constrained_layout=True)
     for name, label in LABELS.items():
         heldout = read_heldout(out / name)
@@ -97,7 +97,7 @@ def draw_curves(out: Path, path: Path, method: str) -> None:
 
 
 def draw_samples(manifests: dict[str, Path], path: Path, columns: int = 8) -> None:
-    """The same prompts and noises, a row for each model."""
+    """Draw the same prompts and noises, a row for each model."""
     read = {name: read_manifest(manifest).entries for name, manifest in manifests.items()}
     prompts = [entry.prompt for entry in next(iter(read.values()))]
     columns = min(columns, len(prompts))

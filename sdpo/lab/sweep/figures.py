@@ -92,7 +92,7 @@ def _first_manifest(directory: Path) -> list[Path]:
 
 
 def draw_drift(table: pa.Table, path: Path, by: Sequence[str] = ("variant",)) -> plt.Figure:
-    """Held-out winner drift, loser drift and margin over steps, a line a group."""
+    """Draw held-out winner drift, loser drift and margin over steps, a line a group."""
     figure, axes = plt.subplots(1, len(DRIFTS), figsize=(14, 4), constrained_layout=True)
     for axis, (metric, title) in zip(axes, DRIFTS.items(), strict=True):
         _lines(axis, curves(table, "heldout", metric, by))
@@ -102,8 +102,8 @@ def draw_drift(table: pa.Table, path: Path, by: Sequence[str] = ("variant",)) ->
 
 
 def draw_scale(table: pa.Table, path: Path, by: Sequence[str] = ("variant",)) -> plt.Figure:
-    """The scale of the losers' gradient over steps; where training measured them, the scale and
-    the winners' drift by timestep bin over the last half of the steps."""
+    """Draw the scale of the losers' gradient over steps; where training measured them, the scale
+    and the winners' drift by timestep bin over the last half of the steps."""
     binned = {
         "scale of the loser's gradient": timestep_bins(table, "loser_scale", by),
         "winner drift in training": timestep_bins(table, "winner_drift", by),
@@ -134,8 +134,8 @@ def draw_map(
     y: str = MAP[1],
     scorer: str | None = None,
 ) -> plt.Figure:
-    """Means over seeds of the final held-out winner drift and of a score, a cell for each value of
-    `x` and `y`; a row of maps a variant. The score's colours are about the starting model's."""
+    """Draw means over seeds of the final held-out winner drift and of a score, a cell for each
+    value of `x` and `y`; a row of maps a variant. The score's colours are about the starting model's."""
     metrics = {"heldout": WINNER_DRIFT} | ({"score": scorer} if scorer else {})
     variants = pc.unique(table["variant"]).to_pylist()
     xs, ys = (sorted(pc.unique(table[flag]).to_pylist()) for flag in (x, y))
@@ -185,7 +185,7 @@ def draw_map(
 def draw_horizon(
     table: pa.Table, path: Path, scorers: Sequence[str], by: Sequence[str] = ("variant",)
 ) -> plt.Figure:
-    """Held-out winner drift and scores over the steps of long runs; dotted: where they began."""
+    """Draw held-out winner drift and scores over long runs; dotted: where they began."""
     found = {DRIFTS[WINNER_DRIFT]: curves(table, "heldout", WINNER_DRIFT, by)}
     found |= {f"{scorer} score": curves(table, "score", scorer, by) for scorer in scorers}
     found = {title: groups for title, groups in found.items() if groups}
@@ -204,7 +204,7 @@ def draw_horizon(
 def draw_strips(
     manifests: dict[str, dict[int, Path]], path: Path, prompts: Sequence[int] = (0, 1, 2)
 ) -> plt.Figure:
-    """Images of the same prompts and noise over steps, a column a step.
+    """Draw images of the same prompts and noise over steps, a column a step.
 
     Args:
         manifests: eval/generate.py's, by row (a variant, say) and step.
@@ -239,7 +239,7 @@ def draw_strips(
 
 
 def start_score(table: pa.Table, scorer: str) -> float:
-    """The score of the model that training started from."""
+    """Find the score of the model that training started from."""
     chosen = (
         (pc.field("kind") == "score") & (pc.field("metric") == scorer) & (pc.field("step") == 0)
     )

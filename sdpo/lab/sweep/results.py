@@ -53,7 +53,7 @@ def write_results(sweep: Sweep, out: Path) -> Path:
 
 
 def read_results(path: Path) -> pa.Table:
-    """A table that `write_results` left.
+    """Read a table that `write_results` left.
 
     Raises:
         UserError: there is none, or it is no such table.
@@ -71,7 +71,7 @@ def read_results(path: Path) -> pa.Table:
 
 
 def collect(sweep: Sweep, out: Path) -> pa.Table:
-    """The table, from the directories of the runs whose training is done."""
+    """Make the table from the directories of the runs whose training is done."""
     done = [run for run in sweep.runs if is_trained(run_dir(out, run))]
     numbers = [list(_numbers(sweep, run, out)) for run in done]
     repeat = np.array([len(n) for n in numbers], dtype=int)
@@ -135,7 +135,7 @@ class Curves:
 
 
 def curves(table: pa.Table, kind: str, metric: str, by: Sequence[str]) -> dict[str, Curves]:
-    """A metric over steps by group, in the table's order; {} where nothing is of that name.
+    """Collect a metric over steps by group, in the table's order; {} where nothing is of that name.
 
     Args:
         by: columns; runs that agree in all of them are one group.
@@ -153,7 +153,7 @@ def curves(table: pa.Table, kind: str, metric: str, by: Sequence[str]) -> dict[s
 def final_means(
     table: pa.Table, kind: str, metric: str, by: Sequence[str]
 ) -> dict[tuple[Any, ...], float]:
-    """Means over a group's runs of the values at their last steps, by the values of `by`."""
+    """Average over a group's runs the values at their last steps, by the values of `by`."""
     groups = _by_group(table, kind, metric, by)
     return {
         key: float(np.mean([run[max(run)] for run in runs.values()]))
@@ -174,8 +174,8 @@ def _by_group(
 
 
 def timestep_bins(table: pa.Table, metric: str, by: Sequence[str]) -> dict[str, np.ndarray]:
-    """A training metric by timestep bin and group, (runs, 10): means over the pairs of the last
-    half of each run's steps, NaN where a bin held none; {} where runs were not measured so."""
+    """Average a training metric by timestep bin and group, (runs, 10): means over the pairs of the
+    last half of each run's steps, NaN where a bin held none; {} where runs were not measured so."""
     chosen = table.filter(pc.field("kind") == "timestep")
     half = {
         row["run"]: row["step_max"] / 2
@@ -203,7 +203,7 @@ def timestep_bins(table: pa.Table, metric: str, by: Sequence[str]) -> dict[str, 
 
 
 def label_of(values: dict[str, Any]) -> str:
-    """A group's name, from the columns that make it: the variant's as it is, flags with theirs."""
+    """Name a group from the columns that make it: the variant's as it is, flags with theirs."""
 
     def text(value: Any) -> str:
         return f"{value:g}" if isinstance(value, float) else str(value)
@@ -215,7 +215,7 @@ def label_of(values: dict[str, Any]) -> str:
 
 
 def summarise(table: pa.Table, by: Sequence[str] = ("variant",)) -> list[dict[str, Any]]:
-    """A row a group, in the table's order.
+    """Sum up the table, a row a group, in its order.
 
     {"group": its label, "runs": how many, and by metric {"mean", "interval", "n"}}, the interval
     being (low, high), Student's t at 95 % over runs, None for one run. The metrics: held-out ones
