@@ -110,7 +110,8 @@ def pair_quantities(pairs: list[dict[str, Any]], mu: float) -> dict[str, np.ndar
 def jacobian_rows(pairs: list[dict[str, Any]], mu: float) -> dict[str, Any]:
     """Sum up the pairs: means with intervals, means by timestep bin, how the scales of the two
     spaces go together, and how often the output's scale would be too large for the pair's own
-    gradients: <g_w, g_l> lam > (1 - mu) |g_w|^2, and > |g_w|^2 (the pair's winner would get worse)."""
+    gradients: <g_w, g_l> lam > (1 - mu) |g_w|^2, and > |g_w|^2 (the pair's winner would get
+    worse)."""
     found = pair_quantities(pairs, mu)
     parameter_winner = numbers([p["parameter_winner_sq"] for p in pairs])
     conflict = found["output_scale"] * numbers([p["parameter_inner"] for p in pairs])

@@ -135,7 +135,8 @@ def draw_map(
     scorer: str | None = None,
 ) -> plt.Figure:
     """Draw means over seeds of the final held-out winner drift and of a score, a cell for each
-    value of `x` and `y`; a row of maps a variant. The score's colours are about the starting model's."""
+    value of `x` and `y`; a row of maps a variant. The score's colours are about the starting
+    model's."""
     metrics = {"heldout": WINNER_DRIFT} | ({"score": scorer} if scorer else {})
     variants = pc.unique(table["variant"]).to_pylist()
     xs, ys = (sorted(pc.unique(table[flag]).to_pylist()) for flag in (x, y))
