@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from sdpo.common.captions import for_tokenizer
 from sdpo.common.errors import UserError, first_line
 from sdpo.models.loading import (
     from_pretrained,
@@ -330,9 +331,10 @@ def load_frozen_as(
 
 
 def tokenize(tokenizer: Any, captions: list[str], device: torch.device) -> Tensor:
-    """Tokenize captions to padded, truncated ids, (B, model_max_length)."""
+    """Tokenize captions, cleaned as CLIP's slow tokenizer does, to padded, truncated ids,
+    (B, model_max_length)."""
     return tokenizer(
-        captions,
+        for_tokenizer(tokenizer, captions),
         padding="max_length",
         max_length=tokenizer.model_max_length,
         truncation=True,

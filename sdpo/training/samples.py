@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from sdpo.common.captions import for_tokenizer
 from sdpo.common.files import written_beside
 from sdpo.common.randomness import generator
 
@@ -38,7 +39,7 @@ def sample(
     pipeline.set_progress_bar_config(disable=True)
     images: list[Image.Image] = []
     for first in range(0, len(prompts), batch_size):
-        chunk = list(prompts[first : first + batch_size])
+        chunk = for_tokenizer(pipeline.tokenizer, prompts[first : first + batch_size])
         images += pipeline(
             chunk,
             height=resolution,

@@ -78,6 +78,18 @@ def test_pickscore(images, tmp_path):
 
 
 @torch.no_grad()
+def test_pickscore_reads_captions_as_the_slow_tokenizer(images, tmp_path):
+    weights = write_pickscore(tmp_path / "p")
+    scorer, view = (
+        load("pickscore", weights),
+        torch.stack([get_scorer("pickscore").view(images[0])]),
+    )
+    curly, straight = scorer.score(view, ["“red”，left"]), scorer.score(view, ['"red",left'])
+    assert torch.equal(curly, straight)
+    assert not torch.equal(curly, scorer.score(view, ["red left"]))
+
+
+@torch.no_grad()
 def test_clip(images, tmp_path):
     """Against a model and a preprocessing that open_clip itself builds from the same files."""
     import open_clip

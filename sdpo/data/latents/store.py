@@ -15,6 +15,7 @@ import safetensors.torch
 from safetensors import safe_open
 from torch import Tensor
 
+from sdpo.common.captions import mended
 from sdpo.common.files import file_sha256, write_bytes, write_text
 from sdpo.data.latents.manifest import LATENTS, TEXT, Manifest, Shard, damaged, entry_path
 
@@ -23,8 +24,10 @@ OPEN_FILES = 32  # memory-mapped at a time, in each process
 
 
 def caption_digest(caption: str) -> str:
-    """Make the 32 hex digits under which a caption is filed."""
-    return hashlib.blake2b(caption.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+    """Make the 32 hex digits under which a caption is filed. One that ftfy mends is filed under
+    what it becomes, so that texts of before it was mended are not taken."""
+    text = mended(caption).encode("utf-8", "surrogatepass")
+    return hashlib.blake2b(text, digest_size=16).hexdigest()
 
 
 class LatentCache:

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from sdpo.common.captions import for_tokenizer
 from sdpo.models.base import Conditions, Family, Frozen, ModelSource, joined, repeat
 
 DECODED_PIXELS = 2**21  # at a time: 8 images of 512 px
@@ -177,7 +178,7 @@ class Diffusers(Protocol):
     def __call__(self, prompts: Sequence[str], indices: Sequence[int]) -> list[Image.Image]:
         """Make an image of every prompt, its noise drawn on the CPU, whatever the device."""
         return self.pipeline(
-            list(prompts),
+            for_tokenizer(self.pipeline.tokenizer, prompts),
             height=self.sampling.resolution,
             width=self.sampling.resolution,
             num_inference_steps=self.sampling.steps,

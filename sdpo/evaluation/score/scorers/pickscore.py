@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sdpo.common.captions import for_tokenizer
 from sdpo.evaluation.score.base import BaseScorer, check_size, cosine, frozen
 from sdpo.evaluation.score.views import clip_pixels
 from sdpo.evaluation.score.weights import Part, Weights
@@ -37,7 +38,11 @@ class Scorer(BaseScorer):
 
     def score(self, views: Tensor, prompts: list[str]) -> Tensor:
         tokens = self.tokenizer(
-            prompts, padding=True, truncation=True, max_length=TOKENS, return_tensors="pt"
+            for_tokenizer(self.tokenizer, prompts),
+            padding=True,
+            truncation=True,
+            max_length=TOKENS,
+            return_tensors="pt",
         ).to(self.device)
         # Projected here rather than by get_image_features, whose result differs between versions.
         model = self.model
