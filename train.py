@@ -44,15 +44,16 @@ def main() -> int:
     update = Update(config, models, loader.max_train_steps, run)
     run.begin(models, loader, update)
 
-    for step in run.steps():
-        for micro in step.micro_batches():  # x_t = a_t x_0 + s_t eps, t and eps shared by a pair
-            with update.accumulating(micro.last):
-                output = pair_loss(config, run, micro)
-                update.backward(output.loss)
-            step.record(output, micro)
-        update.apply(step)  # average over processes, clip, step, unless it is not finite
-        run.after(step)  # log, checkpoint, sample grid
-    return run.finish()
+    with run:  # what an error ends is saved
+        for step in run.steps():
+            for micro in step.micro_batches():  # x_t = a_t x_0 + s_t eps, t, eps shared by a pair
+                with update.accumulating(micro.last):
+                    output = pair_loss(config, run, micro)
+                    update.backward(output.loss)
+                step.record(output, micro)
+            update.apply(step)  # average over processes, clip, step, unless it is not finite
+            run.after(step)  # log, checkpoint, sample grid
+        return run.finish()
 
 
 def pair_loss(config: TrainConfig, run: Run, micro: MicroBatch) -> LossOutput:

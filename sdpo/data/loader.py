@@ -17,6 +17,7 @@ from sdpo.data.pairs import BadRow, Batch, PairDataset, PairDecoder, collate
 from sdpo.data.source import PairSource
 from sdpo.data.stream import OwnShards, StreamingPairs
 from sdpo.data.transforms import PairTransform
+from sdpo.data.workers import batches_of
 
 if TYPE_CHECKING:
     from sdpo.data.latents.store import LatentCache
@@ -106,13 +107,7 @@ class PairLoader:
         )
 
     def __iter__(self) -> Iterator[Batch]:
-        batches = iter(self._loader)
-        while True:
-            try:
-                batch = next(batches)
-            except UserError as error:
-                # A worker's error arrives wrapped in its traceback; the sentence is its last part.
-                raise UserError(str(error).rsplit("UserError: ", 1)[-1].strip()) from None
+        for batch in batches_of(self._loader):
             self.counter.update(len(batch), batch.bad_rows)
             yield batch
 

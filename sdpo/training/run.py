@@ -14,7 +14,7 @@ from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, gathe
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from sdpo.common.errors import UserError
+from sdpo.common.errors import UserError, first_line
 from sdpo.common.precision import check_precision
 from sdpo.common.processes import WAIT_LIMIT, quieten_libraries
 from sdpo.common.signals import StopRequest
@@ -71,6 +71,7 @@ class Run(Session):
         self.progress = Progress(0, FIRST)
         if self.resume_from:
             self.progress = read_progress(self.resume_from, config)
+        self.begun_at = self.progress.step
         self._check_same_start()
 
     @cached_property
@@ -136,6 +137,24 @@ class Run(Session):
             "resumed_from": str(self.resume_from) if self.resume_from else None,
         }
 
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: object
+    ) -> None:
+        """Save the steps that are done where an error ends the run. The main process does it alone,
+        the others may be gone; so weights that are divided among them cannot be saved."""
+        unsaved = error is not None and self.progress.step > self.begun_at
+        if not unsaved or self.sharding or self.update.under_way or self.update.nonfinite_in_a_row:
+            return
+        if not self.accelerator.is_main_process:
+            return
+        try:
+            self._write(self.update.state(keep=True))
+        except Exception as also:  # the first error is the one to tell
+            log.warning("step %d could not be saved: %s", self.progress.step, first_line(also))
+
     def steps(self) -> Iterator[Step]:
         """Give one step after another, up to the run's last or until a signal asks to stop; what
         `after` does between them is seen on a bar and in the logs."""
@@ -170,6 +189,7 @@ class Run(Session):
         if step.cut_off:
             return
         self.progress, entry = step.progress, step.entry
+        self.update.under_way = False
         if self.run_log:
             self.run_log.write(entry)
             track(self.accelerator, entry, self.models.encoder.process.bin_names(BINS))
@@ -209,11 +229,13 @@ class Run(Session):
 
     def save(self) -> None:
         """Write a checkpoint. Called by every process; the main one writes, the others wait."""
-        training = self.update.state(keep=self.accelerator.is_main_process)
+        self._write(self.update.state(keep=self.accelerator.is_main_process))
+        self.accelerator.wait_for_everyone()
+
+    def _write(self, training: dict[str, Any]) -> None:
         models = gathered(self.models, self.accelerator)
         if models is not None:
             save_checkpoint(self.config, self.progress, models, training)
-        self.accelerator.wait_for_everyone()
 
     def _draw_samples(self) -> None:
         if not self.config.run.validation_prompts:

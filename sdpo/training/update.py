@@ -46,6 +46,7 @@ class Update:
             if self.accelerator.scaler is not None and "scaler" in run.training:
                 self.accelerator.scaler.load_state_dict(run.training["scaler"])
         self.nonfinite_in_a_row = self.nonfinite_steps = 0
+        self.under_way = False  # from before the optimizer's step until the run has moved on
 
     def accumulating(self, last: bool) -> AbstractContextManager[None]:
         """Open a micro-batch's forward and backward pass: processes exchange gradients in the
@@ -69,6 +70,7 @@ class Update:
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
         grad_norm = float(whole(norm))
         loss = step.reduce()
+        self.under_way = True
         self._step(step.number, loss, grad_norm)
         rate = float(self.scheduler.get_last_lr()[0])
         self.scheduler.step()

@@ -25,6 +25,7 @@ from sdpo.data.loader import BadRowCounter
 from sdpo.data.pairs import BadRow, PairDecoder, as_caption
 from sdpo.data.source import PairSource
 from sdpo.data.transforms import PairTransform, UndecodableImage
+from sdpo.data.workers import batches_of
 from sdpo.models.base import Family, Frozen, joined
 
 log = logging.getLogger(__name__)
@@ -103,7 +104,7 @@ class Builder:
             collate_fn=list,
             pin_memory=self.device.type == "cuda",
         )
-        decoded = iter(images)
+        decoded = batches_of(images)
         counter = BadRowCounter(data.max_bad_fraction)
         with self._bar("caching latents", shards, "pair") as bar:
             for shard in shards:
