@@ -51,6 +51,13 @@ class ModelConfig:
         check=ABOVE_ZERO,
         shown="the rank",
     )
+    lora_init: str | None = flag(
+        None,
+        "start the adapters, and the reference, from a LoRA file (.safetensors; diffusers' or "
+        "kohya's names) of the same rank, alpha and layers",
+        metavar="FILE",
+        expand=True,
+    )
     lora_dropout: float = flag(
         0.0, "share of an adapter's inputs that is left out", metavar="P", check=BELOW_ONE
     )

@@ -135,6 +135,6 @@ def _check_weights(model: ModelConfig) -> None:
         )
     if model.lora_rank:
         return
-    for name in ("lora_alpha", "lora_target_modules", "lora_dropout", "use_dora"):
+    for name in ("lora_alpha", "lora_init", "lora_target_modules", "lora_dropout", "use_dora"):
         if getattr(model, name):
             raise UserError(f"--{name} has no meaning without --lora_rank")

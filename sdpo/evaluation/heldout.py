@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,6 +98,8 @@ def main() -> int:
     train = run_config(config)
     device = Accelerator().device
     family, source = open_base(train)
+    # The adapters that a run started from are part of its reference.
+    source = replace(source, lora=train.model.lora_init, lora_flag="--lora_init")
     pairs = open_pairs(train.data, train.run.seed)
     frozen = family.load_frozen(source).to(device, torch.float32, torch.float32)
     encoder = ModelEncoder(family, frozen, train.data.resolution, device)

@@ -20,6 +20,7 @@ from sdpo.models.loading import (
     read_state_dict,
 )
 from sdpo.models.locations import check_family
+from sdpo.models.lora_file import merge_lora
 from sdpo.models.noise import Diffusion, NoiseProcess
 
 if TYPE_CHECKING:
@@ -64,7 +65,8 @@ def joined(parts: Sequence[Conditions]) -> Conditions:
 class ModelSource:
     """Where a run's models come from; the same words as train.py's flags.
 
-    `unet_flag` is the flag that `unet_init` came from, for messages."""
+    `lora` is a file that is added into the UNet's weights. `unet_flag` and `lora_flag` are the
+    flags that `unet_init` and `lora` came from, for messages."""
 
     base: str
     vae: str | None = None
@@ -72,6 +74,8 @@ class ModelSource:
     unet_init: str | None = None
     cache_dir: str | None = None
     unet_flag: str = "--unet_init"
+    lora: str | None = None
+    lora_flag: str = "--lora"
 
     @classmethod
     def of(cls, config: TrainConfig) -> ModelSource:
@@ -119,11 +123,18 @@ class Family(ABC):
         return config
 
     def load_unet(self, source: ModelSource) -> Any:
-        """Load the UNet that a run starts from, float32: `unet_init` where given, else the base's.
+        """Load the UNet that a run starts from, float32: `unet_init` where given, else the base's,
+        with `lora` added.
 
         Raises:
             UserError: not to be had, or of another family.
         """
+        unet = self._plain_unet(source)
+        if source.lora:
+            merge_lora(unet, Path(source.lora), source.lora_flag)
+        return unet
+
+    def _plain_unet(self, source: ModelSource) -> Any:
         from diffusers import UNet2DConditionModel
 
         config = self.load_unet_config(source)

@@ -7,11 +7,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-from sdpo.common.errors import UserError
+from sdpo.common.errors import UserError, first_line
 from sdpo.config import ModelConfig
 from sdpo.config.families import FAMILIES, family_of_config
 
 WEIGHT_SUFFIXES = frozenset({".pth", ".pt", ".bin", ".ckpt", ".safetensors"})
+# The half of an adapter that has its rank first, in any naming.
+_LORA_DOWN = re.compile(r"(lora_A(\.default)?|lora_down|lora\.down)\.weight$")
 # ORG/NAME; a path that begins with a dot is none.
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
@@ -44,6 +46,35 @@ def check_model_location(config: ModelConfig) -> None:
         is_file_name = init.suffix in WEIGHT_SUFFIXES
         if (is_file_name or looks_local(config.unet_init)) and not init.exists():
             raise UserError(f"--unet_init: there is no file or directory {config.unet_init}")
+    if config.lora_init:
+        rank = check_lora_file(config.lora_init, "--lora_init")
+        if rank is not None and rank != config.lora_rank:
+            raise UserError(
+                f"--lora_init {config.lora_init} has rank {rank}, and --lora_rank is "
+                f"{config.lora_rank}: give --lora_rank {rank}"
+            )
+
+
+def check_lora_file(name: str, flag: str) -> int | None:
+    """A LoRA must be a safetensors file; returns its rank where all of its layers have one.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    path = Path(name)
+    if not path.is_file():
+        raise UserError(f"{flag}: there is no file {name}")
+    if path.suffix != ".safetensors":
+        raise UserError(f"{flag}: {name} is not a .safetensors file")
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, "numpy") as file:
+            downs = [n for n in file.keys() if _LORA_DOWN.search(n)]  # noqa: SIM118
+            ranks = {file.get_slice(name).get_shape()[0] for name in downs}
+    except Exception as error:
+        raise UserError(f"{flag}: cannot read {name}: {first_line(error)}") from None
+    return ranks.pop() if len(ranks) == 1 else None
 
 
 def check_component_dir(name: str, flag: str, needed: str) -> None:

@@ -4,12 +4,15 @@ alone are trained (Hu et al., LoRA, ICLR 2022).
 With --use_dora the sum V = W + (alpha / rank) B A is rescaled row by row to a trained length m, to
 m V / |V| (Liu et al., DoRA, ICML 2024); m starts as |W|.
 
-The reference is the same UNet with its adapters off, so that a run holds one UNet.
+The reference is the same UNet with its adapters off, so that a run holds one UNet; with --lora_init
+with the adapters as they started.
 """
 
 from __future__ import annotations
 
+import copy
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +24,7 @@ from sdpo.common.errors import UserError
 from sdpo.common.precision import hold_frozen_products
 from sdpo.common.randomness import Key, generator
 from sdpo.models.loading import read_state_dict
+from sdpo.models.lora_file import Layer, added, read_lora
 
 if TYPE_CHECKING:
     from sdpo.config import ModelConfig
@@ -28,6 +32,7 @@ if TYPE_CHECKING:
 # diffusers' own name, which `load_lora_weights` looks for in a directory.
 LORA_FILE = "pytorch_lora_weights.safetensors"
 _ADAPTER = "default"
+_START = "start"  # what --lora_init holds, kept for the reference
 _PREFIX = "unet."
 # Fields that diffusers 0.35 looks for in a file's metadata, whatever their value.
 _ALWAYS_NAMED = ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
@@ -42,7 +47,8 @@ def add_adapters(
     takes more memory on the device than it does in `dtype`.
 
     Raises:
-        UserError: a name of --lora_target_modules is that of no linear layer or convolution.
+        UserError: a name of --lora_target_modules is that of no linear layer or convolution, or
+            the file of --lora_init is of other layers, rank or alpha.
     """
     from peft import LoraConfig
 
@@ -59,6 +65,7 @@ def add_adapters(
         use_dora=config.use_dora,
     )
     unet.requires_grad_(False)
+    start = _read_start(unet, config)
     unet.add_adapter(lora, adapter_name=_ADAPTER)
     rng = generator(seed, "lora")
     for layer in adapter_layers(unet):
@@ -68,9 +75,11 @@ def add_adapters(
         with torch.no_grad():
             down.copy_(torch.empty(down.shape).uniform_(-bound, bound, generator=rng))
     hold_frozen_products(unet, dtype)
+    if start:
+        _start_from(unet, start, lora)
     unet.to(device)
     for layer in adapter_layers(unet):
-        if config.use_dora:
+        if config.use_dora and not start:
             _start_at_own_length(layer)
         else:
             # Autocast casts what needs it. peft would widen each input to the adapter's float32
@@ -97,6 +106,76 @@ def _check_targets(unet: nn.Module, names: Sequence[str], dora: bool) -> None:
             )
 
 
+def _read_start(unet: nn.Module, config: ModelConfig) -> dict[str, Layer]:
+    """Read --lora_init, checked against the flags of the adapters; {} without it."""
+    if config.lora_init is None:
+        return {}
+    layers = read_lora(Path(config.lora_init), unet, "--lora_init")
+    where, names = f"--lora_init {config.lora_init}", config.lora_target_modules or ()
+    adapted = {
+        name
+        for name, module in unet.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d)
+        and any(f".{name}".endswith(f".{target}") for target in names)
+    }
+    for name, layer in layers.items():
+        if layer.rank != config.lora_rank:
+            raise UserError(
+                f"{where} has rank {layer.rank} at {name}: give --lora_rank {layer.rank}"
+            )
+        if layer.alpha != config.lora_alpha:
+            raise UserError(
+                f"{where} has alpha {layer.alpha:g} at {name}: give --lora_alpha {layer.alpha:g}"
+            )
+        if (layer.magnitude is not None) != config.use_dora:
+            holds = "" if layer.magnitude is not None else "no "
+            advice = "add" if layer.magnitude is not None else "leave out"
+            raise UserError(f"{where} has {holds}lengths of DoRA: {advice} --use_dora")
+    if adapted != layers.keys():
+        odd = min(adapted ^ layers.keys())
+        raise UserError(
+            f"{where} adapts {len(layers)} layers and --lora_target_modules {len(adapted)} ({odd} "
+            f"is not in both): give --lora_target_modules {' '.join(_targets(unet, layers))}"
+        )
+    return layers
+
+
+def _targets(unet: nn.Module, layers: dict[str, Layer]) -> list[str]:
+    """The shortest ends of names that tell `layers` from all others."""
+    kinds = (nn.Linear, nn.Conv2d)
+    others = [n for n, m in unet.named_modules() if isinstance(m, kinds) and n not in layers]
+    ends = set()
+    for name in layers:
+        parts = name.split(".")
+        starts = [i for i, part in enumerate(parts) if not part.isdigit()]
+        every = [".".join(parts[i:]) for i in reversed(starts)]
+        ends.add(next(e for e in every if not any(f".{o}".endswith(f".{e}") for o in others)))
+    # An end that ends in another one is said already.
+    return sorted(e for e in ends if not any(e.endswith(f".{o}") for o in ends))
+
+
+@torch.no_grad()
+def _start_from(unet: Any, start: dict[str, Layer], lora: Any) -> None:
+    # The reference's own copy, float32 as the trained one, and never trained.
+    with warnings.catch_warnings():
+        # Two adapters are meant.
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        unet.add_adapter(copy.copy(lora), adapter_name=_START)
+    unet.set_adapter(_ADAPTER)
+    for name, layer in start.items():
+        module = unet.get_submodule(name)
+        for adapter in (_ADAPTER, _START):
+            trained = adapter == _ADAPTER
+            parts = [module.lora_A[adapter], module.lora_B[adapter]]
+            values = [layer.down, layer.up]
+            if layer.magnitude is not None:
+                parts.append(module.lora_magnitude_vector[adapter])
+                values.append(layer.magnitude)
+            for part, value in zip(parts, values, strict=True):
+                part.weight.copy_(value.reshape(part.weight.shape))
+                part.weight.requires_grad_(trained)
+
+
 @torch.no_grad()
 def _start_at_own_length(layer: Any) -> None:
     # They were taken before the weights were rounded. By peft's own function, on the run's device,
@@ -120,7 +199,8 @@ def adapter_layers(unet: nn.Module) -> list[Any]:
 
 
 class AdaptersOff:
-    """A UNet as it is without its adapters, called like a UNet; it holds no weights of its own."""
+    """A UNet as it is without its adapters, or with those of --lora_init, called like a UNet; it
+    holds no weights of its own."""
 
     def __init__(self, unet: nn.Module) -> None:
         self.unet = unet
@@ -141,7 +221,10 @@ class AdaptersOff:
         # peft's own switch also takes the adapters' requires_grad, which DDP and FSDP have read
         # once and for all, off and on again.
         for layer in self.layers:
-            layer._disable_adapters = off
+            if _START in layer.lora_A:
+                layer._active_adapter = [_START if off else _ADAPTER]
+            else:
+                layer._disable_adapters = off
 
 
 def seed_dropout(keys: Sequence[Key]) -> None:
@@ -175,14 +258,9 @@ def merged_state(unet: nn.Module, base: dict[str, Tensor] | None = None) -> dict
 def _merged_weight(layer: Any, weight: Tensor) -> Tensor:
     down = layer.lora_A[_ADAPTER].weight.detach().cpu()
     up = layer.lora_B[_ADAPTER].weight.detach().cpu()
-    # Of a convolution A is one of the same size with `rank` channels and B a 1 x 1 one.
-    product = (up.flatten(1) @ down.flatten(1)).reshape(weight.shape)
-    total = weight.float() + layer.scaling[_ADAPTER] * product
-    if _ADAPTER not in layer.lora_magnitude_vector:
-        return total
-    rows = total.flatten(1)
-    length = layer.lora_magnitude_vector[_ADAPTER].weight.detach().cpu().flatten()
-    return (rows * (length / rows.norm(dim=1))[:, None]).reshape(weight.shape)
+    dora = layer.lora_magnitude_vector
+    length = dora[_ADAPTER].weight.detach().cpu() if _ADAPTER in dora else None
+    return added(weight, down, up, layer.scaling[_ADAPTER], length)
 
 
 def save_adapters(unet: Any, path: Path) -> None:
@@ -196,9 +274,7 @@ def save_adapters(unet: Any, path: Path) -> None:
     # What is as peft has it is left out: an older peft refuses fields that it does not know.
     plain, used = LoraConfig().to_dict(), unet.peft_config[_ADAPTER].to_dict()
     settings = {
-        name: value
-        for name, value in used.items()
-        if name in _ALWAYS_NAMED or value != plain[name]
+        name: value for name, value in used.items() if name in _ALWAYS_NAMED or value != plain[name]
     }
     settings["target_modules"] = sorted(settings["target_modules"])
     StableDiffusionPipeline.save_lora_weights(

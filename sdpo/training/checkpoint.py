@@ -58,6 +58,7 @@ SAME_RUN = (
     "choice_model",
     "lora_rank",
     "lora_alpha",
+    "lora_init",
     "lora_target_modules",
     "use_dora",
     "use_ema",

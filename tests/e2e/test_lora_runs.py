@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from sdpo.common.errors import UserError
@@ -273,6 +274,48 @@ def test_everything_at_once_in_bf16(runs, train, tmp_path):
     assert any("magnitude" in name for name in lora)
     run = continued(train, whole, tmp_path / "run", 1, **flags)
     check_same(run, whole, (2, 3))
+
+
+def test_a_run_starts_from_another_ones_adapters(runs, train, tmp_path):
+    """--lora_init: its reference is that start, for held-out pairs too, and it is resumed."""
+    first, lora = runs("sd15"), tmp_path / "start.safetensors"
+    shutil.copy(first.out / "checkpoint-4" / LORA, lora)
+    flags = {**FLAGS, "max_train_steps": 2, "lora_init": lora, "mixed_precision": "bf16"}
+    run = train(tmp_path / "run", **flags)
+    assert run.metrics[0]["margin"] == run.metrics[0]["winner_drift"] == 0.0
+    assert run.metrics[-1]["winner_drift"] != 0
+    names = load_file(lora).keys()
+    assert load_file(run.out / LORA).keys() == names
+    check_same(continued(train, run, tmp_path / "again", 1, **flags), run, (2,))
+    argv = ("--split", "heldout", "--max_pairs", 4, "--timesteps", 2)
+    entries = []
+    for out in (first.out, run.out):
+        assert run_here("sdpo/evaluation/heldout.py", [out, *argv]) == 0
+        lines = (out / "heldout.jsonl").read_text().splitlines()
+        entries.append([json.loads(line)["winner_mse"] for line in lines])
+    assert entries[1][0] == pytest.approx(entries[0][4], rel=1e-5)
+    assert entries[1][0] != pytest.approx(entries[0][0], rel=1e-5)
+    with pytest.raises(UserError, match="was made with --lora_init "):
+        train(run.out, **{**flags, "lora_init": None})
+
+
+def test_images_of_a_base_with_a_lora_are_those_of_the_merged_unet(runs, train, kind, tmp_path):
+    out, model = runs(kind).out / "checkpoint-4", train.models[kind]
+    (tmp_path / "suite.txt").write_text("a red square\n")
+    xl = ("--sdxl", "--pretrained_vae_model_name_or_path", model / "vae") if kind == "sdxl" else ()
+    images = []
+    for i, which in enumerate((["--unet", out], ["--unet", "base", "--lora", out / LORA], [])):
+        to = tmp_path / str(i)
+        argv = generation_argv(model, tmp_path / "suite.txt", to, *which, "--dtype", "fp32", *xl)
+        assert run_here("eval/generate.py", argv) == 0
+        (image,) = to.rglob("*.png")
+        with Image.open(image) as opened:
+            images.append(torch.tensor(list(opened.convert("RGB").tobytes())))
+        (manifest,) = to.glob("*.json")
+        about = json.loads(manifest.read_text())[0]["metadata"]
+        assert about.get("lora") == (str(out / LORA) if i == 1 else None)
+    assert (images[0] - images[1]).abs().max() <= 1
+    assert (images[0] - images[2]).abs().max() > 1
 
 
 FULL = {"max_train_steps": 3, "checkpointing_steps": 1, "learning_rate": 1e-3}

@@ -12,7 +12,7 @@ from sdpo.config import ModelConfig
 from sdpo.config.families import FAMILIES
 from sdpo.evaluation.generate.suites import BUILT_SUITES, KNOWN_SUITES, read_suite
 from sdpo.evaluation.generate.unets import BASE, check_unet, label_of
-from sdpo.models.locations import check_model_location
+from sdpo.models.locations import check_lora_file, check_model_location
 
 PROTOCOL_NAMES = ("paper", "diffusers")
 DTYPE_NAMES = ("bf16", "fp16", "fp32")
@@ -28,6 +28,12 @@ class GenerationConfig:
         "directory of train.py, ORG/REPO:path/unet.pth on the hub, or `base`",
         metavar="UNET",
         required=True,
+    )
+    lora: str | None = flag(
+        None,
+        "LoRA file (.safetensors; diffusers' or kohya's names) to add into the UNet at its own "
+        "scale",
+        metavar="FILE",
     )
     suites: tuple[str, ...] = flag(
         BUILT_SUITES,
@@ -101,6 +107,9 @@ def fill_in(config: GenerationConfig) -> GenerationConfig:
     check_unet(config.unet, config.sdxl)
     # The base of either family is called `base`.
     label = f"{BASE}_{config.family}" if config.unet == BASE else label_of(config.unet)
+    if config.lora:
+        check_lora_file(config.lora, "--lora")
+        label += f"_{label_of(config.lora)}"
     guidance = 5.0 if config.protocol == "diffusers" and config.sdxl else 7.5
     filled = replace(
         config,

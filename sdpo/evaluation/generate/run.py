@@ -124,10 +124,11 @@ def build_protocol(
             unet_init=locate_unet(config.unet, config.cache_dir),
             cache_dir=config.cache_dir,
             unet_flag=FLAG,
+            lora=config.lora,
         )
         unet = family.load_unet(source)
         frozen = family.load_frozen(source)
-    model = {"unet": config.unet}
+    model = {"unet": config.unet, **({"lora": config.lora} if config.lora else {})}
     if accelerator.is_main_process:
         model["unet_sha256"] = digest_of(unet)
     sampling = Sampling(
@@ -176,7 +177,7 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
             "give another --outdir"
         )
     # The same weights may be named by another path.
-    names = sorted((changed or {}).keys() - {"unet"})
+    names = sorted((changed or {}).keys() - {"unet", "lora"})
     if changed and names:
         before, now = changed[names[0]]
         raise UserError(
