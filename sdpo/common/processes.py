@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,22 @@ if TYPE_CHECKING:
 WAIT_LIMIT = timedelta(hours=12)
 
 
+# What accelerate may read from its variables: which devices there are, and how much is logged.
+_KEPT = ("USE_CPU", "USE_XPU", "USE_MPS_DEVICE", "TORCH_DEVICE", "CPU_AFFINITY", "LOG_LEVEL")
+
+
+def ignore_accelerates_settings() -> None:
+    """Take accelerate's variables out of the environment, all but those on devices and logging.
+
+    They come from the shell or from accelerate's own configuration file and win over what the
+    program says: gradient accumulation would be counted twice, compiled models saved under other
+    names. The program's flags alone decide how it computes.
+    """
+    for name in [n for n in os.environ if n.startswith("ACCELERATE_")]:
+        if name.removeprefix("ACCELERATE_") not in _KEPT:
+            del os.environ[name]
+
+
 def start() -> Accelerator:
     """Join the launcher's other processes, or run alone on the best device there is."""
     from accelerate import Accelerator
@@ -24,7 +41,9 @@ def start() -> Accelerator:
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     quieten_libraries()
-    return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT_LIMIT)])
+    ignore_accelerates_settings()
+    handlers = [InitProcessGroupKwargs(timeout=WAIT_LIMIT)]
+    return Accelerator(mixed_precision="no", kwargs_handlers=handlers)
 
 
 def device_of(name: str | None, accelerator: Accelerator) -> torch.device:

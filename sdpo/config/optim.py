@@ -55,7 +55,11 @@ class OptimConfig:
     adam_beta2: float = flag(0.999, "AdamW's decay of the second moment", check=BELOW_ONE)
     adam_weight_decay: float = flag(1e-2, "AdamW's and Adafactor's", check=NOT_NEGATIVE)
     adam_epsilon: float = flag(1e-8, "AdamW's", check=ABOVE_ZERO)
-    max_grad_norm: float = flag(1.0, "norm to which a step's gradient is clipped", check=ABOVE_ZERO)
+    max_grad_norm: float = flag(
+        1.0,
+        "norm to which a step's gradient is clipped; not with --use_adafactor",
+        check=ABOVE_ZERO,
+    )
     gradient_checkpointing: bool = flag(False, "less memory, slower backward pass")
     channels_last: bool = flag(
         False,

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from sdpo.common.errors import UserError, run_main
 from sdpo.common.files import write_text
 from sdpo.common.flags import at_least, flag, from_flat, parse
-from sdpo.common.processes import quieten_libraries
+from sdpo.common.processes import start
 from sdpo.config import TrainConfig
 from sdpo.training.checkpoint_paths import EMA_FILE, UNET_FILE, list_checkpoints, step_of
 from sdpo.training.runlog import CONFIG_FILE
@@ -86,7 +86,6 @@ def main() -> int:
     config = parse_config(sys.argv[1:])
     check_run(config)
     import torch
-    from accelerate import Accelerator
     from tqdm.auto import tqdm
 
     from sdpo.data.source import open_pairs
@@ -94,9 +93,8 @@ def main() -> int:
     from sdpo.models.encoding import ModelEncoder
     from sdpo.models.loading import load_strictly, read_state_dict
 
-    quieten_libraries()
     train = run_config(config)
-    device = Accelerator().device
+    device = start().device
     family, source = open_base(train)
     # The adapters that a run started from are part of its reference.
     source = replace(source, lora=train.model.lora_init, lora_flag="--lora_init")

@@ -15,6 +15,8 @@ from sdpo.training.sharding import divided_state
 
 log = logging.getLogger(__name__)
 
+POLYNOMIAL_END = 1e-7  # diffusers' own
+
 
 def build_optimizer(
     parameters: Iterable[nn.Parameter], config: OptimConfig, learning_rate: float
@@ -120,8 +122,13 @@ def build_scheduler(
 ) -> Any:
     """Build --lr_scheduler over optimizer steps; it is stepped once for each, whatever the number
     of processes."""
-    from diffusers.optimization import get_scheduler
+    from diffusers.optimization import get_polynomial_decay_schedule_with_warmup, get_scheduler
 
+    if config.lr_scheduler == "polynomial" and optimizer.defaults["lr"] <= POLYNOMIAL_END:
+        # Its usual end would lie above the start.
+        return get_polynomial_decay_schedule_with_warmup(
+            optimizer, config.lr_warmup_steps, max_train_steps, lr_end=0.0
+        )
     return get_scheduler(
         config.lr_scheduler,
         optimizer=optimizer,

@@ -6,7 +6,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 from sdpo.common.errors import UserError
-from sdpo.config import TrainConfig
+from sdpo.config import RunConfig, TrainConfig
 from sdpo.data.local import check_cache_location, check_data_location
 from sdpo.models.locations import check_model_location
 from sdpo.training.checkpoint_paths import check_output_dir
@@ -24,8 +24,21 @@ def check_places(config: TrainConfig) -> None:
             "--use_8bit_adam needs the package bitsandbytes, which is not installed: "
             "pip install bitsandbytes, or leave the flag out"
         )
+    _check_tracker(config.run)
     check_model_location(config.model)
     check_data_location(config.data)
     check_cache_location(config.data)
     check_output_dir(config.run)
     launched_sharding(config)
+
+
+def _check_tracker(run: RunConfig) -> None:
+    # tensorboard is among the requirements, which the scripts install after --check_only.
+    if run.report_to in ("none", "all") or (run.report_to == "tensorboard" and run.check_only):
+        return
+    packages = {"tensorboard": ("tensorboard", "tensorboardX")}.get(run.report_to, (run.report_to,))
+    if not any(map(find_spec, packages)):
+        raise UserError(
+            f"--report_to {run.report_to}: the package {packages[0]} is not installed: pip install "
+            f"{packages[0]}, or give --report_to none"
+        )

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, gather_object
+from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from sdpo.common.errors import UserError, first_line
 from sdpo.common.precision import check_precision
-from sdpo.common.processes import WAIT_LIMIT, quieten_libraries
+from sdpo.common.processes import WAIT_LIMIT, ignore_accelerates_settings, quieten_libraries
 from sdpo.common.signals import StopRequest
 from sdpo.data.order import FIRST
 from sdpo.training.checkpoint import (
@@ -30,7 +31,7 @@ from sdpo.training.checkpoint_paths import latest_checkpoint
 from sdpo.training.distributions import BINS
 from sdpo.training.parameter_safeguard import BranchGradients
 from sdpo.training.runlog import RunLog, describe_run, write_config
-from sdpo.training.sharding import hide_from_accelerate, launched_sharding
+from sdpo.training.sharding import launched_sharding, whole
 from sdpo.training.state import Models, Progress, Session, gathered
 from sdpo.training.step import Step
 from sdpo.training.tracking import track
@@ -41,6 +42,9 @@ if TYPE_CHECKING:
     from sdpo.training.update import Update
 
 log = logging.getLogger("sdpo")
+
+LOCK_FILE = ".lock"
+LOCK_PATIENCE = 10.0  # seconds
 
 
 class Run(Session):
@@ -58,13 +62,11 @@ class Run(Session):
         self.config = config
         self.output_dir = Path(config.run.output_dir)
         self.sharding = launched_sharding(config)
-        hide_from_accelerate()
+        ignore_accelerates_settings()
         self.accelerator = _accelerator(config)
         self.device = self.accelerator.device
-        if self.accelerator.is_main_process:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
-            clear_unfinished(self.output_dir)
-        self.accelerator.wait_for_everyone()
+        self.lock = FileLock(self.output_dir / LOCK_FILE)
+        self._take_directory()
         if config.optim.allow_tf32:
             torch.backends.cuda.matmul.allow_tf32 = True
         self.resume_from = self._find_checkpoint()
@@ -79,6 +81,27 @@ class Run(Session):
         """What the checkpoint to go on from stored of optimizer and the like."""
         assert self.resume_from
         return load_training(self.resume_from)
+
+    def _take_directory(self) -> None:
+        """Hold --output_dir for this run alone, until its main process ends."""
+        refusal = None
+        if self.accelerator.is_main_process:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            try:
+                # Data workers of a run that was killed notice it seconds later.
+                self.lock.acquire(timeout=LOCK_PATIENCE)
+            except Timeout:
+                refusal = (
+                    f"--output_dir: another run is writing to {self.output_dir}; wait for its end, "
+                    "or give another directory"
+                )
+            except (OSError, NotImplementedError) as error:
+                log.warning("%s cannot be locked (%s): one run at a time", self.output_dir, error)
+            if refusal is None:
+                clear_unfinished(self.output_dir)
+        refusals = [said for said in gather_object([refusal]) if said]
+        if refusals:
+            raise UserError(refusals[0])
 
     def _find_checkpoint(self) -> Path | None:
         wanted = self.config.run.resume_from_checkpoint
@@ -145,12 +168,20 @@ class Run(Session):
     ) -> None:
         """Save the steps that are done where an error ends the run. The main process does it alone,
         the others may be gone; so weights that are divided among them cannot be saved."""
+        try:
+            self._save_at_error(error)
+        finally:
+            self.lock.release()
+
+    def _save_at_error(self, error: BaseException | None) -> None:
         unsaved = error is not None and self.progress.step > self.begun_at
-        if not unsaved or self.sharding or self.update.under_way or self.update.nonfinite_in_a_row:
+        if not unsaved or self.sharding or self.update.under_way:
             return
         if not self.accelerator.is_main_process:
             return
         try:
+            if not self._sound():
+                return
             self._write(self.update.state(keep=True))
         except Exception as also:  # the first error is the one to tell
             log.warning("step %d could not be saved: %s", self.progress.step, first_line(also))
@@ -208,9 +239,21 @@ class Run(Session):
 
     def finish(self) -> int:
         """Save, and after the last step export; returns the exit code, 0 when all steps are
-        done."""
+        done.
+
+        Raises:
+            UserError: the last steps were not finite, or the weights are not.
+        """
         code = 0
         if self.progress.step >= self.loader.max_train_steps:
+            if not self._sound():
+                kept = latest_checkpoint(self.output_dir)
+                raise UserError(
+                    f"the run ends in {self.update.nonfinite_in_a_row} steps whose loss or "
+                    "gradient was not finite, or its weights are not: they are not saved; lower "
+                    "--learning_rate or --beta_dpo, or let --max_train_steps end the run before; "
+                    f"the last good checkpoint is {kept or 'none'}"
+                )
             self.save()
             finished = gathered(self.models, self.accelerator)
             for exported in export_run(self.output_dir, finished) if finished else ():
@@ -223,9 +266,14 @@ class Run(Session):
         return code
 
     def _save_unless_nonfinite(self) -> None:
-        # Amid non-finite steps the weights may already be bad: the last good checkpoint stays last.
-        if self.update.nonfinite_in_a_row == 0 and self.progress.step > 0:
+        if self.progress.step > 0 and self._sound():
             self.save()
+
+    def _sound(self) -> bool:
+        """Whether the weights are worth keeping. Amid non-finite steps they may already be bad: the
+        last good checkpoint stays last. Called by every process where weights are divided."""
+        finite = all(whole(p.detach().isfinite().all()) for p in self.update.parameters)
+        return self.update.nonfinite_in_a_row == 0 and finite
 
     def save(self) -> None:
         """Write a checkpoint. Called by every process; the main one writes, the others wait."""

@@ -77,11 +77,6 @@ def launched_sharding(config: TrainConfig) -> Sharding | None:
     return Sharding(reshard=os.environ.get(_RESHARD, "true").lower() != "false")
 
 
-def hide_from_accelerate() -> None:
-    """Let accelerate see ordinary processes: the sharding is applied here."""
-    os.environ.pop(_USE, None)
-
-
 def shard(unet: Any, how: Sharding, device: torch.device, processes: int) -> nn.Module:
     """Divide a UNet on `device` over all processes, in place: each of its `_UNITS` on its own, so
     that one at a time is whole during a pass, and what is left as another.

@@ -58,8 +58,9 @@ class Update:
         self.accelerator.backward(loss / self.config.gradient_accumulation_steps)
 
     def apply(self, step: Step) -> None:
-        """Clip, step the optimizer unless loss or gradient is not finite, and close the step. A
-        step that a signal cut off is dropped. Called by every process.
+        """Clip (not Adafactor's gradient: that bounds its own updates, and the official code leaves
+        it), step the optimizer unless loss or gradient is not finite, and close the step. A step
+        that a signal cut off is dropped. Called by every process.
 
         Raises:
             UserError: more than --max_nonfinite_steps steps in a row were not finite.
@@ -67,7 +68,8 @@ class Update:
         if step.cut_off:
             self.optimizer.zero_grad(set_to_none=True)
             return
-        norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+        limit = math.inf if self.config.use_adafactor else self.config.max_grad_norm
+        norm = self.accelerator.clip_grad_norm_(self.parameters, limit)
         grad_norm = float(whole(norm))
         loss = step.reduce()
         self.under_way = True

@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from sdpo.common.errors import UserError
+from sdpo.common.processes import ignore_accelerates_settings
 from sdpo.models.lora import LORA_FILE
 from sdpo.training.checkpoint import EMA_LORA_FILE
-from sdpo.training.sharding import Sharding, hide_from_accelerate, launched_sharding
+from sdpo.training.sharding import Sharding, launched_sharding
 
 from .harness import (
     FLAGS,
@@ -222,7 +223,7 @@ def test_what_the_configurations_mean(make_config, monkeypatch, reshard):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert launched_sharding(make_config()) == Sharding(reshard == "true")
-    hide_from_accelerate()
+    ignore_accelerates_settings()
     # Accelerate is to take the processes for ordinary ones.
     assert "ACCELERATE_USE_FSDP" not in os.environ
 

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from sdpo.common import randomness
 from sdpo.common.jsonl import JsonLines, read_lines
-from sdpo.common.processes import quieten_libraries
+from sdpo.common.processes import ignore_accelerates_settings, quieten_libraries
 from sdpo.data.loader import PairLoader
 from sdpo.data.order import FIRST
 from sdpo.data.pairs import Batch
@@ -76,7 +76,8 @@ class AuditSession(Session):
     sharding = None
 
     def __init__(self, config: AuditConfig) -> None:
-        self.config, self.accelerator = config, Accelerator()
+        ignore_accelerates_settings()
+        self.config, self.accelerator = config, Accelerator(mixed_precision="no")
         self.device = self.accelerator.device
         given = Path(config.audit.checkpoint) if config.audit.checkpoint else None
         self.resume_from = given if given and given.is_dir() else None
