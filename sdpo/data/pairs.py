@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from sdpo.common.errors import UserError
+from sdpo.common.images import UndecodableImage, open_image
 from sdpo.common.randomness import Key, integer, uniform
 from sdpo.data.order import Place, epoch_permutation
 from sdpo.data.source import LABEL, Columns, PairSource
-from sdpo.data.transforms import PairTransform, UndecodableImage, open_image
+from sdpo.data.transforms import PairTransform
 
 MAX_REPLACEMENTS = 50
 

@@ -145,8 +145,9 @@ def heldout_inputs(
     Timesteps are stratified: the i-th of k is drawn from the i-th k-th of the noise process.
     """
     from sdpo.common import randomness
+    from sdpo.common.images import UndecodableImage
     from sdpo.data.pairs import PairDecoder, collate
-    from sdpo.data.transforms import PairTransform, UndecodableImage
+    from sdpo.data.transforms import PairTransform
     from sdpo.models.forward import noise_pairs
 
     transform = PairTransform(train.data.resolution, hflip=False)

@@ -1,15 +1,14 @@
-"""Decoding and the transform that both images of a pair share."""
+"""The transform that both images of a pair share."""
 
 from __future__ import annotations
-
-import io
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from sdpo.data.transforms import PairTransform, UndecodableImage, open_image
+from sdpo.common.randomness import uniform
+from sdpo.data.transforms import PairTransform
 
 KEYS = [(0, 0, i) for i in range(60)]
 
@@ -17,12 +16,6 @@ KEYS = [(0, 0, i) for i in range(60)]
 def picture(width=96, height=64, seed=0):
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
-
-
-def to_bytes(image, fmt="PNG"):
-    buffer = io.BytesIO()
-    image.save(buffer, format=fmt)
-    return buffer.getvalue()
 
 
 def as_pixels(tensor):
@@ -116,56 +109,27 @@ def test_images_of_different_shapes_are_cropped_at_the_same_relative_place():
         assert a == pytest.approx(b, abs=0.03)
 
 
-@pytest.mark.parametrize("mode", ["L", "LA", "1", "P", "RGBA", "CMYK", "RGB"])
-def test_any_mode_becomes_rgb(mode):
-    image = picture(16, 16).convert(mode)
-    fmt = "TIFF" if mode == "CMYK" else "PNG"
-    found = open_image(to_bytes(image, fmt))
-    assert found.mode == "RGB"
-    assert np.array_equal(np.asarray(found), np.asarray(image.convert("RGB")))
-    assert open_image(image).mode == "RGB"
+SIZES = [(64, 64), (1, 1), (1024, 1024), (768, 1344), (1920, 1080), (333, 250), (31, 17), (640, 41)]
 
 
-def test_every_way_in_which_an_image_is_given(tmp_path):
-    image = picture(16, 16)
-    data, path = to_bytes(image), tmp_path / "sub" / "a.png"
-    path.parent.mkdir()
-    path.write_bytes(data)
-    ways = [
-        (data, None),
-        (bytearray(data), None),
-        (memoryview(data), None),
-        ({"bytes": data, "path": None}, None),
-        ({"bytes": data, "path": "gone.png"}, tmp_path),
-        ({"bytes": None, "path": str(path)}, None),
-        ({"bytes": None, "path": "sub/a.png"}, tmp_path),
-        (str(path), None),
-        (str(path), tmp_path / "elsewhere"),
-        ("sub/a.png", tmp_path),
-        (image, None),
-    ]
-    for value, base in ways:
-        assert np.array_equal(np.asarray(open_image(value, base)), np.asarray(image))
-
-
-@pytest.mark.parametrize(
-    ("value", "reason"),
-    [
-        (b"", "not in a known image format"),
-        (b"garbage", "not in a known image format"),
-        (None, "found NoneType"),
-        ({"bytes": None, "path": None}, "found NoneType"),
-        ("gone.png", "FileNotFoundError"),
-        (7, "found int"),
-    ],
-)
-def test_what_is_no_image_says_why(value, reason, tmp_path):
-    with pytest.raises(UndecodableImage, match=reason):
-        open_image(value, tmp_path)
-
-
-@pytest.mark.parametrize("fmt", ["PNG", "JPEG"])
-def test_a_truncated_file_is_undecodable(fmt):
-    data = to_bytes(picture(64, 64), fmt)
-    with pytest.raises(UndecodableImage):
-        open_image(data[: len(data) // 2])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("random_crop", [False, True])
+def test_pixels_are_to_the_bit_those_of_version_0_1_0(size, random_crop):
+    """Which resized the whole and cropped then; the key of the latent cache stands for it."""
+    for r, key in ((64, KEYS[0]), (41, KEYS[1])):
+        transform = PairTransform(r, random_crop)
+        along, across = (uniform(*key, f"crop-{a}") if random_crop else 0.5 for a in "xy")
+        for image, found in zip(
+            (picture(*size), picture(*size[::-1], seed=1)),
+            transform(picture(*size), picture(*size[::-1], seed=1), key),
+            strict=True,
+        ):
+            width, height = (max(r, round(side * r / min(size))) for side in image.size)
+            if min(size) != r:
+                image = image.resize((width, height), Image.Resampling.BILINEAR)
+            left, top = round((width - r) * along), round((height - r) * across)
+            pixels = np.asarray(image.crop((left, top, left + r, top + r)), np.float32)
+            if transform.flips(key):
+                pixels = pixels[:, ::-1]
+            wanted = torch.from_numpy(pixels.copy()).permute(2, 0, 1) / 127.5 - 1.0
+            assert torch.equal(found, wanted)

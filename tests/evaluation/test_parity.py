@@ -24,7 +24,7 @@ from scripts.parity.small_scorers import (
     write_hpsv2,
     write_imagereward,
 )
-from sdpo.data.transforms import open_image
+from sdpo.common.images import open_image
 from sdpo.evaluation.score.base import BaseScorer
 from sdpo.evaluation.score.scorers import get_scorer
 from sdpo.evaluation.score.views import CLIP_MEAN, CLIP_STD, clip_pixels, clip_view, whole_pixels

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from sdpo.common.errors import UserError
+from sdpo.common.images import UndecodableImage
 from sdpo.common.precision import DTYPES
 from sdpo.config import TrainConfig
 from sdpo.config.data import CACHE_FLAG
@@ -24,7 +25,7 @@ from sdpo.data.latents.store import MOMENTS, caption_digest, write_shard
 from sdpo.data.loader import BadRowCounter
 from sdpo.data.pairs import BadRow, PairDecoder, as_caption
 from sdpo.data.source import PairSource
-from sdpo.data.transforms import PairTransform, UndecodableImage
+from sdpo.data.transforms import PairTransform
 from sdpo.data.workers import batches_of
 from sdpo.models.base import Family, Frozen, joined
 

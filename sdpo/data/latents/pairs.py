@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from sdpo.common.images import UndecodableImage
 from sdpo.common.randomness import Key
 from sdpo.data.pairs import NumberedRow, Pair, PairDataset, PairDecoder, Row
 from sdpo.data.source import LABEL, PairSource
-from sdpo.data.transforms import UndecodableImage
 
 if TYPE_CHECKING:
     from sdpo.data.latents.store import LatentCache

@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from PIL import Image
-
 from sdpo.common.errors import UserError
 from sdpo.common.files import write_text
+from sdpo.common.images import UndecodableImage, open_image
 from sdpo.evaluation.compare.results import Comparison, Model, Study, result_fields
 from sdpo.evaluation.compare.statistics import RESAMPLES
 
@@ -124,9 +123,8 @@ def _images(model: Model, rows: set[int], directory: Path, inline: bool) -> list
 def _thumbnail(path: Path) -> str:
     """Make a data URI of an image, at most 512 px a side; small ones stay as they are."""
     try:
-        with Image.open(path) as image:
-            small = image.convert("RGB")
-    except (OSError, ValueError) as error:
+        small = open_image(str(path))
+    except UndecodableImage as error:
         raise UserError(f"--inline_images: cannot decode {path}: {error}") from None
     # JPEG would smear what a tiny image shows, and saves nothing there.
     kind = "png" if max(small.size) <= THUMBNAIL_SIDE // 4 else "jpeg"

@@ -200,7 +200,7 @@ def score_pairs(
     """Score both images of the pairs at some places; NaN where one of them cannot be decoded."""
     import torch
 
-    from sdpo.data.transforms import UndecodableImage, open_image
+    from sdpo.common.images import UndecodableImage, open_image
 
     def look(row: dict[str, Any]) -> torch.Tensor | None:
         try:

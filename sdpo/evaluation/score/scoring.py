@@ -19,8 +19,8 @@ from PIL import Image
 from torch import Tensor
 
 from sdpo.common.errors import UserError
+from sdpo.common.images import UndecodableImage, open_image
 from sdpo.common.processes import device_of, start
-from sdpo.data.transforms import UndecodableImage, open_image
 from sdpo.evaluation.generate.manifest import Manifest
 from sdpo.evaluation.score.checked_precision import CheckedPrecision
 from sdpo.evaluation.score.config import ScoreOptions

@@ -12,6 +12,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import functional as F
 
+from sdpo.common.images import resized_square
+
 CLIP_SIZE = 224
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -27,8 +29,12 @@ def as_tensor(image: Image.Image) -> Tensor:
 def clip_view(image: Image.Image) -> Tensor:
     """View an image as CLIP and BLIP do, uint8 (3, 224, 224): shorter side to 224 px (bicubic,
     antialiased), centre crop."""
-    image = F.resize(image, CLIP_SIZE, interpolation=F.InterpolationMode.BICUBIC)
-    return as_tensor(F.center_crop(image, CLIP_SIZE))
+    shorter = min(image.size)
+    # As torchvision rounds, to whose resizing and cropping this is equal.
+    width, height = (int(CLIP_SIZE * side / shorter) for side in image.size)
+    corner = round((width - CLIP_SIZE) / 2), round((height - CLIP_SIZE) / 2)
+    bicubic = Image.Resampling.BICUBIC
+    return as_tensor(resized_square(image, (width, height), corner, CLIP_SIZE, bicubic))
 
 
 def whole_pixels(image: Image.Image) -> Tensor:

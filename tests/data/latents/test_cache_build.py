@@ -13,12 +13,13 @@ import pytest
 import torch
 
 from sdpo.common.errors import UserError
+from sdpo.common.images import open_image
 from sdpo.data.latents import build
 from sdpo.data.latents.build import Builder, Work, all_captions
 from sdpo.data.latents.manifest import read_manifest
 from sdpo.data.latents.store import LatentCache, caption_digest
 from sdpo.data.source import open_pairs
-from sdpo.data.transforms import PairTransform, open_image
+from sdpo.data.transforms import PairTransform
 
 
 @pytest.fixture
