@@ -8,6 +8,7 @@ from typing import Literal
 from sdpo.common.flags import NOT_NEGATIVE, SHARE, at_least, flag, multiple_of
 
 CACHE_FLAG = "--cache_dir_latents"
+COLUMN_EXAMPLE = "caption=prompt image_0=A image_1=B label=first"
 CACHE_DTYPES = ("bf16", "fp16", "fp32")
 
 
@@ -33,6 +34,26 @@ class SourceConfig:
         expand=True,
     )
     caption_column: str = flag("caption", "the captions' column, text or lists of texts")
+    columns: tuple[str, ...] = flag(
+        (),
+        "which columns hold what: caption, image_0, image_1, and label, which is first (image 0 is "
+        "preferred), a COLUMN of 1, 0 and 0.5, votes:A,B or list:COLUMN",
+        metavar="KEY=COLUMN",
+        shown="found by their names",
+    )
+    image_root: str | None = flag(
+        None,
+        "what relative paths to images are relative to",
+        metavar="DIR",
+        expand=True,
+        shown="where the table lies",
+    )
+    min_agreement: float | None = flag(
+        None,
+        "drop pairs of which a smaller share of the votes is for the preferred image",
+        metavar="F",
+        check=SHARE,
+    )
     split: str = flag("train", "the part of the dataset")
     max_train_samples: int | None = flag(
         None, "use only N pairs, chosen by the seed", metavar="N", check=at_least(1)

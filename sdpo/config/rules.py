@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sdpo.common.errors import UserError
-from sdpo.config.data import CACHE_FLAG, DataConfig, SourceConfig
+from sdpo.config.data import CACHE_FLAG, COLUMN_EXAMPLE, DataConfig, SourceConfig
 from sdpo.config.families import FAMILIES
 from sdpo.config.method import MethodConfig
 from sdpo.config.model import LORA_TARGETS, ModelConfig
@@ -85,6 +85,7 @@ def check_source(data: SourceConfig) -> None:
     """
     if data.dataset_name is None and data.train_data_dir is None:
         raise UserError("the data is missing: give --dataset_name or --train_data_dir")
+    _check_columns(data.columns)
     if data.stream_shards == "own" and not data.streaming:
         raise UserError("--stream_shards own has no meaning without --streaming")
     if data.stream_shards == "own" and data.max_train_samples is not None:
@@ -95,6 +96,21 @@ def check_source(data: SourceConfig) -> None:
         )
     if data.choice_weights and not data.choice_model:
         raise UserError("--choice_weights has no meaning without --choice_model")
+
+
+def _check_columns(columns: tuple[str, ...]) -> None:
+    keys = ("caption", "image_0", "image_1", "label")
+    seen = set()
+    for item in columns:
+        key, equals, value = item.partition("=")
+        if key not in keys or not equals or not value or key in seen:
+            raise UserError(
+                f"--columns: {item!r} is none of {', '.join(f'{k}=COLUMN' for k in keys)}, each at "
+                f"most once, e.g. {COLUMN_EXAMPLE}"
+            )
+        seen.add(key)
+        if value.startswith("votes:") and len(list(filter(None, value[6:].split(",")))) != 2:
+            raise UserError(f"--columns: {item!r} must name two columns: label=votes:A,B")
 
 
 def _check_cache(data: DataConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,11 @@ from sdpo.config import DataConfig, SourceConfig
 from sdpo.config.data import CACHE_FLAG
 from sdpo.models.locations import looks_local
 
-METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
+METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.json")
+TEXT_SUFFIXES = (".jsonl", ".csv", ".json")
+SAVED = "state.json"  # which `save_to_disk` of `datasets` writes
+_SAVED_SPLITS = "dataset_dict.json"
+_NO_TABLES = (SAVED, _SAVED_SPLITS, "dataset_info.json", "dataset_infos.json")
 _SPLIT_WORDS = ("train", "test", "validation", "valid", "val", "dev", "eval", "heldout", "holdout")
 # train-00000-of-00003[-0123456789abcdef]
 _SHARD = re.compile(r"(.*?)[-_.]?(\d{3,})-of-(\d{3,})(?:-[0-9a-f]{8,})?", re.IGNORECASE)
@@ -21,7 +26,7 @@ _SHARD = re.compile(r"(.*?)[-_.]?(\d{3,})-of-(\d{3,})(?:-[0-9a-f]{8,})?", re.IGN
 class LocalFiles(NamedTuple):
     """Name the files of a split; image paths in them are relative to `base`."""
 
-    kind: str  # "parquet" or "text" (JSON lines, JSON, CSV)
+    kind: str  # "parquet", "text" (JSON lines, JSON, CSV), "saved" by `datasets`, "folders" w and l
     files: list[str]
     base: Path
 
@@ -31,38 +36,79 @@ def find_local_files(directory: Path, split: str, flag: str) -> LocalFiles:
 
     `DIR/metadata.jsonl` (or .csv), `DIR/SPLIT/metadata.jsonl`, or parquet files in DIR or DIR/data:
     those whose name begins with the split's (train-00000-of-00002, train_0), or, where no name says
-    a split, all of them, which then are the split "train", or the one that DIR is named after.
+    a split, all of them, which then are the split "train", or the one that DIR is named after; a
+    dataset of `save_to_disk`; folders w and l; one table of another name.
 
     Raises:
         UserError: nothing of the kind is there, or not of this split, or shards are missing; names
             `flag` or the files.
     """
-    for base in (directory / split, directory):
-        for name in METADATA_NAMES:
-            found = [p for p in _files(base) if p.name.lower() == name]
+    # A folder of the split's name holds the split itself, whatever its files are called.
+    bases = [directory / split, directory]
+    for find in (_find_metadata, _find_saved, _find_folders):
+        for base in bases:
+            found = find(base, split)
             if found:
-                if base == directory:
-                    _check_unnamed_split(directory, split)
-                return LocalFiles("text", [str(found[0])], base)
-    # A folder of that name holds the split itself, whatever its files are called.
-    for base in (directory / split, directory):
-        files = [p for place in (base, base / "data") for p in _files(place)]
-        parquet = [p for p in files if p.suffix.lower() == ".parquet"]
-        if parquet:
-            within = base if base == directory else None
-            return LocalFiles("parquet", _of_split(directory, parquet, split, within), base)
-    elsewhere = sorted(
-        folder.name
-        for folder in (directory.iterdir() if directory.is_dir() else ())
-        if any(p.name.lower() in METADATA_NAMES for p in _files(folder))
-    )
+                return _of_named_split(found, directory, split)
+    for suffixes, kind in (((".parquet",), "parquet"), *(((s,), "text") for s in TEXT_SUFFIXES)):
+        for base in bases:
+            places = (base, base / "data") if kind == "parquet" else (base,)
+            files = [p for place in places for p in _files(place)]
+            files = [p for p in files if p.suffix.lower() in suffixes and p.name not in _NO_TABLES]
+            if files:
+                unnamed = directory if base == directory else None
+                chosen = _of_split(directory, files, split, unnamed)
+                if kind == "text" and len(chosen) > 1 and not _SHARD.fullmatch(files[0].stem):
+                    several = ", ".join(p.name for p in chosen)
+                    raise UserError(
+                        f"{flag}: {base} holds several tables ({several}); leave one there, or call "
+                        f"it {METADATA_NAMES[0]}"
+                    )
+                return LocalFiles(kind, [str(p) for p in chosen], base)
+    folders = sorted(p for p in directory.iterdir() if p.is_dir()) if directory.is_dir() else []
+    elsewhere = [
+        p.name
+        for p in folders
+        if any(find(p, split) for find in (_find_metadata, _find_saved, _find_folders))
+    ]
     if elsewhere:
         raise UserError(
             f"--split: {directory} has no split {split!r}; it has: {', '.join(elsewhere)}"
         )
     raise UserError(
-        f"{flag}: {directory} holds neither parquet files nor {' or '.join(METADATA_NAMES)}"
+        f"{flag}: {directory} holds neither parquet files nor {' or '.join(METADATA_NAMES[:2])}"
     )
+
+
+def _find_metadata(base: Path, split: str) -> LocalFiles | None:
+    for name in METADATA_NAMES:
+        for path in _files(base):
+            if path.name.lower() == name:
+                return LocalFiles("text", [str(path)], base)
+    return None
+
+
+def _find_saved(base: Path, split: str) -> LocalFiles | None:
+    state = base / SAVED
+    return LocalFiles("saved", [str(state)], base) if state.is_file() else None
+
+
+def _find_folders(base: Path, split: str) -> LocalFiles | None:
+    whole = (base / "w").is_dir() and (base / "l").is_dir()
+    return LocalFiles("folders", [], base) if whole else None
+
+
+def _of_named_split(found: LocalFiles, directory: Path, split: str) -> LocalFiles:
+    if found.base != directory:
+        return found
+    if found.kind == "saved":
+        named = json.loads(Path(found.files[0]).read_text(encoding="utf-8")).get("_split")
+        if named == split:
+            return found
+        if named and directory.resolve().name != split:
+            raise UserError(f"--split: {directory} holds split {named!r} and not {split!r}")
+    _check_unnamed_split(directory, split)
+    return found
 
 
 def _files(directory: Path) -> list[Path]:
@@ -80,7 +126,7 @@ def _check_unnamed_split(directory: Path, split: str) -> None:
 
 def _of_split(
     directory: Path, files: Sequence[Path], split: str, unnamed: Path | None
-) -> list[str]:
+) -> list[Path]:
     """Choose a split's files by name; all, where no name says a split and `unnamed` (the directory
     they lie in) may hold this one."""
     chosen = [p for p in files if split.lower() in _split_names(p)]
@@ -100,7 +146,7 @@ def _of_split(
             _check_unnamed_split(unnamed, split)
         chosen = list(files)
     _check_shards(chosen)
-    return [str(p) for p in chosen]
+    return chosen
 
 
 def _split_names(path: Path) -> list[str]:
@@ -149,6 +195,8 @@ def check_data_location(data: SourceConfig) -> None:
     Raises:
         UserError: naming the flag.
     """
+    if data.image_root and not Path(data.image_root).is_dir():
+        raise UserError(f"--image_root: there is no directory {data.image_root}")
     flag, name = data.location_flag, data.location
     path = Path(name)
     if path.is_dir():

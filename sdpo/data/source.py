@@ -2,6 +2,7 @@
 
 Pick-a-Pic's columns (jpg_0, jpg_1, label_0, caption, model_0, model_1), or image_0 and image_1 in
 place of jpg_0 and jpg_1. label_0 is 1 where image 0 is preferred, 0 where image 1 is, 0.5 in a tie.
+Other columns become these (sdpo/data/columns.py).
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from sdpo.common.errors import UserError, first_line
 from sdpo.common.randomness import generator
 from sdpo.config import SourceConfig
+from sdpo.data.columns import as_pairs, check_images, find_layout
 from sdpo.data.local import LocalFiles, find_local_files
-from sdpo.data.tables import LABEL, open_parquet, open_text
+from sdpo.data.tables import LABEL, open_folders, open_parquet, open_text
 
 if TYPE_CHECKING:
     import datasets
@@ -64,10 +66,14 @@ def open_pairs(data: SourceConfig, seed: int) -> PairSource:
         UserError: not to be found, columns missing, no decided pair left.
     """
     rows, base = _load(data)
-    columns = _find_columns(rows, data)
-    needed = [columns.image_0, columns.image_1, LABEL, columns.caption]
-    needed += MODELS if data.dreamlike_pairs_only else ()
-    rows = _without_decoding(rows.select_columns(list(dict.fromkeys(needed))))
+    layout = find_layout(_column_names(rows, data), data)
+    models = MODELS if data.dreamlike_pairs_only else ()
+    rows = rows.select_columns(list(dict.fromkeys([*layout.needed, *models])))
+    check_images(rows.features, layout)
+    rows, layout = as_pairs(_without_decoding(rows), layout, data, models)
+    columns = Columns(layout.image_0, layout.image_1, layout.caption)
+    if data.image_root:
+        base = Path(data.image_root)
     if data.streaming:
         return PairSource(rows, columns, base)
     chosen, origin = _choose_rows(rows, data, seed)
@@ -106,34 +112,30 @@ def _open_hub(name: str, data: SourceConfig) -> Any:
 
 
 def _open_local(found: LocalFiles, data: SourceConfig) -> Any:
+    import datasets
+
     if found.kind == "parquet":
         return open_parquet(found.files, data.cache_dir, data.streaming)
-    rows = open_text(found.files, found.base, data.cache_dir)
+    if found.kind == "saved":
+        rows = datasets.load_from_disk(str(found.base))
+    elif found.kind == "folders":
+        rows = open_folders(found.base, data.cache_dir)
+    else:
+        rows = open_text(found.files, found.base, data.cache_dir)
     return rows.to_iterable_dataset() if data.streaming else rows
 
 
-def _find_columns(rows: Any, data: SourceConfig) -> Columns:
+def _column_names(rows: Any, data: SourceConfig) -> list[str]:
     names = list(rows.column_names or next(iter(rows), {}).keys())
     if not names:
         raise UserError(f"{data.location_flag}: {data.location} holds no rows")
-
-    def pick(flag: str, *candidates: str) -> str:
-        for candidate in candidates:
-            if candidate in names:
-                return candidate
-        raise UserError(
-            f"{flag}: the data has no column {' or '.join(candidates)}; its columns are: "
-            f"{', '.join(names)}"
-        )
-
-    pick(data.location_flag, LABEL)
     for model in MODELS if data.dreamlike_pairs_only else ():
-        pick("--dreamlike_pairs_only", model)
-    return Columns(
-        image_0=pick(data.location_flag, "jpg_0", "image_0"),
-        image_1=pick(data.location_flag, "jpg_1", "image_1"),
-        caption=pick("--caption_column", data.caption_column),
-    )
+        if model not in names:
+            raise UserError(
+                f"--dreamlike_pairs_only: the data has no column {model}; its columns are: "
+                f"{', '.join(names)}"
+            )
+    return names
 
 
 def _without_decoding(rows: Any) -> Any:

@@ -194,6 +194,69 @@ def _text(value: Any) -> str | None:
     return json.dumps(value)  # true, false, or an object
 
 
+def open_folders(base: Path, cache_dir: str | None) -> Any:
+    """Open folders w (preferred) and l of images of equal names, as kohya's scripts take them, with
+    a caption beside each in a file of that name, .txt or .caption.
+
+    Raises:
+        UserError: an image without its counterpart or caption; names it.
+    """
+    sides = {side: _images_by_stem(base / side) for side in ("w", "l")}
+    for side, other in (("w", "l"), ("l", "w")):
+        alone = [path for stem, path in sides[side].items() if stem not in sides[other]]
+        if alone:
+            raise UserError(
+                f"{alone[0]} has no counterpart of that name in {base / other} "
+                f"({len(alone)} of {len(sides[side])} have none)"
+            )
+    if not sides["w"]:
+        raise UserError(f"{base / 'w'} holds no images")
+    records = [
+        {
+            "caption": _caption_of(base, stem),
+            "image_0": str(won.relative_to(base)),
+            "image_1": str(sides["l"][stem].relative_to(base)),
+            LABEL: 1.0,
+        }
+        for stem, won in sides["w"].items()
+    ]
+    about = json.dumps([_VERSION, str(base.resolve()), records])
+    digest = hashlib.sha256(about.encode("utf-8", "surrogateescape")).hexdigest()
+    return kept_table(lambda: to_table(records), digest, cache_dir)
+
+
+def _images_by_stem(folder: Path) -> dict[str, Path]:
+    from PIL import Image
+
+    known = Image.registered_extensions()
+    found: dict[str, Path] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.suffix.lower() in known:
+            twin = found.setdefault(str(path.relative_to(folder).with_suffix("")), path)
+            if twin is not path:
+                raise UserError(f"{twin} and {path} have one name: remove one of them")
+    return found
+
+
+def _caption_of(base: Path, stem: str) -> str:
+    texts: dict[str, Path] = {}
+    for side in ("w", "l"):
+        for suffix in (".txt", ".caption"):
+            path = base / side / f"{stem}{suffix}"
+            if path.is_file():
+                try:
+                    text = path.read_text(encoding="utf-8-sig")
+                except UnicodeDecodeError as error:
+                    raise UserError(f"{path} is not UTF-8: {error.reason}") from None
+                texts.setdefault(" ".join(text.split("\n")).strip(), path)
+    if not texts:
+        raise UserError(f"{base / 'w' / stem} has no caption: add {stem}.txt beside the image")
+    if len(texts) > 1:
+        first, second = list(texts.values())[:2]
+        raise UserError(f"{first} and {second} are captions of one pair and differ")
+    return next(iter(texts))
+
+
 def open_parquet(files: Sequence[str], cache_dir: str | None, streaming: bool) -> Any:
     """Open parquet files as a dataset of the columns that all of them have.
 
