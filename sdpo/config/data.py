@@ -9,6 +9,8 @@ from sdpo.common.flags import NOT_NEGATIVE, SHARE, at_least, flag, multiple_of
 
 CACHE_FLAG = "--cache_dir_latents"
 COLUMN_EXAMPLE = "caption=prompt image_0=A image_1=B label=first"
+# Copies on the hub with the same columns, tried where the original is not to be had.
+MIRRORS = {"yuvalkirstain/pickapic_v2": ("liuhuohuo2/pick-a-pic-v2",)}
 CACHE_DTYPES = ("bf16", "fp16", "fp32")
 
 

@@ -13,7 +13,7 @@ from sdpo.config import DataConfig, SourceConfig
 from sdpo.config.data import CACHE_FLAG
 from sdpo.models.locations import looks_local
 
-METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.json")
+METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
 TEXT_SUFFIXES = (".jsonl", ".csv", ".json")
 SAVED = "state.json"  # which `save_to_disk` of `datasets` writes
 _SAVED_SPLITS = "dataset_dict.json"
@@ -26,7 +26,9 @@ _SHARD = re.compile(r"(.*?)[-_.]?(\d{3,})-of-(\d{3,})(?:-[0-9a-f]{8,})?", re.IGN
 class LocalFiles(NamedTuple):
     """Name the files of a split; image paths in them are relative to `base`."""
 
-    kind: str  # "parquet", "text" (JSON lines, JSON, CSV), "saved" by `datasets`, "folders" w and l
+    # "metadata" or another "table" (JSON lines, JSON, CSV), "parquet", "saved" by `datasets`,
+    # "folders" w and l
+    kind: str
     files: list[str]
     base: Path
 
@@ -45,61 +47,78 @@ def find_local_files(directory: Path, split: str, flag: str) -> LocalFiles:
     """
     # A folder of the split's name holds the split itself, whatever its files are called.
     bases = [directory / split, directory]
-    for find in (_find_metadata, _find_saved, _find_folders):
+    for find in (_find_metadata, _find_saved, _find_parquet, _find_folders, _find_table):
+        if find is _find_parquet and any(_is_of(p, split) for p in _parquet_in(directory)):
+            bases = [directory]
         for base in bases:
-            found = find(base, split)
+            found = find(base)
             if found:
-                return _of_named_split(found, directory, split)
-    for suffixes, kind in (((".parquet",), "parquet"), *(((s,), "text") for s in TEXT_SUFFIXES)):
-        for base in bases:
-            places = (base, base / "data") if kind == "parquet" else (base,)
-            files = [p for place in places for p in _files(place)]
-            files = [p for p in files if p.suffix.lower() in suffixes and p.name not in _NO_TABLES]
-            if files:
-                unnamed = directory if base == directory else None
-                chosen = _of_split(directory, files, split, unnamed)
-                if kind == "text" and len(chosen) > 1 and not _SHARD.fullmatch(files[0].stem):
-                    several = ", ".join(p.name for p in chosen)
-                    raise UserError(
-                        f"{flag}: {base} holds several tables ({several}); leave one there, or call "
-                        f"it {METADATA_NAMES[0]}"
-                    )
-                return LocalFiles(kind, [str(p) for p in chosen], base)
+                return _of_split(found, directory, split, flag)
     folders = sorted(p for p in directory.iterdir() if p.is_dir()) if directory.is_dir() else []
     elsewhere = [
         p.name
         for p in folders
-        if any(find(p, split) for find in (_find_metadata, _find_saved, _find_folders))
+        if any(find(p) for find in (_find_metadata, _find_saved, _find_parquet, _find_folders))
     ]
     if elsewhere:
         raise UserError(
             f"--split: {directory} has no split {split!r}; it has: {', '.join(elsewhere)}"
         )
     raise UserError(
-        f"{flag}: {directory} holds neither parquet files nor {' or '.join(METADATA_NAMES[:2])}"
+        f"{flag}: {directory} holds neither parquet files nor {' or '.join(METADATA_NAMES)}"
     )
 
 
-def _find_metadata(base: Path, split: str) -> LocalFiles | None:
+def _find_metadata(base: Path) -> LocalFiles | None:
     for name in METADATA_NAMES:
         for path in _files(base):
             if path.name.lower() == name:
-                return LocalFiles("text", [str(path)], base)
+                return LocalFiles("metadata", [str(path)], base)
     return None
 
 
-def _find_saved(base: Path, split: str) -> LocalFiles | None:
+def _find_saved(base: Path) -> LocalFiles | None:
     state = base / SAVED
     return LocalFiles("saved", [str(state)], base) if state.is_file() else None
 
 
-def _find_folders(base: Path, split: str) -> LocalFiles | None:
+def _find_folders(base: Path) -> LocalFiles | None:
     whole = (base / "w").is_dir() and (base / "l").is_dir()
     return LocalFiles("folders", [], base) if whole else None
 
 
-def _of_named_split(found: LocalFiles, directory: Path, split: str) -> LocalFiles:
-    if found.base != directory:
+def _find_parquet(base: Path) -> LocalFiles | None:
+    files = _parquet_in(base)
+    return LocalFiles("parquet", [str(p) for p in files], base) if files else None
+
+
+def _find_table(base: Path) -> LocalFiles | None:
+    for suffix in TEXT_SUFFIXES:
+        files = [p for p in _files(base) if p.suffix.lower() == suffix and p.name not in _NO_TABLES]
+        if files:
+            return LocalFiles("table", [str(p) for p in files], base)
+    return None
+
+
+def _parquet_in(base: Path) -> list[Path]:
+    files = [p for place in (base, base / "data") for p in _files(place)]
+    return [p for p in files if p.suffix.lower() == ".parquet"]
+
+
+def _of_split(found: LocalFiles, directory: Path, split: str, flag: str) -> LocalFiles:
+    """Keep of what was found in `directory`, or in its folder of the split's name, this split."""
+    within = found.base == directory
+    if found.kind in ("parquet", "table"):
+        files = [Path(file) for file in found.files]
+        chosen = _choose(directory, files, split, within)
+        if found.kind == "table" and len(chosen) > 1 and not _SHARD.fullmatch(chosen[0].stem):
+            several = ", ".join(p.name for p in chosen)
+            raise UserError(
+                f"{flag}: {found.base} holds several tables ({several}); leave one there, or call "
+                f"it {METADATA_NAMES[0]}"
+            )
+        return found._replace(files=[str(p) for p in chosen])
+    if not within:
         return found
     if found.kind == "saved":
         named = json.loads(Path(found.files[0]).read_text(encoding="utf-8")).get("_split")
@@ -124,15 +143,13 @@ def _check_unnamed_split(directory: Path, split: str) -> None:
         )
 
 
-def _of_split(
-    directory: Path, files: Sequence[Path], split: str, unnamed: Path | None
-) -> list[Path]:
-    """Choose a split's files by name; all, where no name says a split and `unnamed` (the directory
-    they lie in) may hold this one."""
-    chosen = [p for p in files if split.lower() in _split_names(p)]
+def _choose(directory: Path, files: Sequence[Path], split: str, within: bool) -> list[Path]:
+    """Choose a split's files by name; all, where no name says a split and the directory may hold
+    this one (`within` it, and not in a folder of the split's name)."""
+    chosen = [p for p in files if _is_of(p, split)]
     if not chosen:
         named = sorted({_split_names(p)[0] for p in files})
-        if unnamed and (
+        if within and (
             len(named) < len(files)
             or any("-00" in p.name for p in files)
             or any(re.split(r"[-_.]", name)[0] in _SPLIT_WORDS for name in named)
@@ -142,11 +159,15 @@ def _of_split(
                 f"--split: {directory} has no {kind} files of split {split!r}; it has those "
                 f"of: {', '.join(named)}"
             )
-        if unnamed:
-            _check_unnamed_split(unnamed, split)
+        if within:
+            _check_unnamed_split(directory, split)
         chosen = list(files)
     _check_shards(chosen)
     return chosen
+
+
+def _is_of(path: Path, split: str) -> bool:
+    return split.lower() in _split_names(path)
 
 
 def _split_names(path: Path) -> list[str]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from sdpo.common.errors import UserError, first_line
 from sdpo.common.randomness import generator
 from sdpo.config import SourceConfig
+from sdpo.config.data import MIRRORS
 from sdpo.data.columns import as_pairs, check_images, find_layout
 from sdpo.data.local import LocalFiles, find_local_files
 from sdpo.data.tables import LABEL, open_folders, open_parquet, open_text
@@ -105,10 +106,32 @@ def _load(data: SourceConfig) -> tuple[Any, Path | None]:
 
 
 def _open_hub(name: str, data: SourceConfig) -> Any:
+    """Open a dataset of the hub, or where it is not to be had one of its mirrors.
+
+    Raises:
+        UserError: none of several can be opened.
+    """
     import datasets
 
     common = {"split": data.split, "streaming": data.streaming, "cache_dir": data.cache_dir}
-    return datasets.load_dataset(name, data.dataset_config_name, **common)
+    names, failures = (name, *MIRRORS.get(name, ())), []
+    for each in names:
+        try:
+            rows = datasets.load_dataset(each, data.dataset_config_name, **common)
+        except Exception as error:
+            is_split = isinstance(error, ValueError) and "split" in str(error).lower()
+            if len(names) == 1 or is_split:
+                raise
+            failures.append(f"{each} ({type(error).__name__}: {first_line(error)})")
+            continue
+        if failures:
+            log.warning("cannot open %s; reading its mirror %s", ", nor ".join(failures), each)
+        return rows
+    raise UserError(
+        f"{data.location_flag}: cannot open {', nor its mirror '.join(failures)}; give a local "
+        f"copy with --train_data_dir DIR: {data.split}-00000-of-....parquet in DIR or DIR/data, "
+        f"with the columns jpg_0, jpg_1, {LABEL} and caption (docs/DATA.md)"
+    )
 
 
 def _open_local(found: LocalFiles, data: SourceConfig) -> Any:

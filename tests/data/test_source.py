@@ -217,3 +217,50 @@ def test_what_is_asked_of_the_hub(make_config, make_rows, monkeypatch):
     assert len(source) == 4
     options = {"split": "test", "streaming": False, "cache_dir": "/some/cache"}
     assert asked == [(("someone/pairs", "large"), options)]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_pick_a_pic_s_mirror_is_tried_after_it(
+    make_config, make_rows, monkeypatch, caplog, streaming
+):
+    import datasets
+
+    asked = []
+
+    def load_dataset(name, config, **options):
+        asked.append(name)
+        if name == "yuvalkirstain/pickapic_v2":
+            raise ConnectionError("gone\nreally")
+        return datasets.Dataset.from_list(make_rows(4))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    config = make_config(dataset_name="yuvalkirstain/pickapic_v2", streaming=streaming)
+    with caplog.at_level(logging.WARNING, "sdpo"):
+        source = open_pairs(config.data, 0)
+    assert len(source) == 4
+    assert asked == ["yuvalkirstain/pickapic_v2", "liuhuohuo2/pick-a-pic-v2"]
+    assert "cannot open yuvalkirstain/pickapic_v2 (ConnectionError: gone)" in caplog.text
+    assert "reading its mirror liuhuohuo2/pick-a-pic-v2" in caplog.text
+
+
+def test_without_any_mirror_the_local_layout_is_said(make_config):
+    config = make_config(dataset_name="yuvalkirstain/pickapic_v2")
+    with pytest.raises(UserError) as caught:
+        open_pairs(config.data, 0)
+    said = str(caught.value)
+    assert said.startswith("--dataset_name: cannot open yuvalkirstain/pickapic_v2 (")
+    assert "nor its mirror liuhuohuo2/pick-a-pic-v2 (" in said and "\n" not in said
+    assert "--train_data_dir DIR: train-00000-of-....parquet in DIR or DIR/data" in said
+
+
+def test_a_split_that_is_not_there_asks_no_mirror(make_config, monkeypatch):
+    import datasets
+
+    def load_dataset(name, config, **options):
+        assert name == "yuvalkirstain/pickapic_v2"
+        raise ValueError("Unknown split \"tset\". Should be one of ['train'].")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    config = make_config(dataset_name="yuvalkirstain/pickapic_v2", split="tset")
+    with pytest.raises(UserError, match=r"--split: yuvalkirstain/pickapic_v2 has no split 'tset'"):
+        open_pairs(config.data, 0)

@@ -204,11 +204,37 @@ def test_a_source_that_is_no_directory(tmp_path):
         ensure(["papv2"], source="gone", outdir=tmp_path, source_flag="--prompt_source")
 
 
-def test_no_hub(tmp_path):
+def no_network(url):
+    raise URLError(f"no network for {url}")
+
+
+@pytest.mark.parametrize("name", BUILT_SUITES)
+def test_the_official_repository_is_the_last_source(tmp_path, shared, published, monkeypatch, name):
+    answers = {}
+
+    def answer(url, timeout):
+        return io.BytesIO(answers[url]) if url in answers else no_network(url)
+
+    monkeypatch.setattr(sources, "urlopen", answer)
+    official = sources.OFFICIAL_URL.format(name)
+    assert sources.on_the_network(name, None)[-1].where == official
+    cache = {"cache_dir": str(tmp_path / "cache")}
+    answers[official] = json.dumps(published[name][::-1]).encode()
+    assert f"{name} is not written" in refused(tmp_path, name, **cache)
+    answers[official] = (shared / f"{name}.json").read_bytes()
+    ensure([name], outdir=tmp_path, **cache)
+    texts, categories = read(tmp_path / f"{name}.json")
+    assert texts == published[name]
+    assert name != "hpsv2" or categories[800] == "concept-art"
+
+
+def test_no_hub(tmp_path, monkeypatch):
     """The tests' environment is off line."""
+    monkeypatch.setattr(sources, "urlopen", lambda url, timeout: no_network(url))
     for name, repos in (("papv2", sources.PAPV2_REPOS), ("hpsv2", sources.HPSV2_REPOS)):
         said = refused(tmp_path, name, cache_dir=str(tmp_path / "cache"))
         assert all(repo in said for repo in repos)
+        assert sources.OFFICIAL_URL.format(name) in said
         assert "cannot read" in said and "elsewhere and give --source DIR" in said
 
 

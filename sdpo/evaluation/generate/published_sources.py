@@ -12,13 +12,16 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import BinaryIO
 from urllib.request import urlopen
 
 from sdpo.common.errors import UserError, first_line
+from sdpo.config.data import MIRRORS
 from sdpo.evaluation.generate.suites import Prompt, read_suite_file
 
-PAPV2_REPOS = ("yuvalkirstain/pickapic_v2_no_images", "yuvalkirstain/pickapic_v2")
+_PICKAPIC = "yuvalkirstain/pickapic_v2"
+PAPV2_REPOS = ("yuvalkirstain/pickapic_v2_no_images", _PICKAPIC, *MIRRORS[_PICKAPIC])
 PAPV2_FILES = "test*.parquet"
 PAPV2_ORDER = Path(__file__).resolve().with_name("papv2.order")
 HPSV2_REPOS = ("ymhao/HPDv2", "zhwang/HPDv2")
@@ -27,11 +30,15 @@ HPSV2_STYLES = ("anime", "concept-art", "paintings", "photo")
 HPSV2_PER_STYLE = 800
 PARTI_FILE = "PartiPrompts.tsv"
 PARTI_URL = f"https://raw.githubusercontent.com/google-research/parti/main/{PARTI_FILE}"
+# All three as lists of prompts, in the repository of the paper's code.
+OFFICIAL_URL = "https://raw.githubusercontent.com/AIDC-AI/Diffusion-SDPO/HEAD/prompts/{}.json"
 TIMEOUT = 60  # seconds without an answer
 
 # What to download by hand, in words.
 NEEDED = {
-    "papv2": f"data/{PAPV2_FILES} of the dataset {PAPV2_REPOS[0]}",
+    "papv2": (
+        f"data/{PAPV2_FILES} of the dataset {PAPV2_REPOS[0]}, or {OFFICIAL_URL.format('papv2')}"
+    ),
     "hpsv2": f"benchmark/{{{','.join(HPSV2_STYLES)}}}.json of the dataset {HPSV2_REPOS[0]}",
     "partiprompts": PARTI_URL,
 }
@@ -46,7 +53,12 @@ class Candidate:
 
 
 def on_the_network(name: str, cache_dir: str | None) -> list[Candidate]:
-    """List the public sources of a suite, the preferred one first."""
+    """List the public sources of a suite, the preferred one first, the official repository last."""
+    official = OFFICIAL_URL.format(name)
+    return [*_sources(name, cache_dir), Candidate(official, partial(_official, name, official))]
+
+
+def _sources(name: str, cache_dir: str | None) -> list[Candidate]:
     if name == "papv2":
         return [
             Candidate(f"data/{PAPV2_FILES} of {repo}", partial(_papv2_of_hub, repo))
@@ -57,7 +69,7 @@ def on_the_network(name: str, cache_dir: str | None) -> list[Candidate]:
             Candidate(f"benchmark/*.json of {repo}", partial(_hpsv2_of_hub, repo, cache_dir))
             for repo in HPSV2_REPOS
         ]
-    return [Candidate(PARTI_URL, partial(_parti, _download_parti))]
+    return [Candidate(PARTI_URL, partial(_parti, partial(_download, PARTI_URL)))]
 
 
 def on_disk(name: str, source: Path) -> list[Candidate]:
@@ -173,10 +185,17 @@ def _hpsv2_of_files(paths: list[Path]) -> list[Prompt]:
     ]
 
 
-def _download_parti() -> bytes:
+def _download(url: str) -> bytes:
     # Held in memory and checked as a whole: nothing half-downloaded can be left behind.
-    with urlopen(PARTI_URL, timeout=TIMEOUT) as answer:
+    with urlopen(url, timeout=TIMEOUT) as answer:
         return bytes(answer.read())
+
+
+def _official(name: str, url: str) -> list[Prompt]:
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / f"{name}.json"
+        path.write_bytes(_download(url))
+        return _list_of_file(name, path)
 
 
 def _parti(read: Callable[[], bytes]) -> list[Prompt]:
