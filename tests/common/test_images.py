@@ -73,7 +73,8 @@ def test_modes_without_alpha_become_rgb(mode):
     image = picture(16, 16).convert(mode)
     assert np.array_equal(np.asarray(open_image(image)), np.asarray(image.convert("RGB")))
     fmt = {"L": "PNG", "1": "PNG", "P": "PNG", "RGB": "PNG"}.get(mode, "TIFF")
-    if mode not in ("HSV", "RGBX"):  # no format keeps them
+    # No format keeps the first two, and Pillow 10.0 refuses the file that it writes of the third.
+    if mode not in ("HSV", "RGBX", "YCbCr"):
         found = open_image(to_bytes(image, fmt))
         assert found.mode == "RGB"
         assert np.array_equal(np.asarray(found), np.asarray(image.convert("RGB")))
