@@ -1,4 +1,6 @@
-# Sourced by the other scripts, from the repository's root: sets PYTHON and installs what is missing.
+# Sourced by the other scripts: sets PYTHON and installs what is missing. They run where they were
+# called, so that paths mean what they mean to the caller; AT leads from there to the repository
+# (nothing, or its root with a slash).
 #
 # PYTHON is $SDPO_PYTHON, else that of the active virtual or conda environment, else .venv's, which is
 # made when there is none. .venv gets the exact versions of constraints.txt; an environment of your
@@ -36,12 +38,12 @@ use_python() {
     PYTHON=$CONDA_PREFIX/bin/python
   else
     OWN_VENV=1
-    PYTHON=$PWD/.venv/bin/python
+    PYTHON=$ROOT/.venv/bin/python
     if ! [ -x "$PYTHON" ]; then
       local base
       base=$(find_python)
       [ -n "$base" ] || fail "no Python 3.10 to 3.13 found; install one or name it: SDPO_PYTHON=..."
-      "$base" -m venv .venv || fail "could not make .venv with $base"
+      "$base" -m venv "$ROOT/.venv" || fail "could not make .venv with $base"
     fi
   fi
   suitable "$PYTHON" || fail "$PYTHON is not a Python 3.10 to 3.13 (SDPO_PYTHON=... names another)"
@@ -52,24 +54,26 @@ use_python() {
 install_requirements() {
   [ "${SDPO_SKIP_INSTALL:-}" != 1 ] || return 0
   local file=$1 stamp wanted
-  local options=(-r "$file")
-  [ -z "$OWN_VENV" ] || options+=(-c constraints.txt)
+  local options=(-r "$ROOT/$file")
+  [ -z "$OWN_VENV" ] || options+=(-c "$ROOT/constraints.txt")
   stamp=$("$PYTHON" -c 'import sys; print(sys.prefix)')/.sdpo-${file%.txt}
-  wanted=$({ pwd; cat requirements.txt requirements-dev.txt constraints.txt pyproject.toml; } | cksum)
+  wanted=$(cd "$ROOT" && { pwd; cat requirements.txt requirements-dev.txt constraints.txt pyproject.toml; } | cksum)
   [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && return
   echo "installing $file into $(dirname "$(dirname "$PYTHON")") (once; PyTorch is several GB)"
   "$PYTHON" -m pip install --disable-pip-version-check "${options[@]}" |
     { grep -v '^Requirement already satisfied' || true; } ||
     fail "installing $file failed (see above)"
   # Nothing here depends on it (see PYTHONPATH), so it may fail, as where no network has hatchling.
-  options=(--quiet --no-deps --editable .)
+  options=(--quiet --no-deps --editable "$ROOT")
   ! "$PYTHON" -c 'import hatchling' 2>/dev/null || options+=(--no-build-isolation)
   "$PYTHON" -m pip install --disable-pip-version-check "${options[@]}" 2>/dev/null ||
     echo "pip install -e . failed; the scripts do without it, the command sdpo is not there" >&2
   echo "$wanted" >"$stamp" 2>/dev/null || true
 }
 
-cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
+ROOT=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd -P) || exit
+AT=$ROOT/
+[ "$(pwd -P)" != "$ROOT" ] || AT=
 # Programs in any folder find the package, installed or not.
-export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
 use_python

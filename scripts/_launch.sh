@@ -44,7 +44,7 @@ take_config() {
     shift
   done
   [ -n "$config" ] || return 0
-  [ -f "$config" ] || config=scripts/configs/$config.yaml
-  [ -f "$config" ] || fail "--config: there is no $config; there are $(cd scripts/configs && echo *)"
+  [ -f "$config" ] || config=${AT}scripts/configs/$config.yaml
+  [ -f "$config" ] || fail "--config: there is no $config; there are $(cd "$ROOT/scripts/configs" && echo *)"
   SDPO_LAUNCH_ARGS="--config_file $config ${SDPO_LAUNCH_ARGS:-}"
 }

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What the six recipes cost on 8 GPUs of 80 GB: computed, in seconds, nothing is trained.
 set -euo pipefail
-source "$(dirname "$0")/../_env.sh"
+source "$(dirname "$(readlink -f "$0")")/../_env.sh"
 install_requirements requirements.txt
-exec "$PYTHON" scripts/bench/cost_model.py "$@"
+exec "$PYTHON" "${AT}scripts/bench/cost_model.py" "$@"

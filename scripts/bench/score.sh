@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Five scorers in one pass against one process for each.
 set -euo pipefail
-source "$(dirname "$0")/../_env.sh"
+source "$(dirname "$(readlink -f "$0")")/../_env.sh"
 install_requirements requirements.txt
-exec "$PYTHON" scripts/bench/score.py "$@"
+exec "$PYTHON" "${AT}scripts/bench/score.py" "$@"

@@ -3,8 +3,8 @@
 # not). Takes the flags of the training run as they are.
 # bash scripts/data/cache_latents.sh --cache_dir_latents DIR --dataset_name yuvalkirstain/pickapic_v2 ...
 set -euo pipefail
-source "$(dirname "$0")/../_env.sh"
-source "$(dirname "$0")/../_launch.sh"
+source "$(dirname "$(readlink -f "$0")")/../_env.sh"
+source "$(dirname "$(readlink -f "$0")")/../_launch.sh"
 # The mistakes of flags and paths are answered here, once, and not by every process.
 "$PYTHON" -m sdpo.data.latents --check_only "$@" || exit
 install_requirements requirements.txt

@@ -6,9 +6,9 @@ source "$(dirname "${BASH_SOURCE[0]}")/../_launch.sh"
 # evaluate FLAGS...
 evaluate() {
   # The mistakes of flags and paths are answered here, once, and not by every process.
-  "$PYTHON" eval/evaluate.py --check_only "$@" || exit
+  "$PYTHON" "${AT}eval/evaluate.py" --check_only "$@" || exit
   install_requirements requirements.txt
-  launch eval/evaluate.py "$@"
+  launch "${AT}eval/evaluate.py" "$@"
 }
 
 # need_unet ARGUMENTS: the first one must be the UNet.

@@ -4,7 +4,8 @@
 # They get an environment of their own, .venv-parity (Python 3.11, several GB, made once). All of it
 # takes some two minutes on one core, 9 GB of memory and 4 GB of disk.
 set -euo pipefail
-source "$(dirname "$0")/../_env.sh"
+source "$(dirname "$(readlink -f "$0")")/../_env.sh"
+cd "$ROOT"
 OWN=.venv-parity
 PINS=scripts/parity/requirements.txt
 # hpsv2 imports turtle, and so Tk, which Debian has in a package of its own (python3-tk).

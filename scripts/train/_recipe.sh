@@ -7,14 +7,14 @@ source "$(dirname "${BASH_SOURCE[0]}")/../_launch.sh"
 # train ARGUMENTS...
 train() {
   local recipe arguments
-  recipe=$(basename "$0" .sh)
+  recipe=$(basename "$(readlink -f "$0")" .sh)
   take_config "$@"
-  arguments=(--config_file "scripts/recipes/$recipe.yaml" --output_dir "output/$recipe")
+  arguments=(--config_file "${AT}scripts/recipes/$recipe.yaml" --output_dir "output/$recipe")
   arguments+=(${ARGUMENTS[@]+"${ARGUMENTS[@]}"})
   # Reading the recipe takes PyYAML; all else is installed when flags and paths are known to be right.
   "$PYTHON" -c 'import yaml' 2>/dev/null || install_requirements requirements.txt
   # Their mistakes are answered here, once, and not by every process.
-  "$PYTHON" train.py --check_only "${arguments[@]}" || exit
+  "$PYTHON" "${AT}train.py" --check_only "${arguments[@]}" || exit
   install_requirements requirements.txt
-  launch train.py "${arguments[@]}"
+  launch "${AT}train.py" "${arguments[@]}"
 }

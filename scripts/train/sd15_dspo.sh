@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
 # DSPO with the safeguard on SD1.5: scripts/recipes/sd15_dspo.yaml, and any of train.py's flags.
 set -euo pipefail
-source "$(dirname "$0")/_recipe.sh"
+source "$(dirname "$(readlink -f "$0")")/_recipe.sh"
 train "$@"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
 # DMPO with the safeguard on SDXL: scripts/recipes/sdxl_dmpo.yaml, and any of train.py's flags.
 set -euo pipefail
-source "$(dirname "$0")/_recipe.sh"
+source "$(dirname "$(readlink -f "$0")")/_recipe.sh"
 train "$@"

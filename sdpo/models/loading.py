@@ -106,6 +106,22 @@ def load_strictly(
                 f"(e.g. {names[0]}); is it of another family or size?"
             )
     module.load_state_dict({name: state[name] for name in own}, strict=True)
+    _check_finite(module, where)
+
+
+def _check_finite(module: nn.Module, where: str) -> None:
+    for name, weight in module.named_parameters():
+        if weight.is_floating_point() and weight.numel() and not _is_finite(weight.detach()):
+            raise UserError(
+                f"{where} is broken: its weight {name} holds values that are not finite; give one "
+                "from before that, or another file"
+            )
+
+
+def _is_finite(weight: Tensor) -> bool:
+    # A NaN goes through both; no second tensor is made.
+    least, most = torch.aminmax(weight)
+    return bool(torch.isfinite(least) & torch.isfinite(most))
 
 
 def _without_prefix(
@@ -173,6 +189,7 @@ def from_pretrained(cls: Any, flag: str, name: str, advice: str = ADVICE, **kwar
         "of another shape": sorted(map(str, report["mismatched_keys"])),
     }
     if not any(wrong.values()):
+        _check_finite(model, f"{flag}: {where}")
         return model
     folder = Path(name, part or "")
     if wrong["missing"] and folder.is_dir():

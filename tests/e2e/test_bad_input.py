@@ -181,7 +181,7 @@ def test_unet_init(train, tmp_path):
 
 def test_nonfinite_from_the_start(train, tmp_path):
     bad = base_unet(train.models["sd15"])
-    bad["conv_out.bias"][0] = float("nan")
+    bad["conv_out.bias"][0] = 3e38  # its square is not finite
     torch.save(bad, tmp_path / "bad.pth")
     out = tmp_path / "run"
     flags = {"max_nonfinite_steps": 2, "checkpointing_steps": 1, "max_train_steps": 9}
@@ -192,6 +192,16 @@ def test_nonfinite_from_the_start(train, tmp_path):
     assert Run(out).checkpoints == []
     # What is known of the steps that failed: they were skipped, and JSON stayed JSON.
     assert Run(out).column("loss") == [None] * len(Run(out).metrics)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_weights_that_are_not_finite(train, tmp_path, value):
+    bad = base_unet(train.models["sd15"])
+    bad["conv_out.bias"][0] = float(value)
+    torch.save(bad, tmp_path / "bad.pth")
+    line = train.fails(tmp_path / "run", unet_init=tmp_path / "bad.pth")
+    assert "bad.pth is broken: its weight conv_out.bias" in line
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
 
 
 def test_nonfinite_later_keeps_the_last_good_checkpoint(train, tmp_path):

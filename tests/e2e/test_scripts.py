@@ -10,7 +10,7 @@ import pytest
 
 from sdpo.config import parse_train
 
-from .harness import Run, as_argv, free_port, program
+from .harness import REPO, Run, as_argv, free_port, program
 
 ALL = {
     "dataset_config_name": None,
@@ -287,3 +287,51 @@ def test_python_that_is_not_there():
     assert done.stderr.splitlines() == [
         "sd15_dspo.sh: error: SDPO_PYTHON: there is no program no-such-python"
     ]
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_called_from_another_folder(train, tmp_path, linked):
+    """Paths are the caller's, the default of --output_dir too; a link to the script will do."""
+    here = tmp_path / "a folder"
+    here.mkdir()
+    (here / "pairs").symlink_to(train.pairs)
+    (here / "base").symlink_to(train.models["sd15"])
+    path = REPO / "scripts" / "train" / "sd15_dmpo.sh"
+    if linked:
+        (here / "train_it").symlink_to(path)
+        path = here / "train_it"
+    flags = {"pretrained_model_name_or_path": "base", "train_data_dir": "pairs"}
+    flags |= {"output_dir": None, "report_to": "none", "max_train_steps": 1}
+    env = {k: v for k, v in os.environ.items() if not k.startswith("SDPO_")}
+    env |= {"SDPO_PYTHON": sys.executable, "SDPO_SKIP_INSTALL": "1"}
+    command = ["bash", str(path), *tiny(train, None, "sd15", **flags)]
+    done = subprocess.run(command, cwd=here, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    run = Run(here / "output" / "sd15_dmpo")
+    assert run.column("step") == [1]
+    assert run.config["args"]["train_data_dir"] == "pairs"
+    assert run.config["args"]["dmpo_alpha"] == RECIPES["sd15_dmpo"]["dmpo_alpha"]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "said"),
+    [
+        ("eval/test_sd15.sh", ["nowhere.pth"], "nowhere.pth"),
+        ("eval/test_vs.sh", ["--json_a", "a.json", "--json_b", "b.json"], "a.json"),
+        ("data/relabel.sh", ["--choice_model", "clip", "--train_data_dir", "none"], "none"),
+        ("data/cache_latents.sh", ["--config_file", "none.yaml"], "none.yaml"),
+        ("quickstart.sh", ["--nothing"], "--nothing"),
+        ("lab.sh", ["--nothing"], "--nothing"),
+        ("bench/step.sh", ["--nothing"], "--nothing"),
+        ("pretrain_tinyworld.sh", ["--nothing"], "--nothing"),
+    ],
+)
+def test_every_script_runs_through_a_link(tmp_path, name, arguments, said):
+    (tmp_path / "link").symlink_to(REPO / "scripts" / name)
+    env = {**os.environ, "SDPO_PYTHON": sys.executable, "SDPO_SKIP_INSTALL": "1"}
+    command = ["bash", "link", *arguments]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert said in done.stderr
+    assert "No such file" not in done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link"]

@@ -356,3 +356,56 @@ def test_refusals_of_scores(two, refused):
     assert f"{two[1]}, row 2: its clip score is not a finite number" in sentence
     parquet_path(two[1]).write_bytes(b"PAR1 or not")
     assert "is not a score file" in refused("--json_a", two[0], "--json_b", two[1])
+
+
+def with_settings(path: Path, **settings: object) -> Path:
+    """A manifest whose rows say how their images were made."""
+    rows = load(path)
+    for index, row in enumerate(rows):
+        row["metadata"] |= {"index": index, **settings}
+        if settings.get("protocol") == "diffusers":
+            row["metadata"]["seed"] += index
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    return path
+
+
+MADE = {"protocol": "paper", "steps": 50, "cfg": 7.5, "seed": 0, "height": 512, "width": 512}
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"steps": 20}, "steps 50 and 20"),
+        ({"cfg": 5.0}, "cfg 7.5 and 5.0"),
+        ({"seed": 1}, "seed 0 and 1"),
+        ({"height": 1024, "width": 1024}, "height 512 and 1024, width 512 and 1024"),
+        ({"protocol": "diffusers"}, "protocol paper and diffusers"),
+        ({"steps": 20, "seed": 3}, "steps 50 and 20, seed 0 and 3"),
+    ],
+)
+def test_images_made_with_other_settings_are_noted(two, tmp_path, compare, other, said):
+    a, b = with_settings(two[0], **MADE), with_settings(two[1], **{**MADE, **other})
+    out = tmp_path / "out"
+    code, _, err = compare("--json_a", a, "--json_b", b, "--label_a", "x", "--label_b", "y",
+                           "--outdir", out)  # fmt: skip
+    note = f"the images of x and y were made with different settings: {said}; generate them alike"
+    assert code == 0
+    assert note in err
+    assert note in load(out / "summary.json")["notes"]
+    assert note in (out / "summary.md").read_text(encoding="utf-8")
+    assert note in (out / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("protocol", ["paper", "diffusers"])
+def test_images_made_alike_are_not_noted(two, tmp_path, compare, protocol):
+    made = {**MADE, "protocol": protocol}
+    a, b = with_settings(two[0], **made), with_settings(two[1], **made)
+    code, _, err = compare("--json_a", a, "--json_b", b, "--label_a", "x", "--label_b", "y",
+                           "--outdir", tmp_path / "out")  # fmt: skip
+    assert (code, err) == (0, "")
+
+
+def test_manifests_that_do_not_say_how_are_not_noted(two, tmp_path, compare):
+    a = with_settings(two[0], **MADE)
+    code, _, err = compare("--json_a", a, "--json_b", two[1], "--outdir", tmp_path / "out")
+    assert (code, err) == (0, "")

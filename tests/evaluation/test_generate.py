@@ -221,6 +221,12 @@ def test_sdxl(flags, tmp_path, tiny_sdxl):
         (("--resolution", 30), "--resolution must be a multiple of 8"),
         (("--cfg", "nan"), "--cfg"),
         (("--seed", -1), "--seed"),
+        (("--seed", 2**64), "--seed must be below"),
+        (("--steps", 1001), "--steps 1001: the base's schedule has 1000 timesteps"),
+        (("--steps", 1001, "--protocol", "diffusers"), "--steps 1001"),
+        (("--unet", "NAN"), "unet.pth is broken: its weight conv_out.bias"),
+        (("--unet", "HUGE"), "--unet: its latents of prompt 0 are not finite"),
+        (("--unet", "HUGE", "--protocol", "diffusers"), "--unet: its latents of prompt 0"),
         (("--dtype", "fp16"), "--dtype fp16 needs a GPU"),
         (("--protocol", "mine"), "--protocol"),
         (("--outdir", "FILE"), "--outdir: .* is not a directory"),
@@ -236,6 +242,11 @@ def test_bad_input(flags, tmp_path, tiny_sd15, tiny_sdxl, more, said):
             state = load_file(tiny_sd15 / "unet" / "diffusion_pytorch_model.safetensors")
             torch.save(state, tmp_path / "unet.pth")
             (tmp_path / "unet.pth").write_bytes((tmp_path / "unet.pth").read_bytes()[:-5000])
+            return tmp_path / "unet.pth"
+        if word in ("NAN", "HUGE"):
+            state = load_file(tiny_sd15 / "unet" / "diffusion_pytorch_model.safetensors")
+            state["conv_out.bias"][:] = float("nan") if word == "NAN" else 3e38
+            torch.save(state, tmp_path / "unet.pth")
             return tmp_path / "unet.pth"
         if word == "FOREIGN":
             torch.save({"a": torch.zeros(1)}, tmp_path / "unet.pth")

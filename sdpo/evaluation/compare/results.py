@@ -20,6 +20,8 @@ from sdpo.evaluation.score.table import ScoreTable
 
 TIE = "tie"
 _MADE_WITH = ("weights", "precision")
+# Manifests made under other values of these show the settings as well as the models.
+_SETTINGS = ("protocol", "steps", "cfg", "seed", "height", "width")
 _TIES_POLICY = {"half": "half", "loss": "loss_for_a"}  # as the published files call them
 
 
@@ -97,8 +99,22 @@ def compare_models(
 
 
 def notes(models: list[Model], metrics: list[str]) -> list[str]:
-    """Note what a reader must know before trusting the numbers: scores that were not made alike."""
+    """Note what a reader must know before trusting the numbers: images or scores that were not
+    made alike."""
     found = []
+    first_made = made_with(models[0])
+    for model in models[1:]:
+        made = made_with(model)
+        unlike = [
+            f"{name} {_values(first_made[name])} and {_values(made[name])}"
+            for name in _SETTINGS
+            if first_made[name] and made[name] and first_made[name] != made[name]
+        ]
+        if unlike:
+            found.append(
+                f"the images of {models[0].label} and {model.label} were made with different "
+                f"settings: {', '.join(unlike)}; generate them alike"
+            )
     for metric in metrics:
         first = models[0].table.about.get(metric, {})
         for model in models[1:]:
@@ -110,6 +126,24 @@ def notes(models: list[Model], metrics: list[str]) -> list[str]:
                     f"different {' and '.join(unlike)}; eval/score.py scores them alike"
                 )
     return found
+
+
+def made_with(model: Model) -> dict[str, list[Any]]:
+    """List the values that a manifest's rows hold of each setting, [] where it does not say; of the
+    seeds the ones that were given, from which --protocol diffusers counts."""
+    found: dict[str, dict[str, Any]] = {name: {} for name in _SETTINGS}
+    for entry in model.table.manifest.entries:
+        row = dict(entry.metadata)
+        if row.get("protocol") == "diffusers" and {"seed", "index"} <= row.keys():
+            row["seed"] -= row["index"]
+        for name, values in found.items():
+            if row.get(name) is not None:
+                values[repr(row[name])] = row[name]
+    return {name: sorted(values.values(), key=repr) for name, values in found.items()}
+
+
+def _values(values: list[Any]) -> str:
+    return " or ".join(map(str, values[:3]))
 
 
 def result_fields(result: Result) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sdpo.common.errors import UserError
 from sdpo.common.files import check_directory
-from sdpo.common.flags import FINITE, at_least, flag, multiple_of
+from sdpo.common.flags import FINITE, Check, at_least, flag, multiple_of
 from sdpo.config import ModelConfig
 from sdpo.config.families import FAMILIES
 from sdpo.evaluation.generate.suites import BUILT_SUITES, KNOWN_SUITES, read_suite
@@ -15,6 +15,8 @@ from sdpo.evaluation.generate.unets import BASE, check_unet, label_of
 from sdpo.models.locations import check_lora_file, check_model_location
 
 PROTOCOL_NAMES = ("paper", "diffusers")
+# A torch generator takes 64 bits; with --protocol diffusers the prompt's number is added.
+LARGEST_SEED = Check("be below 2^64 - 2^32", lambda seed: seed < 2**64 - 2**32)
 DTYPE_NAMES = ("bf16", "fp16", "fp32")
 
 
@@ -77,7 +79,7 @@ class GenerationConfig:
         check=FINITE,
         shown="7.5; with --protocol diffusers and --sdxl 5.0",
     )
-    seed: int = flag(0, "of the noise", check=at_least(0))
+    seed: int = flag(0, "of the noise", check=(at_least(0), LARGEST_SEED))
     resolution: int = flag(
         None,
         "side of the square images, in pixels",

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sdpo.common.captions import for_tokenizer
+from sdpo.common.errors import UserError
 from sdpo.models.base import Conditions, Family, Frozen, ModelSource, joined, repeat
 
 DECODED_PIXELS = 2**21  # at a time: 8 images of 512 px
@@ -56,6 +57,13 @@ class Protocol(ABC):
         self.unet: Any = unet.to(device, sampling.dtype).eval()
         frozen.to(device, sampling.dtype, self.vae_dtype())
         self.prepare(source)
+        scheduler: Any = self.scheduler
+        timesteps = scheduler.config.num_train_timesteps
+        if sampling.steps > timesteps:
+            raise UserError(
+                f"--steps {sampling.steps}: the base's schedule has {timesteps} timesteps, give at "
+                "most so many"
+            )
 
     @abstractmethod
     def vae_dtype(self) -> torch.dtype:
@@ -139,6 +147,7 @@ class Paper(Protocol):
             uncond, cond = output.chunk(2)
             guided = cond + self.sampling.cfg * (cond - uncond)
             latents = scheduler.step(guided, timestep, latents).prev_sample
+        check_finite(latents, indices)
         return self.decode(latents)
 
     def decode(self, latents: Tensor) -> list[Image.Image]:
@@ -177,6 +186,12 @@ class Diffusers(Protocol):
 
     def __call__(self, prompts: Sequence[str], indices: Sequence[int]) -> list[Image.Image]:
         """Make an image of every prompt, its noise drawn on the CPU, whatever the device."""
+
+        def check(pipe: Any, step: int, timestep: Any, state: dict[str, Any]) -> dict[str, Any]:
+            if step == self.sampling.steps - 1:
+                check_finite(state["latents"], indices)
+            return state
+
         return self.pipeline(
             for_tokenizer(self.pipeline.tokenizer, prompts),
             height=self.sampling.resolution,
@@ -184,7 +199,22 @@ class Diffusers(Protocol):
             num_inference_steps=self.sampling.steps,
             guidance_scale=self.sampling.cfg,
             generator=[torch.Generator().manual_seed(self.seed_of(i)) for i in indices],
+            callback_on_step_end=check,
         ).images
+
+
+def check_finite(latents: Tensor, indices: Sequence[int]) -> None:
+    """Refuse latents (B, C, r, r) that would decode to black images.
+
+    Raises:
+        UserError: some are not finite.
+    """
+    bad = [i for i, one in zip(indices, latents, strict=True) if not one.isfinite().all()]
+    if bad:
+        raise UserError(
+            f"--unet: its latents of prompt {bad[0]} are not finite; is the UNet broken, or does "
+            "it overflow in --dtype (fp32 does not)?"
+        )
 
 
 PROTOCOLS: dict[str, type[Protocol]] = {"paper": Paper, "diffusers": Diffusers}
