@@ -95,9 +95,9 @@ def find_layout(names: Sequence[str], data: SourceConfig) -> Layout:
 
     given = dict(item.split("=", 1) for item in data.columns)
     where = "--columns" if given else data.location_flag
-    layout = None if given else _known_by_name(names, where, there)
+    layout = None if set(given) - {"caption"} else _known_by_name(names, where, there)
     captions: tuple[str, ...] = (given.get("caption", data.caption_column),)
-    if layout and data.caption_column == "caption":
+    if layout and captions == ("caption",) and not given:
         captions += CAPTIONS
     if layout is None:
         label = given.get("label") or pick(where, LABEL)

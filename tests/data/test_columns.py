@@ -251,6 +251,38 @@ def test_columns_flag(trained, files, tmp_path, caplog, values, label, streaming
     assert f"columns: caption=said image_0=a image_1=b label={label}" in caplog.text
 
 
+def test_columns_flag_of_the_caption_alone(trained, files, tmp_path):
+    rows = [
+        {"chosen": won, "rejected": lost, "prompt": "no", "said": f"caption {i}"}
+        for i, (won, lost) in enumerate(files(tmp_path))
+    ]
+    write(tmp_path, "metadata.jsonl", rows)
+    assert trained(tmp_path, columns=["caption=said"]) == expected(0, 1, 2, 3)
+    assert trained(tmp_path, caption_column="said") == expected(0, 1, 2, 3)
+
+
+def test_derived_rows_can_be_cached_and_labelled_anew(make_config, files, tmp_path):
+    import numpy as np
+
+    from sdpo.data.ai_labels import ChoiceScores, with_choices
+    from sdpo.data.latents.identity import dataset_digest
+
+    rows = [
+        {"prompt": "p", "file_path": [won, lost], "human_preference": [1, 0] if i else [1, 1]}
+        for i, (won, lost) in enumerate(files(tmp_path))
+    ]
+    write(tmp_path, "train.json", rows)
+    source = open_pairs(make_config(train_data_dir=tmp_path).data, 0)
+    before = dataset_digest(source)
+    scores = ChoiceScores(tmp_path / "scores.parquet", 4)
+    scores.put([1, 2, 3], np.array([[0.0, 1.0], [1.0, 0.0], [1.0, 1.0]]))
+    labelled, agreement = with_choices(source, scores)
+    assert [labelled.row(i)["label_0"] for i in range(3)] == [0.0, 1.0, 1.0]
+    assert (agreement.agree, agreement.differ, agreement.equal) == (1, 1, 1)
+    (tmp_path / "images" / "w2.png").write_bytes(b"other")
+    assert dataset_digest(source) != before
+
+
 def test_columns_flag_of_lists(trained, files, tmp_path):
     rows = [
         {"both": [lost, won], "score": [0.25, 0.5], "text": f"caption {i}"}
