@@ -16,9 +16,17 @@ class ModelConfig:
 
     pretrained_model_name_or_path: str = flag(
         "",
-        "base pipeline: a hub id or a local directory in diffusers layout",
-        metavar="ID_OR_DIR",
+        "base pipeline: a hub id, a local directory in diffusers layout, or a single-file "
+        "checkpoint in the original layout",
+        metavar="ID_OR_PATH",
         required=True,
+        expand=True,
+    )
+    single_file_config: str | None = flag(
+        None,
+        "base whose configurations and tokenizers a single-file checkpoint goes with",
+        metavar="ID_OR_DIR",
+        shown="the family's official one",
         expand=True,
     )
     pretrained_vae_model_name_or_path: str | None = flag(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sdpo.common.captions import for_tokenizer
 from sdpo.common.errors import UserError, first_line
+from sdpo.config.families import FAMILIES
 from sdpo.models.loading import (
     from_pretrained,
     is_weights_file,
@@ -22,6 +23,7 @@ from sdpo.models.loading import (
 from sdpo.models.locations import check_family
 from sdpo.models.lora_file import merge_lora
 from sdpo.models.noise import Diffusion, NoiseProcess
+from sdpo.models.single_file import load_part, unet_weights
 
 if TYPE_CHECKING:
     from sdpo.config import TrainConfig
@@ -65,8 +67,10 @@ def joined(parts: Sequence[Conditions]) -> Conditions:
 class ModelSource:
     """Where a run's models come from; the same words as train.py's flags.
 
-    `lora` is a file that is added into the UNet's weights. `unet_flag` and `lora_flag` are the
-    flags that `unet_init` and `lora` came from, for messages."""
+    `weights` is a single-file checkpoint in the original layout that has the base's weights; `base`
+    then has the configurations and tokenizers. `lora` is a file that is added into the UNet's
+    weights. `unet_flag` and `lora_flag` are the flags that `unet_init` and `lora` came from, for
+    messages."""
 
     base: str
     vae: str | None = None
@@ -74,6 +78,7 @@ class ModelSource:
     unet_init: str | None = None
     cache_dir: str | None = None
     unet_flag: str = "--unet_init"
+    weights: str | None = None
     lora: str | None = None
     lora_flag: str = "--lora"
 
@@ -81,13 +86,30 @@ class ModelSource:
     def of(cls, config: TrainConfig) -> ModelSource:
         """Name the places that a run's settings name."""
         model = config.model
+        base, weights = place_of_base(
+            model.pretrained_model_name_or_path, model.single_file_config, model.sdxl
+        )
         return cls(
-            base=model.pretrained_model_name_or_path,
+            base=base,
+            weights=weights,
             vae=model.pretrained_vae_model_name_or_path,
             revision=model.revision,
             unet_init=model.unet_init,
             cache_dir=config.data.cache_dir,
         )
+
+
+def place_of_base(name: str, config: str | None, sdxl: bool) -> tuple[str, str | None]:
+    """Say where a base's configurations are, and the single file of its weights, if it is one.
+
+    Args:
+        name: of the base: a hub id, a directory or a file.
+        config: of --single_file_config.
+        sdxl: its family.
+    """
+    if not (is_weights_file(name) and Path(name).is_file()):
+        return name, None
+    return config or FAMILIES["sdxl" if sdxl else "sd15"].base, name
 
 
 class Family(ABC):
@@ -114,6 +136,12 @@ class Family(ABC):
                 cache_dir=source.cache_dir,
             )
         except Exception as error:
+            if source.weights:
+                raise UserError(
+                    f"{BASE_FLAG}: {source.weights} holds weights alone, and the configurations "
+                    f"and tokenizers of {source.base} cannot be had ({first_line(error)}); give "
+                    "--single_file_config DIR_OR_ID of a base of its family in diffusers layout"
+                ) from error
             raise UserError(
                 f"{BASE_FLAG}: cannot load unet/config.json of {source.base} "
                 f"({first_line(error)}); give a hub id this machine can reach or has in "
@@ -139,11 +167,14 @@ class Family(ABC):
 
         config = self.load_unet_config(source)
         init, flag = source.unet_init, source.unet_flag
+        if init is None and source.weights:
+            init, flag = source.weights, BASE_FLAG
         if init is None:
             return self._unet_from_pretrained(BASE_FLAG, source.base, "unet", source)
         if is_weights_file(init):
             unet = UNet2DConditionModel.from_config(config)
-            load_strictly(unet, read_state_dict(Path(init)), f"{flag} {init}")
+            where = f"{flag} {init}"
+            load_strictly(unet, unet_weights(read_state_dict(Path(init)), config, where), where)
             return unet
         plain = (Path(init) / "config.json").is_file()
         subfolder = None if plain else "unet"
@@ -178,11 +209,10 @@ class Family(ABC):
         if source.vae:
             vae = from_pretrained(AutoencoderKL, VAE_FLAG, source.vae, cache_dir=source.cache_dir)
         else:
-            vae = from_pretrained(AutoencoderKL, BASE_FLAG, source.base, subfolder="vae", **common)
+            vae = self._part(AutoencoderKL, "vae", source)
         scheduler = self.load_scheduler(source)
         encoders = [
-            from_pretrained(cls, BASE_FLAG, source.base, subfolder=part, **common)
-            for part, cls in self._text_encoder_classes().items()
+            self._part(cls, part, source) for part, cls in self._text_encoder_classes().items()
         ]
         tokenizers = [
             from_pretrained(CLIPTokenizer, BASE_FLAG, source.base, subfolder=part, **common)
@@ -192,6 +222,13 @@ class Family(ABC):
         for module in (vae, *encoders):
             module.float().requires_grad_(False).eval()
         return Frozen(vae, encoders, tokenizers, scheduler)
+
+    def _part(self, cls: Any, part: str, source: ModelSource) -> Any:
+        where: Any = {"revision": source.revision, "cache_dir": source.cache_dir}
+        if source.weights:
+            path = Path(source.weights)
+            return load_part(cls, part, path, BASE_FLAG, source.base, **where)
+        return from_pretrained(cls, BASE_FLAG, source.base, subfolder=part, **where)
 
     def load_scheduler(self, source: ModelSource) -> Any:
         """Load the training noise schedule alone, a `DDPMScheduler`.

@@ -29,10 +29,18 @@ def check_model_location(config: ModelConfig) -> None:
     Raises:
         UserError: otherwise. Hub ids are checked when their config arrives.
     """
-    check_component_dir(
-        config.pretrained_model_name_or_path, "--pretrained_model_name_or_path", "unet/config.json"
-    )
-    base = Path(config.pretrained_model_name_or_path)
+    base, flag = Path(config.pretrained_model_name_or_path), "--pretrained_model_name_or_path"
+    if base.is_file() and base.suffix in WEIGHT_SUFFIXES:
+        if config.single_file_config:
+            base, flag = Path(config.single_file_config), "--single_file_config"
+            check_component_dir(config.single_file_config, flag, "unet/config.json")
+    elif config.single_file_config:
+        raise UserError(
+            "--single_file_config has no meaning unless --pretrained_model_name_or_path is a "
+            "single-file checkpoint"
+        )
+    else:
+        check_component_dir(config.pretrained_model_name_or_path, flag, "unet/config.json")
     if base.is_dir():
         check_family(read_config(base / "unet/config.json"), config.sdxl, str(base))
     if config.pretrained_vae_model_name_or_path:

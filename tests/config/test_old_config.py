@@ -14,7 +14,11 @@ from sdpo.training.checkpoint import read_progress
 OLD = Path(__file__).with_name("config-6175d9c.json")
 ARGS = json.loads(OLD.read_text(encoding="utf-8"))["args"]
 # Flags that came since, at their defaults.
-NOW = {**ARGS, "lora_init": None, "columns": [], "image_root": None, "min_agreement": None}
+NOW = {
+    **ARGS,
+    **{"lora_init": None, "single_file_config": None},
+    **{"columns": [], "image_root": None, "min_agreement": None},
+}
 
 
 def test_its_flags_are_today_s_and_say_the_same():

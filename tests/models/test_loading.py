@@ -175,7 +175,7 @@ def test_wrappers_prefixes_and_the_old_format(trained, tiny_sd15, tmp_path, wrap
     [
         ({"unet.down_blocks.0.attn.to_q.lora_A.weight": 1}, "a file of adapters"),
         ({"lora_unet_down_blocks_0_attn_to_q.lora_down.weight": 1}, "a file of adapters"),
-        ({"model.diffusion_model.input_blocks.0.0.weight": 1}, "single-file checkpoint"),
+        ({"model.diffusion_model.input_blocks.0.0.weight": 1}, "weights are missing"),
     ],
 )
 def test_other_kinds_of_files_are_recognised(tiny_sd15, tmp_path, state, said):

@@ -124,6 +124,8 @@ def vae_digest(source: ModelSource) -> str:
     """
     if source.vae:
         return _Folder(VAE_FLAG, source.vae, cache_dir=source.cache_dir).digest()
+    if source.weights:
+        return _joined([file_sha256(Path(source.weights)), "vae"])
     return _base_folder(source, "vae").digest()
 
 
@@ -134,7 +136,10 @@ def text_digest(family: Family, source: ModelSource) -> str:
         UserError: they are not to be had.
     """
     encoders, tokenizers = family.text_parts()
-    digests = [_base_folder(source, part).digest() for part in encoders]
+    if source.weights:
+        digests = [file_sha256(Path(source.weights))]
+    else:
+        digests = [_base_folder(source, part).digest() for part in encoders]
     digests += [_base_folder(source, part).tokenizer_digest() for part in tokenizers]
     return _joined(digests)
 

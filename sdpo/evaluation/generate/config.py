@@ -45,7 +45,13 @@ class GenerationConfig:
     sdxl: bool = flag(False, "the model is an SDXL model", shown="SD1.5")
     pretrained_model_name_or_path: str = flag(
         None,
-        "base pipeline, for all but the UNet",
+        "base pipeline, for all but the UNet; as train.py's",
+        metavar="ID_OR_PATH",
+        shown="the family's official one",
+    )
+    single_file_config: str | None = flag(
+        None,
+        "base whose configurations and tokenizers a single-file checkpoint goes with",
         metavar="ID_OR_DIR",
         shown="the family's official one",
     )
@@ -125,6 +131,7 @@ def fill_in(config: GenerationConfig) -> GenerationConfig:
         ModelConfig(
             pretrained_model_name_or_path=filled.pretrained_model_name_or_path,
             pretrained_vae_model_name_or_path=filled.pretrained_vae_model_name_or_path,
+            single_file_config=filled.single_file_config,
             sdxl=filled.sdxl,
         )
     )

@@ -112,13 +112,17 @@ def build_protocol(
     from sdpo.evaluation.generate.protocols import PROTOCOLS, Sampling
     from sdpo.evaluation.generate.unets import FLAG, digest_of, locate_unet
     from sdpo.models import get_family
-    from sdpo.models.base import ModelSource
+    from sdpo.models.base import ModelSource, place_of_base
 
     check_precision("--dtype", config.dtype, accelerator.device)
     family = get_family(config.sdxl)
+    base, weights = place_of_base(
+        config.pretrained_model_name_or_path, config.single_file_config, config.sdxl
+    )
     with accelerator.local_main_process_first():
         source = ModelSource(
-            base=config.pretrained_model_name_or_path,
+            base=base,
+            weights=weights,
             vae=config.pretrained_vae_model_name_or_path,
             revision=config.revision,
             unet_init=locate_unet(config.unet, config.cache_dir),
