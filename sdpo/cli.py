@@ -39,6 +39,7 @@ class Program(NamedTuple):
 PROGRAMS = {
     "train": Program("train a model on preference pairs", "", True),
     "heldout": Program("measure a run's checkpoints on held-out pairs", "sdpo.evaluation.heldout"),
+    "export": Program("write a run's model for other programs", "sdpo.training.export"),
     "plot": Program("draw the curves of runs", "sdpo.lab.plot"),
     "evaluate": Program("generate every suite and score it", "sdpo.evaluation.evaluate", True),
     "generate": Program("generate a suite's images", "sdpo.evaluation.generate.run"),

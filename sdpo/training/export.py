@@ -1,0 +1,170 @@
+"""Export a run or one of its checkpoints for other programs.
+
+    python -m sdpo.training.export output/run --out model.safetensors --half
+    python -m sdpo.training.export output/run --out lora.safetensors --format lora_kohya
+
+original: UNet, VAE and text encoders in one file, in the layout of SD's first code; lora_kohya: a
+LoRA run's adapters in the naming of kohya's scripts; diffusers: a pipeline directory.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdpo.common.errors import UserError, run_main
+from sdpo.common.files import written_beside
+from sdpo.common.flags import flag, from_flat, parse
+from sdpo.config import TrainConfig
+from sdpo.training.checkpoint_paths import (
+    EMA_FILE,
+    STATE_FILE,
+    UNET_FILE,
+    is_complete,
+    latest_checkpoint,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sdpo.models import Base
+
+PROGRAM = "python -m sdpo.training.export"
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """The program's flags."""
+
+    run: Path = flag(None, "--output_dir of a run, or a checkpoint of it", positional=True)
+    out: Path = flag(None, "file to write; a directory with --format diffusers", required=True)
+    format: str = flag(
+        "original",
+        "original: all weights in one file; lora_kohya: adapters; diffusers: a pipeline",
+        choices=("original", "lora_kohya", "diffusers"),
+    )
+    half: bool = flag(False, "in half precision (fp16)", shown="float32")
+    ema: bool = flag(False, "the averages of a run with --use_ema")
+    force: bool = flag(False, "write over what is at --out")
+
+
+def main() -> int:
+    """Write what the flags describe; returns the exit code.
+
+    Raises:
+        UserError: naming the flag and what would be right.
+    """
+    config = parse(ExportConfig, sys.argv[1:], PROGRAM, __doc__)
+    checkpoint = check_export(config)
+
+    from sdpo.models import open_base
+    from sdpo.models.loading import load_strictly, read_state_dict
+
+    state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+    base = open_base(from_flat(TrainConfig, state["args"]))
+    weights = checkpoint / (EMA_FILE if config.ema else UNET_FILE)
+    unet = base.family.load_unet(base.source)
+    if config.format == "lora_kohya":
+        write_tensors(config, _adapters(config, checkpoint, unet))
+        return 0
+    load_strictly(unet, read_state_dict(weights), str(weights))
+    if config.format == "diffusers":
+        from sdpo.training.checkpoint import export_pipeline
+
+        export_pipeline(config.out, base, unet)
+    else:
+        write_tensors(config, original_state(base, unet))
+    return 0
+
+
+def check_export(config: ExportConfig) -> Path:
+    """Check the flags; returns the checkpoint that they name.
+
+    Raises:
+        UserError: there is none, it lacks what is asked for, or --out is there.
+    """
+    newest = config.run if is_complete(config.run) else latest_checkpoint(config.run)
+    if newest is None:
+        raise UserError(f"{config.run} is no checkpoint, and no run with a complete one")
+    if config.ema and not (newest / EMA_FILE).is_file():
+        raise UserError(f"--ema: {newest} holds no {EMA_FILE}; it was not run with --use_ema")
+    if config.format == "diffusers":
+        if config.half:
+            raise UserError("--half has no meaning with --format diffusers, which is float32")
+    elif config.out.suffix != ".safetensors":
+        raise UserError(f"--out must end in .safetensors, got {config.out}")
+    elif config.out.is_dir():
+        raise UserError(f"--out: {config.out} is a directory")
+    if config.out.exists() and not config.force:
+        raise UserError(f"--out: {config.out} exists; give another place, or --force")
+    return newest
+
+
+def _adapters(config: ExportConfig, checkpoint: Path, unet: Any) -> dict[str, Tensor]:
+    from sdpo.models.lora import LORA_FILE
+    from sdpo.models.lora_file import kohya_state, read_lora
+    from sdpo.training.checkpoint import EMA_LORA_FILE
+
+    path = checkpoint / (EMA_LORA_FILE if config.ema else LORA_FILE)
+    if not path.is_file():
+        raise UserError(
+            f"--format lora_kohya: {checkpoint} holds no {path.name}; it was not run with "
+            "--lora_rank"
+        )
+    layers = read_lora(path, unet, "--format lora_kohya:")
+    if any(layer.magnitude is not None for layer in layers.values()):
+        raise UserError(
+            "--format lora_kohya: the naming has no agreed place for DoRA's lengths; give "
+            "--format original, where they are merged"
+        )
+    return kohya_state(layers, unet.config)
+
+
+def original_state(base: Base, unet: Any) -> dict[str, Tensor]:
+    """Collect a UNet's weights and those of the base's other parts in the original layout.
+
+    Raises:
+        UserError: a part of the base is not to be had, or the layout has no place for the UNet.
+    """
+    from sdpo.models.original import text_states, unet_state, vae_state
+
+    frozen = base.family.load_frozen(base.source)
+    try:
+        weights = unet_state(unet.state_dict(), unet.config)
+    except ValueError as error:
+        raise UserError(f"--format original has no place for the UNet's {error}") from None
+    return {
+        **weights,
+        **vae_state(frozen.vae.state_dict(), frozen.vae.config),
+        **text_states([encoder.state_dict() for encoder in frozen.text_encoders]),
+    }
+
+
+def write_tensors(config: ExportConfig, state: dict[str, Tensor]) -> None:
+    """Write a safetensors file whole, beside its place and renamed.
+
+    Raises:
+        UserError: a weight is out of half precision's range.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    written = {}
+    for name, value in state.items():
+        value = value.detach().cpu()
+        if config.half and value.is_floating_point():
+            half = value.to(torch.float16)
+            if not torch.isfinite(half).all():
+                raise UserError(f"--half: {name} is out of half precision's range; leave it out")
+            value = half
+        written[name] = value.contiguous()
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    with written_beside(config.out) as beside:
+        save_file(written, beside, {"format": "pt"})
+
+
+if __name__ == "__main__":
+    run_main(main, "sdpo.export")
