@@ -64,6 +64,7 @@ PROGRAMS = (
     ["-m", "sdpo.lab", "audit"],
     ["-m", "sdpo.lab", "plot"],
     ["-m", "sdpo.evaluation.heldout"],
+    ["-m", "sdpo.training.export"],
 )
 
 

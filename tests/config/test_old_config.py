@@ -16,8 +16,11 @@ ARGS = json.loads(OLD.read_text(encoding="utf-8"))["args"]
 # Flags that came since, at their defaults.
 NOW = {
     **ARGS,
-    **{"lora_init": None, "single_file_config": None},
-    **{"columns": [], "image_root": None, "min_agreement": None},
+    "lora_init": None,
+    "single_file_config": None,
+    "columns": [],
+    "image_root": None,
+    "min_agreement": None,
 }
 
 
