@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,18 @@ def make_reference(unet: nn.Module, dtype: torch.dtype) -> nn.Module:
     reference = copy.deepcopy(unet).requires_grad_(False).eval()
     hold_frozen_products(reference, dtype)
     return reference
+
+
+def weights_digest(module: nn.Module) -> str:
+    """Compute what tells the float32 weights of two models apart, in hex: for each weight its name,
+    shape, the sum of its bits as integers and some of its values. As fast as memory is read."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(module.state_dict().items()):
+        flat = weight.detach().float().cpu().contiguous().flatten()
+        bits = int(flat.view(torch.int32).sum(dtype=torch.int64))
+        digest.update(f"{name} {tuple(weight.shape)} {bits} ".encode())
+        digest.update(flat[:: max(1, len(flat) // 64)].contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 class Offloaded:

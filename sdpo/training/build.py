@@ -13,8 +13,8 @@ from sdpo.data.latents.prepare import prepare_cache
 from sdpo.data.loader import PairLoader
 from sdpo.models.ema import Ema
 from sdpo.models.encoding import Encoder, ModelEncoder
-from sdpo.models.reference import Reference, build_reference
-from sdpo.training.checkpoint import load_ema, load_weights
+from sdpo.models.reference import Reference, build_reference, weights_digest
+from sdpo.training.checkpoint import check_reference, load_ema, load_weights
 from sdpo.training.sharding import Sharding, divided, shard
 from sdpo.training.state import Models, Session
 
@@ -57,6 +57,9 @@ def build_models(config: TrainConfig, base: Base, loader: PairLoader, run: Sessi
     with run.accelerator.local_main_process_first():
         unet = family.load_unet(source)
         encoder = build_encoder(family, source, config.data.resolution, device, dtype, loader.cache)
+    digest = weights_digest(unet)
+    if run.resume_from:
+        check_reference(run.resume_from, digest)
     if config.optim.channels_last:
         to_channels_last(unet, encoder)
     parameters = sum(p.numel() for p in unet.parameters())
@@ -71,6 +74,7 @@ def build_models(config: TrainConfig, base: Base, loader: PairLoader, run: Sessi
     if run.resume_from and ema is not None:
         load_ema(run.resume_from, run.training, unet, ema)
     models = Models(base, unet, reference, encoder, ema, parameters=parameters)
+    models.reference_digest = digest
     if run.sharding:
         _shard(models, run.sharding, device, run.accelerator.num_processes)
     else:

@@ -67,7 +67,11 @@ _MAY_DIFFER = {"resume_from_checkpoint", "max_train_steps", "num_train_epochs", 
 
 
 def save_checkpoint(
-    config: TrainConfig, progress: Progress, models: Models, training: dict[str, Any]
+    config: TrainConfig,
+    progress: Progress,
+    models: Models,
+    training: dict[str, Any],
+    data: dict[str, Any] | None = None,
 ) -> Path:
     """Write `checkpoint-N/` (by one process alone) and delete what is beyond
     --checkpoints_total_limit; one that is there is left as it is.
@@ -75,6 +79,7 @@ def save_checkpoint(
     Args:
         models: with the UNet unwrapped and whole, as `sdpo.training.sharding.gathered` gives them.
         training: state dicts of optimizer, scheduler and, in fp16, gradient scaler.
+        data: what `sdpo.data.digest.describe_pairs` said.
     """
     output_dir, limit = Path(config.run.output_dir), config.run.checkpoints_total_limit
     final = checkpoint_dir(output_dir, progress.step)
@@ -90,6 +95,7 @@ def save_checkpoint(
             _save_weights(models, beside, EMA_FILE, EMA_LORA_FILE)
     torch.save(training, beside / OPTIMIZER_FILE)
     state = {"step": progress.step, "place": list(progress.place), "args": config.flags()}
+    state |= {"reference": models.reference_digest, "data": data}
     write_json(beside / STATE_FILE, state)
     rename_complete(beside, final)
     log.info("saved %s", final)
@@ -148,7 +154,7 @@ def read_progress(
     Raises:
         UserError: it was made with other flags than a resumed run can have.
     """
-    state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+    state = read_state(path)
     now, then = config.flags(), state["args"]
     for name in SAME_RUN:
         # A flag that the program did not have yet was off.
@@ -162,6 +168,29 @@ def read_progress(
         changes = ", ".join(f"--{k} {then[k]} -> {now[k]}" for k in changed)
         log.warning("%s %s: flags that were others then: %s", flag, path.name, changes)
     return Progress(state["step"], Place(*state["place"]))
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Read a checkpoint's state.json."""
+    state: dict[str, Any] = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+    return state
+
+
+def check_reference(path: Path, digest: str) -> None:
+    """Refuse to go on against another reference than a checkpoint was trained against. Checkpoints
+    from before this was kept are taken.
+
+    Raises:
+        UserError: naming the base and the --unet_init that it had.
+    """
+    state = read_state(path)
+    if state.get("reference") and state["reference"] != digest:
+        then = state["args"]
+        raise UserError(
+            f"{path} was trained against another reference: --pretrained_model_name_or_path "
+            f"{then.get('pretrained_model_name_or_path')}, --unet_init {then.get('unet_init')}; "
+            "give the same weights, or another --output_dir"
+        )
 
 
 def load_weights(checkpoint: Path, unet: nn.Module) -> None:

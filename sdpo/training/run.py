@@ -19,12 +19,14 @@ from sdpo.common.errors import UserError, first_line
 from sdpo.common.precision import check_precision
 from sdpo.common.processes import WAIT_LIMIT, ignore_accelerates_settings, quieten_libraries
 from sdpo.common.signals import StopRequest
+from sdpo.data.digest import changes, describe_pairs
 from sdpo.data.order import FIRST
 from sdpo.training.checkpoint import (
     clear_unfinished,
     export_run,
     load_training,
     read_progress,
+    read_state,
     save_checkpoint,
 )
 from sdpo.training.checkpoint_paths import latest_checkpoint
@@ -57,6 +59,7 @@ class Run(Session):
     """
 
     update: Update
+    data: dict[str, Any] | None = None  # what tells its pairs from others'
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
@@ -135,6 +138,7 @@ class Run(Session):
         if self.resume_from:
             log.info("resuming from %s", self.resume_from)
         if self.accelerator.is_main_process:
+            self._compare_data()
             resolved = self._resolved()
             write_config(self.output_dir, describe_run(self.config, resolved))
             log.info("%s", resolved)
@@ -143,6 +147,14 @@ class Run(Session):
         # Trackers store plain values; others are given as text.
         flags = {k: v if isinstance(v, plain) else str(v) for k, v in flags.items()}
         self.accelerator.init_trackers(self.config.run.tracker_project_name, config=flags)
+
+    def _compare_data(self) -> None:
+        """Describe the pairs, and say where they are not those of the checkpoint to go on from."""
+        self.data = describe_pairs(self.loader.source)
+        before = read_state(self.resume_from).get("data") if self.resume_from else None
+        changed = changes(before, self.data) if before and self.data else None
+        if changed:
+            log.warning("the data is not what %s was trained on: %s", self.resume_from, changed)
 
     def _resolved(self) -> dict[str, Any]:
         config, models, loader = self.config, self.models, self.loader
@@ -283,7 +295,7 @@ class Run(Session):
     def _write(self, training: dict[str, Any]) -> None:
         models = gathered(self.models, self.accelerator)
         if models is not None:
-            save_checkpoint(self.config, self.progress, models, training)
+            save_checkpoint(self.config, self.progress, models, training, self.data)
 
     def _draw_samples(self) -> None:
         if not self.config.run.validation_prompts:

@@ -46,6 +46,7 @@ class Models:
     ema: Ema | None = None
     skeleton: nn.Module | None = None  # what `sharding.shard` gave, where the UNet is sharded
     parameters: int = 0  # numbers in the plain UNet
+    reference_digest: str = ""  # by `sdpo.models.reference.weights_digest`
 
     @property
     def trainable(self) -> list[nn.Parameter]:
