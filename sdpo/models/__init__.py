@@ -32,10 +32,10 @@ def open_base(config: TrainConfig) -> Base:
     """Open the base that a run's settings name; no weights are read.
 
     Raises:
-        UserError: its UNet's configuration is not to be had, or of another family.
+        UserError: its configuration files are not to be had, or of another kind of model.
     """
     from sdpo.models.base import ModelSource
 
     base = Base(get_family(config.model.sdxl), ModelSource.of(config))
-    base.family.load_unet_config(base.source)
+    base.family.check(base.source)
     return base

@@ -14,22 +14,29 @@ from torch import Tensor
 from sdpo.common.captions import for_tokenizer
 from sdpo.common.errors import UserError, first_line
 from sdpo.config.families import FAMILIES
+from sdpo.models.checks import (
+    BASE_FLAG,
+    VAE_FLAG,
+    Config,
+    Reader,
+    check_base,
+    check_schedule,
+    check_start,
+)
 from sdpo.models.loading import (
+    ADVICE,
     from_pretrained,
     is_weights_file,
     load_strictly,
     read_state_dict,
 )
-from sdpo.models.locations import check_family
+from sdpo.models.locations import check_family, read_config, reader
 from sdpo.models.lora_file import merge_lora
 from sdpo.models.noise import Diffusion, NoiseProcess
 from sdpo.models.single_file import load_part, unet_weights
 
 if TYPE_CHECKING:
     from sdpo.config import TrainConfig
-
-BASE_FLAG = "--pretrained_model_name_or_path"
-VAE_FLAG = "--pretrained_vae_model_name_or_path"
 
 
 @dataclass
@@ -150,6 +157,31 @@ class Family(ABC):
         check_family(config, self.sdxl, f"{BASE_FLAG} {source.base}")
         return config
 
+    def check(self, source: ModelSource) -> None:
+        """Check by its configuration files that a base is what training, evaluation and export
+        need; see `sdpo.models.checks`. No weights are read.
+
+        Raises:
+            UserError: a file is not to be had, or says that the base is another kind of model.
+        """
+        self.load_unet_config(source)
+        read = _file_reader(source.base, source.revision, source.cache_dir)
+        vae = None
+        if source.vae:
+            # {} where it is not to be had: loading it says why.
+            vae = _file_reader(source.vae, None, source.cache_dir)("config.json") or {}
+        check_base(read, self.sdxl, source.base, vae, f"{VAE_FLAG}: {source.vae}/config.json")
+        trained, sampled = self.load_scheduler(source), self.load_sampler(source)
+        ours, own = trained.alphas_cumprod, sampled.alphas_cumprod
+        # Zero is kept as 2^-24 by some.
+        if ours.shape != own.shape or not torch.allclose(ours, own, rtol=1e-4, atol=1e-6):
+            raise UserError(
+                f"{BASE_FLAG}: {source.base}/scheduler/scheduler_config.json: a "
+                f"{type(sampled).__name__} makes another schedule of these settings than is "
+                "trained on (one of them, e.g. rescale_betas_zero_snr, it does not know); give the "
+                "settings that the base was trained with"
+            )
+
     def load_unet(self, source: ModelSource) -> Any:
         """Load the UNet that a run starts from, float32: `unet_init` where given, else the base's,
         with `lora` added.
@@ -180,6 +212,7 @@ class Family(ABC):
         subfolder = None if plain else "unet"
         unet = self._unet_from_pretrained(flag, init, subfolder, source)
         check_family(dict(unet.config), self.sdxl, f"{flag} {init}")
+        check_start(dict(unet.config), config, f"{flag} {init}")
         return unet
 
     def _unet_from_pretrained(
@@ -218,6 +251,8 @@ class Family(ABC):
             from_pretrained(CLIPTokenizer, BASE_FLAG, source.base, subfolder=part, **common)
             for part in self._tokenizer_parts()
         ]
+        for tokenizer, encoder in zip(tokenizers, encoders, strict=True):
+            fit_tokenizer(tokenizer, encoder.config, f"{BASE_FLAG}: {source.base}")
         # Libraries differ in whether they load a file's dtype, and in the name of that argument.
         for module in (vae, *encoders):
             module.float().requires_grad_(False).eval()
@@ -238,7 +273,8 @@ class Family(ABC):
         """
         from diffusers import DDPMScheduler
 
-        scheduler = from_pretrained(
+        check_schedule(_scheduler_config(source), f"{BASE_FLAG}: {source.base}")
+        return from_pretrained(
             DDPMScheduler,
             BASE_FLAG,
             source.base,
@@ -246,12 +282,6 @@ class Family(ABC):
             revision=source.revision,
             cache_dir=source.cache_dir,
         )
-        if scheduler.config.prediction_type != "epsilon":
-            raise UserError(
-                f"{BASE_FLAG}: {source.base} predicts {scheduler.config.prediction_type}; the "
-                "losses are defined for models that predict noise (epsilon)"
-            )
-        return scheduler
 
     def vae_dtype(self, vae: Any, dtype: torch.dtype) -> torch.dtype:
         """Choose the dtype to run the VAE in, given that of the run."""
@@ -354,16 +384,57 @@ class Family(ABC):
         return config.latent_channels, side, side
 
     def load_sampler(self, source: ModelSource) -> Any:
-        """Load the base's own sampling scheduler, of the class that its pipeline names."""
+        """Load the base's own sampling scheduler, of the class that its configuration names.
+
+        Raises:
+            UserError: not to be had, or of a class or settings that diffusers does not know.
+        """
         import diffusers
 
-        config = diffusers.DDPMScheduler.load_config(
+        config = _scheduler_config(source)
+        try:
+            return getattr(diffusers, config["_class_name"]).from_config(config)
+        # Settings of a wrong kind raise almost anything.
+        except Exception as error:
+            raise UserError(
+                f"{BASE_FLAG}: {source.base}/scheduler/scheduler_config.json makes no scheduler of "
+                f"diffusers ({first_line(error)})"
+            ) from error
+
+
+def _scheduler_config(source: ModelSource) -> dict[str, Any]:
+    from diffusers import DDPMScheduler
+
+    try:
+        config: dict[str, Any] = DDPMScheduler.load_config(
             source.base,
             subfolder="scheduler",
             revision=source.revision,
             cache_dir=source.cache_dir,
         )
-        return getattr(diffusers, config["_class_name"]).from_config(config)
+    except Exception as error:
+        raise UserError(
+            f"{BASE_FLAG}: cannot load scheduler from {source.base} ({first_line(error)}); {ADVICE}"
+        ) from error
+    return config
+
+
+def _file_reader(name: str, revision: str | None, cache_dir: str | None) -> Reader:
+    """Give what reads the JSON files of a directory or of a repository on the hub."""
+    if Path(name).is_dir():
+        return reader(Path(name))
+
+    def read(file: str) -> Config | None:
+        from huggingface_hub import hf_hub_download
+
+        try:
+            path = hf_hub_download(name, file, revision=revision, cache_dir=cache_dir)
+        # Hub and network errors come in many classes; all mean that the file is not there.
+        except Exception:
+            return None
+        return read_config(Path(path))
+
+    return read
 
 
 def load_frozen_as(
@@ -376,6 +447,28 @@ def load_frozen_as(
     """
     frozen = family.load_frozen(source)
     return frozen.to(device, dtype, family.vae_dtype(frozen.vae, dtype))
+
+
+def fit_tokenizer(tokenizer: Any, config: Any, where: str) -> None:
+    """Limit a tokenizer, in place, to as many tokens as its text encoder takes.
+
+    Args:
+        config: of the text encoder.
+
+    Raises:
+        UserError: it has no vocabulary, or a larger one than the encoder; begins with `where`.
+    """
+    count = len(tokenizer)
+    # Where it finds no vocabulary the library makes one of the special tokens, without a word.
+    if count <= len(tokenizer.all_special_tokens):
+        raise UserError(f"{where}: its tokenizer has no vocabulary (vocab.json and merges.txt)")
+    if count > config.vocab_size:
+        raise UserError(
+            f"{where}: its tokenizer has {count} tokens, but its text encoder {config.vocab_size}"
+        )
+    # Files without model_max_length mean a number beyond any tensor.
+    if tokenizer.model_max_length > config.max_position_embeddings:
+        tokenizer.model_max_length = config.max_position_embeddings
 
 
 def tokenize(tokenizer: Any, captions: list[str], device: torch.device) -> Tensor:

@@ -10,6 +10,14 @@ from typing import Any
 from sdpo.common.errors import UserError, first_line
 from sdpo.config import ModelConfig
 from sdpo.config.families import FAMILIES, family_of_config
+from sdpo.models.checks import (
+    BASE_FLAG,
+    VAE_FLAG,
+    Reader,
+    check_base,
+    check_start,
+    text_parts,
+)
 
 WEIGHT_SUFFIXES = frozenset({".pth", ".pt", ".bin", ".ckpt", ".safetensors"})
 # The half of an adapter that has its rank first, in any naming.
@@ -41,19 +49,27 @@ def check_model_location(config: ModelConfig) -> None:
         )
     else:
         check_component_dir(config.pretrained_model_name_or_path, flag, "unet/config.json")
-    if base.is_dir():
-        check_family(read_config(base / "unet/config.json"), config.sdxl, str(base))
+    unet = read_config(base / "unet/config.json") if base.is_dir() else None
+    if unet is not None:
+        check_family(unet, config.sdxl, str(base))
     if config.pretrained_vae_model_name_or_path:
         check_component_dir(
             config.pretrained_vae_model_name_or_path,
             "--pretrained_vae_model_name_or_path",
             "config.json",
         )
+    if unet is not None:
+        _check_local_base(base, config)
     if config.unet_init:
         init = Path(config.unet_init)
         is_file_name = init.suffix in WEIGHT_SUFFIXES
         if (is_file_name or looks_local(config.unet_init)) and not init.exists():
             raise UserError(f"--unet_init: there is no file or directory {config.unet_init}")
+        found = next((p for p in unet_configs(init) if p.is_file()), None)
+        if found is not None:
+            own = read_config(found)
+            check_family(own, config.sdxl, f"--unet_init {config.unet_init}")
+            check_start(own, unet or own, f"--unet_init: {found}")
     if config.lora_init:
         rank = check_lora_file(config.lora_init, "--lora_init")
         if rank is not None and rank != config.lora_rank:
@@ -85,6 +101,33 @@ def check_lora_file(name: str, flag: str) -> int | None:
     return ranks.pop() if len(ranks) == 1 else None
 
 
+def unet_configs(directory: Path) -> tuple[Path, Path]:
+    """Name the places of a UNet's configuration in a directory, the plain one first."""
+    return directory / "config.json", directory / "unet" / "config.json"
+
+
+def _check_local_base(base: Path, config: ModelConfig) -> None:
+    for part in text_parts(config.sdxl).values():
+        names = {path.name for path in (base / part).glob("*")}
+        if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= names:
+            raise UserError(
+                f"{BASE_FLAG}: {base}/{part} has neither tokenizer.json nor vocab.json with "
+                "merges.txt, the tokenizer's vocabulary"
+            )
+    vae, name = None, config.pretrained_vae_model_name_or_path
+    # A VAE on the hub is checked when its configuration arrives.
+    if name and Path(name).is_dir():
+        vae = read_config(Path(name) / "config.json")
+    elif name:
+        vae = {}
+    check_base(reader(base), config.sdxl, str(base), vae, f"{VAE_FLAG}: {name}/config.json")
+
+
+def reader(base: Path) -> Reader:
+    """Give what reads the JSON files of a local base; None for those that it has not."""
+    return lambda file: read_config(base / file) if (base / file).is_file() else None
+
+
 def check_component_dir(name: str, flag: str, needed: str) -> None:
     """A "hub id or directory" value that is a path must be a directory that holds `needed`.
 
@@ -108,17 +151,26 @@ def read_config(path: Path) -> dict[str, Any]:
         UserError: it is missing or not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"cannot read {path}: it is not a JSON object")
+    return config
 
 
 def check_family(unet_config: dict[str, Any], sdxl: bool, where: str) -> None:
     """Refuse a UNet config that is not of the family asked for.
 
     Raises:
-        UserError: naming --sdxl.
+        UserError: naming --sdxl, or what it is conditioned on besides.
     """
+    extra = unet_config.get("addition_embed_type")
+    if extra not in (None, "text_time"):
+        raise UserError(
+            f"{where} holds a UNet of another kind: addition_embed_type is {extra!r}; it must be "
+            "null (SD1.5) or text_time (SDXL)"
+        )
     wanted = "sdxl" if sdxl else "sd15"
     found = family_of_config(unet_config)
     if found != wanted:

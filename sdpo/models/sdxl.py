@@ -73,9 +73,12 @@ class SDXL(Family):
         """Build a `StableDiffusionXLPipeline` without a watermarker."""
         from diffusers import StableDiffusionXLPipeline
 
-        config = StableDiffusionXLPipeline.load_config(
-            source.base, revision=source.revision, cache_dir=source.cache_dir
-        )
+        try:
+            config = StableDiffusionXLPipeline.load_config(
+                source.base, revision=source.revision, cache_dir=source.cache_dir
+            )
+        except OSError:
+            config = {}  # a base need not have model_index.json; SDXL's own default is taken
         return StableDiffusionXLPipeline(
             vae=frozen.vae,
             text_encoder=frozen.text_encoders[0],

@@ -130,6 +130,7 @@ def build_protocol(
             unet_flag=FLAG,
             lora=config.lora,
         )
+        family.check(source)
         unet = family.load_unet(source)
         frozen = family.load_frozen(source)
     model = {"unet": config.unet, **({"lora": config.lora} if config.lora else {})}
