@@ -145,7 +145,11 @@ def _open_local(found: LocalFiles, data: SourceConfig) -> Any:
         rows = open_folders(found.base, data.cache_dir)
     else:
         rows = open_text(found.files, found.base, data.cache_dir)
-    return rows.to_iterable_dataset() if data.streaming else rows
+    if not data.streaming:
+        return rows
+    if LABEL in rows.column_names and not data.columns:
+        _checked_labels(arrow_column(rows, LABEL))  # before models are loaded
+    return rows.to_iterable_dataset()
 
 
 def _column_names(rows: Any, data: SourceConfig) -> list[str]:
@@ -179,12 +183,8 @@ def _choose_rows(rows: datasets.Dataset, data: SourceConfig, seed: int) -> tuple
     import numpy as np
     import pyarrow.compute as pc
 
-    column = _numeric_labels(arrow_column(rows, LABEL))
-    labels, missing = column.to_numpy(), column.is_null().to_numpy()
+    labels, missing = _checked_labels(arrow_column(rows, LABEL))
     keep, ties = (labels == 0) | (labels == 1), labels == 0.5
-    other = np.flatnonzero(~(keep | ties | missing))
-    if len(other):
-        raise UserError(bad_label(int(other[0]), labels[other[0]]))
     log.info(
         "%d rows: %d decided pairs, %d ties dropped, %d without a label dropped",
         *(len(labels), keep.sum(), ties.sum(), missing.sum()),
@@ -204,6 +204,22 @@ def _choose_rows(rows: datasets.Dataset, data: SourceConfig, seed: int) -> tuple
         origin = np.sort(origin[order[: data.max_train_samples].numpy()])
         log.info("--max_train_samples keeps %d of them", len(origin))
     return (rows if len(origin) == len(rows) else rows.select(origin)), origin
+
+
+def _checked_labels(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+    """Read labels as numbers, (n,) float64, and which are missing, (n,) bool.
+
+    Raises:
+        UserError: one is none of 0, 0.5 and 1; names its row.
+    """
+    import numpy as np
+
+    numbers = _numeric_labels(column)
+    labels, missing = numbers.to_numpy(), numbers.is_null().to_numpy()
+    other = np.flatnonzero(~(np.isin(labels, (0, 0.5, 1)) | missing))
+    if len(other):
+        raise UserError(bad_label(int(other[0]), labels[other[0]]))
+    return labels, missing
 
 
 def _numeric_labels(column: pa.ChunkedArray) -> pa.ChunkedArray:
