@@ -3,6 +3,7 @@ the new one, whole; keeping one directory to one set of flags."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -14,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sdpo.common.errors import UserError
+from sdpo.common.errors import UserError, first_line
 
 PACKAGE = Path(__file__).resolve().parents[1]
 # The checkout, where the project is run from one; else the folder that the package is installed in.
@@ -28,6 +29,10 @@ PROMPTS_DIR = (
 )
 FLAGS_FILE = "flags.json"
 
+_FULL = re.compile(
+    r"PytorchStreamWriter failed|unexpected pos \d+|No space left|File too large|quota exceeded",
+    re.IGNORECASE,
+)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -45,10 +50,36 @@ def program(path: str) -> list[str]:
 
 @contextmanager
 def written_beside(path: Path) -> Iterator[Path]:
-    """Give the block a path to write to; rename that to `path` when it ends without an error."""
+    """Give the block a path to write to; rename that to `path` when it ends without an error.
+
+    Raises:
+        UserError: the disk is full; `path` is as it was.
+    """
     beside = path.with_name(path.name + ".tmp")
-    yield beside
+    try:
+        yield beside
+    except Exception as error:
+        if not disk_is_full(error):
+            raise
+        beside.unlink(missing_ok=True)
+        raise UserError(full_disk(path.parent, error)) from error
     os.replace(beside, path)
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Say whether an error is a write that found no room, or a quota or size limit reached; torch
+    and safetensors have errors of their own for it."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return bool(_FULL.search(str(error)))
+
+
+def full_disk(directory: Path, error: BaseException) -> str:
+    """The sentence for `disk_is_full`."""
+    return (
+        f"cannot write to {directory} ({first_line(error)}): make room there, then run the same "
+        "command again; what was there before is whole"
+    )
 
 
 def write_text(path: Path, text: str) -> None:

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from sdpo.common.errors import UserError, first_line
+from sdpo.common.files import disk_is_full, full_disk
 from sdpo.common.precision import check_precision
 from sdpo.common.processes import WAIT_LIMIT, ignore_accelerates_settings, quieten_libraries
 from sdpo.common.signals import StopRequest
@@ -182,6 +183,9 @@ class Run(Session):
         the others may be gone; so weights that are divided among them cannot be saved."""
         try:
             self._save_at_error(error)
+            if error is not None and disk_is_full(error):
+                clear_unfinished(self.output_dir)
+                raise UserError(f"--output_dir: {full_disk(self.output_dir, error)}") from error
         finally:
             self.lock.release()
 

@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sdpo.common.errors import UserError
 from sdpo.common.files import write_json
 from sdpo.common.jsonl import JsonLines
 
@@ -78,7 +79,20 @@ class RunLog(JsonLines):
     """
 
     def __init__(self, output_dir: Path, keep_steps: int) -> None:
-        super().__init__(output_dir / METRICS_FILE, lambda entry: entry["step"] <= keep_steps)
+        self.path = output_dir / METRICS_FILE
+        super().__init__(self.path, lambda entry: entry["step"] <= keep_steps)
+
+    def write(self, entry: dict[str, Any]) -> None:
+        """Append one entry.
+
+        Raises:
+            UserError: the file was deleted, so that nobody would ever read what is written.
+        """
+        if not self.path.exists():
+            raise UserError(
+                f"--output_dir: {self.path} was deleted while the run went on; start it again"
+            )
+        super().write(entry)
 
 
 def write_config(output_dir: Path, config: dict[str, Any]) -> None:

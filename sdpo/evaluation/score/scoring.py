@@ -7,6 +7,7 @@ images (small, 8 bit) wait for them in a temporary file.
 from __future__ import annotations
 
 import math
+import os
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -155,7 +156,17 @@ def decode(
 
 def _room(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     with tempfile.TemporaryFile(prefix="sdpo-views-") as file:
-        return np.memmap(file, dtype, "w+", shape=shape)
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        try:
+            # Room that is missing would end the program by a signal when it is written to.
+            if size and hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            raise UserError(
+                f"TMPDIR: {tempfile.gettempdir()} has no room for {size / 2**20:.0f} MiB of "
+                f"decoded images ({error.strerror}); name another directory by TMPDIR"
+            ) from None
+        return np.memmap(file, dtype, "r+", shape=shape)
 
 
 @dataclass(frozen=True)
