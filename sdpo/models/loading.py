@@ -144,7 +144,7 @@ def _without_prefix(
 
 def _another_kind(state: Mapping[str, Any]) -> str | None:
     if any(_ADAPTER.search(name) for name in state):
-        return "a file of adapters (LoRA and the like)"
+        return "a file of adapters (LoRA and the like; see --lora_init and --lora)"
     if any(name.startswith(_ORIGINAL_LAYOUT) for name in state):
         return "a single-file checkpoint in the original layout"
     return None

@@ -83,6 +83,8 @@ def read_lora(path: Path, unet: Any, flag: str) -> dict[str, Layer]:
                 f"{where}: its {name} fits no linear layer or convolution of this UNet; is it a "
                 "LoRA of another family, or another kind of adapter?"
             )
+        if not torch.isfinite(value).all():
+            raise UserError(f"{where} is broken: its {name} holds values that are not finite")
         parts.setdefault(layer, {})[kind] = value.float()
     if not parts:
         raise UserError(f"{where} holds no adapters")

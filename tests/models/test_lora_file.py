@@ -126,6 +126,8 @@ def broken(state, name, how):
         state[f"{kohya_name(name)}.hada_w1_a"] = torch.zeros(4, 4)
     elif how == "half a layer":
         del state[next(k for k in state if "lora_up" in k)]
+    elif how == "not finite":
+        state[one] = torch.full_like(state[one], float("nan"))
     elif how == "shape":
         key = next(k for k in state if "lora_up" in k)
         state[key] = state[key][1:].contiguous()
@@ -142,6 +144,7 @@ def broken(state, name, how):
         ("another kind", r"hada_w1_a fits no linear layer .*another kind of adapter"),
         ("half a layer", r"it has no up weights; the file is not whole"),
         ("shape", r"do not fit a layer of shape"),
+        ("not finite", r"is broken: its .* not finite"),
         ("alpha alone", r"it has no down weights"),
     ],
 )
