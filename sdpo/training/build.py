@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from sdpo.common.files import file_sha256
 from sdpo.common.precision import DTYPES
 from sdpo.data.latents.encoder import build_encoder
 from sdpo.data.latents.prepare import prepare_cache
@@ -58,6 +60,8 @@ def build_models(config: TrainConfig, base: Base, loader: PairLoader, run: Sessi
         unet = family.load_unet(source)
         encoder = build_encoder(family, source, config.data.resolution, device, dtype, loader.cache)
     digest = weights_digest(unet)
+    if model.lora_init:
+        digest += file_sha256(Path(model.lora_init))
     if run.resume_from:
         check_reference(run.resume_from, digest)
     if config.optim.channels_last:

@@ -188,7 +188,8 @@ def check_reference(path: Path, digest: str) -> None:
         then = state["args"]
         raise UserError(
             f"{path} was trained against another reference: --pretrained_model_name_or_path "
-            f"{then.get('pretrained_model_name_or_path')}, --unet_init {then.get('unet_init')}; "
+            f"{then.get('pretrained_model_name_or_path')}, --unet_init {then.get('unet_init')}, "
+            f"--lora_init {then.get('lora_init')}; "
             "give the same weights, or another --output_dir"
         )
 

@@ -297,6 +297,9 @@ def test_a_run_starts_from_another_ones_adapters(runs, train, tmp_path):
     assert entries[1][0] != pytest.approx(entries[0][0], rel=1e-5)
     with pytest.raises(UserError, match="was made with --lora_init "):
         train(run.out, **{**flags, "lora_init": None})
+    shutil.copy(first.out / "checkpoint-2" / LORA, lora)
+    with pytest.raises(UserError, match=r"trained against another reference: .*--lora_init"):
+        train(run.out, **{**flags, "max_train_steps": 3})
 
 
 def test_images_of_a_base_with_a_lora_are_those_of_the_merged_unet(runs, train, kind, tmp_path):
