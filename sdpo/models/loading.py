@@ -95,7 +95,7 @@ def load_strictly(
     own = module.state_dict()
     state = _without_prefix(state, own, where)
     missing = sorted(own.keys() - state.keys())
-    unknown = sorted(k for k in state.keys() - own.keys() if not _HARMLESS.fullmatch(k))
+    unknown = sorted(k for k in state.keys() - own.keys() if not _is_harmless(k, what))
     shapes = sorted(k for k in own.keys() & state.keys() if own[k].shape != state[k].shape)
     if missing and (kind := _another_kind(state)):
         raise UserError(f"{where} is {kind}, not the weights of a {what} alone")
@@ -122,6 +122,12 @@ def _is_finite(weight: Tensor) -> bool:
     # A NaN goes through both; no second tensor is made.
     least, most = torch.aminmax(weight)
     return bool(torch.isfinite(least) & torch.isfinite(most))
+
+
+def _is_harmless(name: str, what: str) -> bool:
+    """Say whether a weight may lie beside those of a module of this class."""
+    other_half = "Vision" in what and name.startswith("text_model.")
+    return other_half or _HARMLESS.fullmatch(name) is not None
 
 
 def _without_prefix(
@@ -185,7 +191,9 @@ def from_pretrained(cls: Any, flag: str, name: str, advice: str = ADVICE, **kwar
         raise UserError(f"{flag}: cannot load {where} ({first_line(error)}); {advice}") from error
     wrong = {
         "missing": sorted(map(str, report["missing_keys"])),
-        "unknown": sorted(k for k in report["unexpected_keys"] if not _HARMLESS.fullmatch(k)),
+        "unknown": sorted(
+            k for k in report["unexpected_keys"] if not _is_harmless(k, cls.__name__)
+        ),
         "of another shape": sorted(map(str, report["mismatched_keys"])),
     }
     if not any(wrong.values()):

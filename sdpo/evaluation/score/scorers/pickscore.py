@@ -4,16 +4,35 @@ on Pick-a-Pic's choices, without the logit scale."""
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sdpo.common.captions import for_tokenizer
+from sdpo.common.errors import UserError
 from sdpo.evaluation.score.base import BaseScorer, check_size, cosine, frozen
 from sdpo.evaluation.score.views import clip_pixels
 from sdpo.evaluation.score.weights import Part, Weights
 
 TOKENS = 77
+
+
+def check_tokenizer(tokenizer: Any, config: Any, weights: Weights, part: str) -> None:
+    """Refuse a tokenizer that is not the text encoder's: it pools the state at the last token's id.
+
+    Raises:
+        UserError: naming the part.
+    """
+    # Configurations of before transformers 4.30 say 2 and mean the largest id.
+    last = config.vocab_size - 1 if config.eos_token_id == 2 else config.eos_token_id
+    ids = tokenizer([""]).input_ids[0]
+    if len(tokenizer) != config.vocab_size or ids[-1:] != [last]:
+        raise UserError(
+            f"{weights.flag(part)}: {weights.source(part)} is not the tokenizer of this model: "
+            f"{len(tokenizer)} tokens, a text ends with {ids[-1:]}, but the model has "
+            f"{config.vocab_size} and reads to [{last}]"
+        )
 
 
 class Scorer(BaseScorer):
@@ -34,6 +53,7 @@ class Scorer(BaseScorer):
         beside = any((own / name).is_file() for name in ("tokenizer.json", "vocab.json"))
         part = "model" if beside and "processor" not in weights.overrides else "processor"
         self.tokenizer = weights.pretrained(AutoTokenizer, part)
+        check_tokenizer(self.tokenizer, self.model.config.text_config, weights, part)
         self.device = device
 
     def score(self, views: Tensor, prompts: list[str]) -> Tensor:
