@@ -345,14 +345,14 @@ def test_reference_elsewhere_and_average_of_the_whole_unet(train, tmp_path):
 
 def test_skipped_steps_do_not_count(train, tmp_path, monkeypatch):
     """The second step's gradients are made infinite: weights and average stay as they were."""
-    from sdpo.training.run import Trainer
+    from sdpo.training.update import Update
 
-    apply = Trainer._apply
+    apply = Update._step
 
-    def spoiled(self, loss, grad_norm):
-        apply(self, loss, float("inf") if self.progress.step == 1 else grad_norm)
+    def spoiled(self, number, loss, grad_norm):
+        return apply(self, number, loss, float("inf") if number == 2 else grad_norm)
 
-    monkeypatch.setattr(Trainer, "_apply", spoiled)
+    monkeypatch.setattr(Update, "_step", spoiled)
     run = train(tmp_path / "run", **{**FULL, "max_train_steps": 3}, use_ema=True)
     assert run.column("nonfinite_steps") == [0, 1, 1]
     assert run.checkpoints == [1, 3]
