@@ -45,14 +45,21 @@ def batches_of(loader: DataLoader[Any]) -> Iterator[Any]:
         except UserError as error:
             # A worker's error arrives wrapped in its traceback; the sentence is its last part.
             raise UserError(str(error).rsplit("UserError: ", 1)[-1].strip()) from None
-        except RuntimeError as error:
-            if not _LOST.search(str(error)):
+        # torch's own error, or that of the connection by which a dying worker sent its batch.
+        except (RuntimeError, EOFError, OSError) as error:
+            if not (_LOST.search(str(error)) or _one_is_dead(workers)):
                 raise
             raise UserError(
                 f"a data worker was killed from outside ({first_line(error)}), as the system does "
                 "where memory runs out: lower --dataloader_num_workers, or give the run more memory"
             ) from error
         yield batch
+
+
+def _one_is_dead(workers: set[BaseProcess]) -> bool:
+    for worker in workers:
+        worker.join(timeout=0.2)
+    return not all(worker.is_alive() for worker in workers)
 
 
 def _end(workers: set[BaseProcess]) -> None:

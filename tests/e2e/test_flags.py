@@ -302,9 +302,12 @@ def test_home_directory(train, tmp_path, monkeypatch):
 
 def test_config(plain, train):
     config = plain.config
-    from sdpo.args import build_parser
+    from sdpo.common.flags import build_parser
+    from sdpo.config import TrainConfig
 
-    flags = {action.dest for action in build_parser()._actions} - {"help"}
+    # What says where settings come from, or that nothing is to be done, is no setting of a run.
+    flags = {action.dest for action in build_parser(TrainConfig, "train.py")._actions}
+    flags -= {"help", "config_file", "check_only"}
     assert config["args"].keys() == flags
     assert config["args"]["learning_rate"] == 1e-4
     assert config["args"]["resolution"] == 32
