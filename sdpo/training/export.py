@@ -60,9 +60,11 @@ def main() -> int:
     config = parse(ExportConfig, sys.argv[1:], PROGRAM, __doc__)
     checkpoint = check_export(config)
 
+    from sdpo.common.processes import quieten_libraries
     from sdpo.models import open_base
     from sdpo.models.loading import load_strictly, read_state_dict
 
+    quieten_libraries()
     state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
     base = open_base(from_flat(TrainConfig, state["args"]))
     weights = checkpoint / (EMA_FILE if config.ema else UNET_FILE)
