@@ -93,4 +93,7 @@ def predict_winners_only(family: Family, model: Any, inputs: NoisedPairs) -> Ten
     them."""
     with torch.no_grad():
         losers = predict(family, model, inputs.half(1))
+    # torch 2.6 keeps weights that autocast cast here, and would give them to the winners' pass: no
+    # gradient would reach the weights themselves.
+    torch.clear_autocast_cache()
     return torch.cat([predict(family, model, inputs.half(0)), losers])

@@ -8,9 +8,11 @@ smaller: the VAE halves a 64 px image twice (4 x 16 x 16 latents) and prompts ho
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -97,11 +99,25 @@ def build_tokenizer() -> CLIPTokenizer:
     pieces = [*letters, *(letter + "</w>" for letter in letters)]
     pieces += [first + second for first, second in merges]
     pieces += ["<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(
-        vocab={piece: i for i, piece in enumerate(pieces)},
-        merges=merges,  # type: ignore[arg-type]
-        model_max_length=PROMPT_LENGTH,
-    )
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    if "vocab" in inspect.signature(CLIPTokenizer.__init__).parameters:
+        return CLIPTokenizer(
+            vocab=vocab,
+            merges=merges,  # type: ignore[arg-type]
+            model_max_length=PROMPT_LENGTH,
+        )
+    # transformers 4 takes files.
+    with tempfile.TemporaryDirectory() as directory:
+        _write_bpe(Path(directory), vocab, [" ".join(pair) for pair in merges])
+        made: CLIPTokenizer = CLIPTokenizer.from_pretrained(
+            directory, model_max_length=PROMPT_LENGTH
+        )
+    return made
+
+
+def _write_bpe(folder: Path, vocab: dict[str, int], merges: list[str]) -> None:
+    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
 
 
 def _text_config(size: Size, tokenizer: CLIPTokenizer, layers: int) -> CLIPTextConfig:
@@ -247,13 +263,12 @@ def save_pipeline(pipeline: Pipeline, directory: str | PathLike[str]) -> None:
     pipeline.save_pretrained(beside)
     name_for_all_versions(beside)
     for name in ("tokenizer", "tokenizer_2"):
-        tokenizer = getattr(pipeline, name, None)
-        if tokenizer is None:
-            continue
+        tokenizer: Any = getattr(pipeline, name, None)
+        if not hasattr(tokenizer, "backend_tokenizer"):
+            continue  # there is none, or transformers 4 has written them
         bpe = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
         merges = [m if isinstance(m, str) else " ".join(m) for m in bpe["merges"]]
-        (beside / name / "vocab.json").write_text(json.dumps(bpe["vocab"], ensure_ascii=False))
-        (beside / name / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
+        _write_bpe(beside / name, bpe["vocab"], merges)
     replace_directory(beside, target)
 
 
