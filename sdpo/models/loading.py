@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import logging
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,12 +43,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         UserError: missing, truncated, or without a state dict.
     """
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            found: Any = load_file(path)
-        else:
-            found = _torch_load(path)
+        found = load_tensors(path)
     # Truncated zips, pickles with code and foreign files each raise something else.
     except Exception as error:
         raise UserError(f"cannot read UNet weights from {path}: {first_line(error)}") from None
@@ -59,14 +55,16 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def _torch_load(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except RuntimeError as error:
-        # The format before torch 1.6 cannot be mapped.
-        if "mmap" not in str(error):
-            raise
-        return torch.load(path, map_location="cpu", weights_only=True)
+def load_tensors(path: Path) -> Any:
+    """Load what a file of weights holds, to the CPU, without running pickled code; a file that is
+    missing or broken raises whatever its format's reader raises."""
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    # Mapped where the format allows it (since torch 1.6), so that a large file is in memory once.
+    mapped = zipfile.is_zipfile(path)
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
 
 
 def _unwrapped(found: Any) -> dict[str, Tensor] | None:

@@ -9,17 +9,15 @@ from __future__ import annotations
 import hashlib
 import logging
 import textwrap
-import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from sdpo.common.errors import UserError, first_line
 from sdpo.common.files import file_sha256, hub_sha256
-from sdpo.models.loading import from_pretrained
+from sdpo.models.loading import from_pretrained, load_tensors
 from sdpo.models.locations import HUB_ID
 
 log = logging.getLogger(__name__)
@@ -178,13 +176,7 @@ def read_tensors(path: Path, flag: str) -> Any:
         UserError: missing, truncated, or not a file of tensors; names `flag`.
     """
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        # Mapped where the format allows it, so that a large file is in memory once.
-        mapped = zipfile.is_zipfile(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        return load_tensors(path)
     # Truncated zips, pickles with code and foreign files each raise something else.
     except Exception as error:
         raise UserError(f"{flag}: cannot read weights from {path}: {first_line(error)}") from None
