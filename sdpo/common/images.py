@@ -11,6 +11,9 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.Image import Resampling, Transpose
 
+# To be changed with what pixels are made of a file: what is kept of images on disk names it.
+READING = "upright by EXIF, transparency over white, deep grey scaled"
+
 # Longer strips than 16 : 1 are cut before they are resized.
 LONGEST = 16
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sdpo.common.errors import UserError
+from sdpo.common.images import READING
 from sdpo.config import TrainConfig
 from sdpo.config.data import CACHE_FLAG
 from sdpo.data.latents.identity import dataset_digest, text_digest, vae_digest
@@ -13,7 +14,7 @@ from sdpo.data.source import PairSource
 from sdpo.models.base import Family, ModelSource
 
 # To be changed with `PairTransform`, so that what was encoded by another version is not taken.
-TRANSFORM = "shorter side resized bilinearly, centre crop, 1"
+TRANSFORM = f"{READING}; shorter side resized bilinearly, centre crop, 1"
 # Names of sources, to be said beside a digest; not compared, since a model may lie elsewhere now.
 _MADE_OF = "made_of"
 
@@ -54,7 +55,7 @@ _PHRASES = {
     "precision": "--mixed_precision {0} (this run: {1})",
     "dtype": "--cache_dtype {0} (this run: {1})",
     "resolution": "--resolution {0} (this run: {1})",
-    "transform": "the transform {0!r} (this run: {1!r})",
+    "transform": "another version's way from files to pixels, {0!r} (this run: {1!r})",
     "flips": "--no_hflip (this run flips)",
     "vae": "another VAE, then of {2} (this run: {3})",
     "text": "other text encoders or tokenizers, then of {2} (this run: {3})",

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdpo.common.errors import UserError
 from sdpo.common.flags import flag, parse
+from sdpo.common.images import READING
 from sdpo.config import SourceConfig
 from sdpo.config.rules import check_source
 from sdpo.data.local import check_data_location
@@ -149,8 +150,10 @@ def relabel(
 
 def choices_path(pairs: PairSource, data: SourceConfig, identity: dict[str, Any]) -> Path:
     """Name the file of scores: beside the dataset's own files in the cache of `datasets`, which
-    tells one version of the data from another; of each scorer's weights another."""
-    about = [identity, data.caption_column, pairs.columns.image_0, pairs.columns.image_1]
+    tells one version of the data from another; of each scorer's weights another, and of each way to
+    read images."""
+    columns = pairs.columns
+    about = [identity, data.caption_column, columns.image_0, columns.image_1, READING]
     key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]
     first = Path(pairs.rows.cache_files[0]["filename"])
     return first.parent / f"choices-{data.choice_model}-{data.split}-{key}.parquet"

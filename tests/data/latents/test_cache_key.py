@@ -32,7 +32,11 @@ KEY = {
         ("precision", "bf16", "--mixed_precision bf16 (this run: no)"),
         ("dtype", "fp32", "--cache_dtype fp32 (this run: bf16)"),
         ("resolution", 1024, "--resolution 1024 (this run: 512)"),
-        ("transform", "corner", "the transform 'corner' (this run: 'centre')"),
+        (
+            "transform",
+            "corner",
+            "another version's way from files to pixels, 'corner' (this run: 'centre')",
+        ),
         ("flips", False, "--no_hflip (this run flips)"),
         ("dataset", "e", "other images, then of pairs (train, 7 rows)"),
     ],

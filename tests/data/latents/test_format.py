@@ -1,4 +1,5 @@
-"""What is on disk stays as it was: literals of a cache that commit 6175d9c wrote."""
+"""What is on disk stays as it was: literals of a cache that commit 6175d9c wrote, but for how
+images are read, by which what it wrote is refused."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from sdpo.common.errors import UserError
 from sdpo.data.latents.key import check_key, make_key
 from sdpo.data.latents.manifest import gather_entries, read_manifest, start_manifest
 from sdpo.data.latents.store import LatentCache, caption_digest, write_shard
@@ -24,6 +26,7 @@ MODEL = {
     "tokenizer/vocab.json": "{}",
     "tokenizer/merges.txt": "#version: 0.2",
 }
+READING = "upright by EXIF, transparency over white, deep grey scaled"
 KEY = {
     "family": "sd15",
     "vae": "412ac305c930923f712e686f706f201fd3a2ebc633c247e5ba9b1170cd5bcd0f",
@@ -31,7 +34,7 @@ KEY = {
     "precision": "no",
     "dtype": "bf16",
     "resolution": 64,
-    "transform": "shorter side resized bilinearly, centre crop, 1",
+    "transform": f"{READING}; shorter side resized bilinearly, centre crop, 1",
     "flips": True,
     "dataset": "3b72c49039833a48f51a658a2e401e36bc4dbe8a87df170c8fa5c5ca41196152",
     "made_of": {
@@ -68,7 +71,7 @@ MANIFEST = f"""{{
     "precision": "no",
     "dtype": "bf16",
     "resolution": 64,
-    "transform": "shorter side resized bilinearly, centre crop, 1",
+    "transform": "{READING}; shorter side resized bilinearly, centre crop, 1",
     "flips": true,
     "dataset": "3b72c49039833a48f51a658a2e401e36bc4dbe8a87df170c8fa5c5ca41196152",
     "made_of": {{
@@ -152,6 +155,17 @@ def test_the_key_of_a_run_is_the_one_it_was(model, pairs_config, tmp_path):
         "dataset": f"{tmp_path / 'pairs'} (train, 3 rows)",
     }
     check_key(tmp_path, KEY, key)
+
+
+def test_a_cache_of_before_images_were_read_upright_is_refused(tmp_path):
+    before = {**KEY, "transform": "shorter side resized bilinearly, centre crop, 1"}
+    with pytest.raises(UserError) as raised:
+        check_key(tmp_path, before, KEY)
+    (sentence,) = str(raised.value).splitlines()
+    assert str(tmp_path) in sentence
+    assert "another version's way from files to pixels" in sentence
+    assert "this run: 'upright by EXIF, transparency over white, deep grey scaled" in sentence
+    assert "delete this one to have it made anew" in sentence
 
 
 def test_a_cache_written_then_opens_and_is_complete(tmp_path):
