@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 
 from sdpo.common.errors import UserError
 from sdpo.common.flags import flag, parse
-from sdpo.common.images import READING
 from sdpo.config import SourceConfig
 from sdpo.config.rules import check_source
 from sdpo.data.local import check_data_location
@@ -152,6 +151,8 @@ def choices_path(pairs: PairSource, data: SourceConfig, identity: dict[str, Any]
     """Name the file of scores: beside the dataset's own files in the cache of `datasets`, which
     tells one version of the data from another; of each scorer's weights another, and of each way to
     read images."""
+    from sdpo.common.images import READING  # loads numpy
+
     columns = pairs.columns
     about = [identity, data.caption_column, columns.image_0, columns.image_1, READING]
     key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]
