@@ -91,9 +91,10 @@ def with_choices(source: PairSource, found: ChoiceScores) -> tuple[PairSource, A
     difference = scores[:, 0] - scores[:, 1]
     decided = np.isfinite(difference) & (difference != 0)
     labels = np.where(decided, difference > 0, human).astype(np.float64)
+    same = (labels > 0.5) == (human > 0.5)
     agreement = Agreement(
-        agree=int((decided & (labels == human)).sum()),
-        differ=int((decided & (labels != human)).sum()),
+        agree=int((decided & same).sum()),
+        differ=int((decided & ~same).sum()),
         equal=int((difference == 0).sum()),
         undecodable=int(np.isnan(difference).sum()),
     )

@@ -1,7 +1,8 @@
 """Find out in which columns a preference set holds images, caption and who is preferred.
 
 Public sets name and mark them in a handful of ways; `_LAYOUTS` lists those known by name, and
---columns says it of any other. Whatever it was, rows then have label_0 as Pick-a-Pic has.
+--columns says it of any other. Whatever it was, rows then have label_0 as Pick-a-Pic has; where a
+set gives votes or weights, it is image 0's share of them.
 """
 
 from __future__ import annotations
@@ -158,6 +159,27 @@ def check_images(features: Any, layout: Layout) -> None:
             )
 
 
+def check_captions(features: Any, column: str) -> None:
+    """Check that a column holds captions, as far as its type tells: text or lists of text. Whole
+    numbers will do, since their digits are their text.
+
+    Raises:
+        UserError: it holds something else.
+    """
+    feature = (features or {}).get(column)
+    member = feature[0] if isinstance(feature, list) else getattr(feature, "feature", feature)
+    kind = str(getattr(member, "dtype", ""))
+    if feature is None or "string" in kind or "int" in kind or kind == "null":
+        return
+    what = kind or str(feature)
+    why = ""
+    if kind.startswith(("float", "double", "decimal")):
+        why = " (whether it was 42 or 42.0 is not in the file any more: write the column as text)"
+    raise UserError(
+        f"--caption_column {column}: captions must be text or lists of text, found {what}{why}"
+    )
+
+
 def _is_text(feature: Any) -> bool:
     return "string" in str(getattr(feature, "dtype", ""))
 
@@ -213,27 +235,31 @@ def as_pairs(
 def judge(
     row: dict[str, Any], layout: Layout, min_agreement: float | None
 ) -> tuple[float | None, tuple[int, int]]:
-    """Tell a row's label_0 (None where it has none, or too little agreement), and which images of a
-    list are image 0 and 1: of more than two the first and the last in rank.
+    """Tell a row's label_0, image 0's share of the preference (None where it has none, or too
+    little agreement), and which images of a list are image 0 and 1: of more than two the first and
+    the last in rank.
 
     Raises:
         UserError: what the columns hold cannot be it.
     """
     if layout.label == FIRST:
         counts = row[layout.votes] if layout.votes else None
-        if min_agreement is None or not counts:
+        if not counts:
             return 1.0, (0, 1)
         values = [_number(v, layout.votes) or 0.0 for v in _listed(counts, layout.votes)]
         if len(values) != 2:
             raise UserError(f"{layout.votes} has {len(values)} counts of votes, it must be 2")
         won, lost = values
-        return (1.0 if _agree(won, lost, min_agreement) else None), (0, 1)
+        if min_agreement is not None and not _agree(won, lost, min_agreement):
+            return None, (0, 1)
+        # The order says which is preferred, whatever the counts.
+        return (won / (won + lost) if won > lost >= 0 else 1.0), (0, 1)
     if layout.label.startswith(VOTES):
         a, b = (_number(row[name], name) for name in layout.label_columns)
         if a is None or b is None:
             return None, (0, 1)
         if min_agreement is None or a == b or _agree(max(a, b), min(a, b), min_agreement):
-            return _compare(a, b), (0, 1)
+            return _share(a, b), (0, 1)
         return None, (0, 1)
     (name,) = layout.label_columns
     if not layout.label.startswith(LIST):
@@ -259,6 +285,11 @@ def judge(
 
 def _compare(a: float, b: float) -> float:
     return 0.5 if a == b else float(a > b)
+
+
+def _share(a: float, b: float) -> float:
+    """Give a's share of two counts of votes; of numbers that are no counts 1, 0 or 0.5."""
+    return a / (a + b) if min(a, b) >= 0 and a != b else _compare(a, b)
 
 
 def _agree(won: float, lost: float, least: float) -> bool:

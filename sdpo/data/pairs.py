@@ -17,7 +17,7 @@ from sdpo.common.errors import UserError
 from sdpo.common.images import UndecodableImage, open_image
 from sdpo.common.randomness import Key, integer, uniform
 from sdpo.data.order import Place, epoch_permutation
-from sdpo.data.source import LABEL, Columns, PairSource
+from sdpo.data.source import LABEL, Columns, PairSource, winner_of
 from sdpo.data.transforms import PairTransform
 
 MAX_REPLACEMENTS = 50
@@ -45,14 +45,17 @@ class Pair:
     loser: Tensor
     caption: str | dict[str, Tensor]
     key: Key  # (seed, epoch, position)
+    preference: float = 1.0  # the winner's share of it, above 0.5
     bad_rows: tuple[BadRow, ...] = ()  # which this one replaces
 
 
 class Batch:
-    """Hold B pairs of one process, as a dataclass of images or of their encodings."""
+    """Hold B pairs of one process, as a dataclass of images or of their encodings. `preference`
+    (B,), float32, are the winners' shares of it, above 0.5: 1 where the set gives no votes."""
 
     keys: list[Key]
     bad_rows: list[BadRow]
+    preference: Tensor | None
 
     @property
     def place(self) -> Place:
@@ -71,6 +74,7 @@ class PairBatch(Batch):
     captions: list[str]
     keys: list[Key]
     bad_rows: list[BadRow] = field(default_factory=list)
+    preference: Tensor | None = None
 
     def pin_memory(self) -> PairBatch:
         """Copy to page-locked memory, for `DataLoader(pin_memory=True)`."""
@@ -85,6 +89,7 @@ class EncodedBatch(Batch):
     text: dict[str, Tensor]
     keys: list[Key]
     bad_rows: list[BadRow] = field(default_factory=list)
+    preference: Tensor | None = None
 
     def pin_memory(self) -> EncodedBatch:
         """Copy to page-locked memory, for `DataLoader(pin_memory=True)`."""
@@ -101,15 +106,18 @@ def collate(pairs: list[Pair]) -> PairBatch | EncodedBatch:
         default_collate([p.caption for p in pairs]),
         [p.key for p in pairs],
         [bad for p in pairs for bad in p.bad_rows],
+        torch.tensor([p.preference for p in pairs]),
     )
 
 
 def as_caption(value: Any, column: str) -> str:
-    """Take one caption of a column; none is the empty one.
+    """Take one caption of a column; none is the empty one, a whole number its digits.
 
     Raises:
         UserError: it is not text.
     """
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
     if value is not None and not isinstance(value, str):
         raise UserError(
             f"--caption_column {column}: captions must be text or lists of text, found "
@@ -134,9 +142,9 @@ class PairDecoder:
             UndecodableImage: one of its images is missing or broken.
         """
         images = self.images(row)
-        winner, loser = images if float(row[LABEL]) == 1.0 else images[::-1]
-        pixels_w, pixels_l = self.transform(winner, loser, key)
-        return Pair(pixels_w, pixels_l, self.caption(row, key), key)
+        winner, share = winner_of(float(row[LABEL]))
+        pixels = self.transform(images[winner], images[1 - winner], key)
+        return Pair(*pixels, self.caption(row, key), key, share)
 
     def images(self, row: Row) -> list[Image.Image]:
         """Open image 0 and image 1 of a row, RGB.

@@ -1,8 +1,8 @@
 """Open preference pairs and choose the rows to train on, without decoding an image.
 
 Pick-a-Pic's columns (jpg_0, jpg_1, label_0, caption, model_0, model_1), or image_0 and image_1 in
-place of jpg_0 and jpg_1. label_0 is 1 where image 0 is preferred, 0 where image 1 is, 0.5 in a tie.
-Other columns become these (sdpo/data/columns.py).
+place of jpg_0 and jpg_1. label_0 is 1 where image 0 is preferred, 0 where image 1 is, 0.5 in a tie,
+or between them image 0's share of the preference. Other columns become these, see columns.py.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from sdpo.common.errors import UserError, first_line
 from sdpo.common.randomness import generator
 from sdpo.config import SourceConfig
 from sdpo.config.data import MIRRORS
-from sdpo.data.columns import as_pairs, check_images, find_layout
+from sdpo.data.columns import as_pairs, check_captions, check_images, find_layout
 from sdpo.data.local import LocalFiles, find_local_files
 from sdpo.data.tables import LABEL, open_folders, open_parquet, open_text
 
@@ -71,6 +71,7 @@ def open_pairs(data: SourceConfig, seed: int) -> PairSource:
     models = MODELS if data.dreamlike_pairs_only else ()
     rows = rows.select_columns(list(dict.fromkeys([*layout.needed, *models])))
     check_images(rows.features, layout)
+    check_captions(rows.features, layout.caption)
     rows, layout = as_pairs(_without_decoding(rows), layout, data, models)
     columns = Columns(layout.image_0, layout.image_1, layout.caption)
     if data.image_root:
@@ -184,7 +185,8 @@ def _choose_rows(rows: datasets.Dataset, data: SourceConfig, seed: int) -> tuple
     import pyarrow.compute as pc
 
     labels, missing = _checked_labels(arrow_column(rows, LABEL))
-    keep, ties = (labels == 0) | (labels == 1), labels == 0.5
+    ties = labels == 0.5
+    keep = ~(ties | missing)
     log.info(
         "%d rows: %d decided pairs, %d ties dropped, %d without a label dropped",
         *(len(labels), keep.sum(), ties.sum(), missing.sum()),
@@ -210,13 +212,13 @@ def _checked_labels(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
     """Read labels as numbers, (n,) float64, and which are missing, (n,) bool.
 
     Raises:
-        UserError: one is none of 0, 0.5 and 1; names its row.
+        UserError: one does not lie between 0 and 1; names its row.
     """
     import numpy as np
 
     numbers = _numeric_labels(column)
     labels, missing = numbers.to_numpy(), numbers.is_null().to_numpy()
-    other = np.flatnonzero(~(np.isin(labels, (0, 0.5, 1)) | missing))
+    other = np.flatnonzero(~(((labels >= 0) & (labels <= 1)) | missing))
     if len(other):
         raise UserError(bad_label(int(other[0]), labels[other[0]]))
     return labels, missing
@@ -235,7 +237,7 @@ def _numeric_labels(column: pa.ChunkedArray) -> pa.ChunkedArray:
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         for row, value in enumerate(column.to_pylist()):
             read_label(row, value)
-        raise UserError(f"column {LABEL} must hold 0, 0.5 or 1: {first_line(error)}") from None
+        raise UserError(f"column {LABEL} must hold numbers: {first_line(error)}") from None
 
 
 def arrow_column(rows: datasets.Dataset, name: str) -> pa.ChunkedArray:
@@ -259,8 +261,14 @@ def read_label(row: int | str, value: Any) -> float | None:
 
 
 def bad_label(row: int | str, label: float) -> str:
-    """Say that a label is none of 0, 0.5 and 1."""
+    """Say that a label does not lie between 0 and 1."""
     return (
-        f"row {row}: {LABEL} is {label}; it must be 1 (image 0 preferred), 0 (image 1 preferred) "
-        "or 0.5 (a tie)"
+        f"row {row}: {LABEL} is {label}; it must be 1 (image 0 preferred), 0 (image 1 preferred), "
+        "0.5 (a tie) or between them image 0's share of the preference"
     )
+
+
+def winner_of(label: float) -> tuple[int, float]:
+    """Tell by the label of a decided pair which of its images is preferred, and the share of the
+    preference that is for it, above 0.5 to 1."""
+    return (0, label) if label > 0.5 else (1, 1 - label)

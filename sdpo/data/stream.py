@@ -185,11 +185,11 @@ def is_wanted(row: dict[str, Any], number: int | str, dreamlike_only: bool = Fal
     """Tell whether a row is a decided pair (and, where asked for, of dreamlike models alone).
 
     Raises:
-        UserError: its label is none of 0, 0.5 and 1.
+        UserError: its label does not lie between 0 and 1.
     """
     label = read_label(number, row[LABEL])
     if label is None or label == 0.5:
         return False
-    if label not in (0.0, 1.0):
+    if not 0 <= label <= 1:
         raise UserError(bad_label(number, label))
     return not dreamlike_only or all(DREAMLIKE in (row[model] or "") for model in MODELS)

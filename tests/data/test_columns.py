@@ -10,6 +10,7 @@ from itertools import islice
 import pytest
 
 from sdpo.common.errors import UserError
+from sdpo.data.columns import Layout, judge
 from sdpo.data.loader import PairLoader
 from sdpo.data.source import open_pairs
 
@@ -166,6 +167,32 @@ def test_hpdv3_s_choices_are_partly_null(trained, files, tmp_path, kind, streami
     root = {"image_root": tmp_path / "elsewhere"}
     assert trained(tmp_path, streaming, **root) == expected(0, 1, 2, 3)
     assert trained(tmp_path, streaming, min_agreement=0.7, **root) == expected(0, 1, 3)
+
+
+@pytest.mark.parametrize(
+    ("row", "layout", "share"),
+    [
+        ({"a": 9, "b": 1}, Layout("x", "y", "votes:a,b"), 0.9),
+        ({"a": 1, "b": 3}, Layout("x", "y", "votes:a,b"), 0.25),
+        ({"a": "0.2", "b": "0.3"}, Layout("x", "y", "votes:a,b"), 0.4),
+        ({"a": 0, "b": 0}, Layout("x", "y", "votes:a,b"), 0.5),
+        ({"a": 0, "b": 2}, Layout("x", "y", "votes:a,b"), 0.0),
+        # Scores that are no counts have no shares.
+        ({"a": -3.5, "b": -4}, Layout("x", "y", "votes:a,b"), 1.0),
+        ({"a": -3.5, "b": 4}, Layout("x", "y", "votes:a,b"), 0.0),
+        ({"c": [9, 1]}, Layout("x", "y", "first", votes="c"), 0.9),
+        ({"c": [0, 0]}, Layout("x", "y", "first", votes="c"), 1.0),
+        # The order says who won.
+        ({"c": [1, 9]}, Layout("x", "y", "first", votes="c"), 1.0),
+        ({"c": None}, Layout("x", "y", "first", votes="c"), 1.0),
+        ({}, Layout("x", "y", "first"), 1.0),
+        ({"x": ["p", "q"], "s": [0.3, 0.1]}, Layout("x", "x", "list:s"), 1.0),
+        ({"m": 0.3}, Layout("x", "y", "m"), 0.3),
+    ],
+)
+def test_shares_of_the_votes(row, layout, share):
+    label, _ = judge(row, layout, None)
+    assert label == pytest.approx(share, abs=1e-15)
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -165,12 +165,36 @@ def test_steps_of_epochs(make_loader, make_rows, make_parquet):
 
 
 def test_other_errors_inside_a_worker_keep_their_sentence(make_loader, make_rows, make_parquet):
-    rows = [{**row, "caption": 3} for row in make_rows(4)]
+    rows = [{**row, "label_0": 3.0} for row in make_rows(4)]
     for workers in (0, 1):
-        loader = make_loader(
-            make_parquet(rows), dataloader_num_workers=workers, proportion_empty_prompts=0
-        )
+        loader = make_loader(make_parquet(rows), streaming=True, dataloader_num_workers=workers)
         with pytest.raises(UserError) as caught:
             take(loader, 1)
-        assert str(caught.value).startswith("--caption_column caption: captions must be text")
+        assert str(caught.value).startswith("row 0: label_0 is 3.0; it must be")
         assert "\n" not in str(caught.value)
+
+
+def shares(make_loader, directory, **flags):
+    """The share for each row's winner, {row: share}, as an epoch's batches have it."""
+    loader = make_loader(directory, train_batch_size=1, **flags)
+    found = {}
+    for batch in take(loader, 9):
+        assert batch.preference.shape == (1,)
+        found[batch.captions[0]] = batch.preference.item()
+    return found
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_winner_s_share_comes_with_the_batch(
+    make_loader, make_rows, make_parquet, rows_of, streaming
+):
+    flags = {"proportion_empty_prompts": 0, "streaming": streaming}
+    labels = [0.75, 0.25, 1.0, 0.5, 0.0]
+    # Rows 0 and 2 have their winner, the lighter image, as image 0.
+    rows = make_rows(5, labels=[float(label > 0.5) for label in labels])
+    rows = [{**row, "label_0": label} for row, label in zip(rows, labels, strict=True)]
+    directory = make_parquet(rows)
+    wanted = {"caption 0": 0.75, "caption 1": 0.75, "caption 2": 1.0, "caption 4": 1.0}
+    assert shares(make_loader, directory, **flags) == wanted
+    for batch in take(make_loader(directory, **flags), 2):
+        assert batch.pixels[:2].mean() > batch.pixels[2:].mean()

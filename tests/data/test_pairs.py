@@ -72,7 +72,12 @@ def test_one_of_several_captions_is_chosen_by_the_key():
     assert set(captions(None, 0.0, 5)) == {""}
 
 
-@pytest.mark.parametrize("value", [3, 1.5, {"en": "a"}, [1, 2]])
+def test_whole_numbers_are_captions():
+    assert set(captions(42, 0.0, 5)) == {"42"}
+    assert set(captions([7, -1], 0.0, 50)) == {"7", "-1"}
+
+
+@pytest.mark.parametrize("value", [True, 1.5, {"en": "a"}, [1.5, 2.5]])
 def test_a_caption_that_is_no_text_is_refused(value):
     with pytest.raises(UserError, match=r"--caption_column caption: .* text, found \w+$"):
         captions(value, 0.0, 1)

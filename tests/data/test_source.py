@@ -109,12 +109,24 @@ def test_whole_number_labels(opened, make_rows, make_parquet):
     assert kept(opened(make_parquet(rows))) == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("value", [1.5, {"en": "a"}, b"a", True, [2.5]])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_captions_that_are_no_text_are_refused(opened, make_rows, make_parquet, value, streaming):
+    rows = [{**row, "caption": value} for row in make_rows(2)]
+    with pytest.raises(
+        UserError, match=r"^--caption_column caption: captions must be text"
+    ) as said:
+        opened(make_parquet(rows), streaming=streaming)
+    floats = isinstance(value, float | list)
+    assert ("write the column as text" in str(said.value)) == floats
+
+
 def test_nothing_left_is_refused(opened, make_rows, make_parquet):
     with pytest.raises(UserError, match="no pair is left"):
         opened(make_parquet(make_rows(3, labels=[0.5] * 3)))
 
 
-@pytest.mark.parametrize("label", [2.0, -1.0, 0.7, float("nan")])
+@pytest.mark.parametrize("label", [2.0, -1.0, 1.1, float("nan")])
 def test_an_invalid_label_names_its_row(opened, make_rows, make_parquet, label):
     rows = make_rows(5, labels=[1.0, 0.5, None, label, 0.0])
     with pytest.raises(UserError, match=rf"row 3: label_0 is {label}; it must be 1 "):
@@ -123,7 +135,7 @@ def test_an_invalid_label_names_its_row(opened, make_rows, make_parquet, label):
 
 def test_labels_that_are_no_numbers(opened, make_rows, make_parquet):
     rows = [{**row, "label_0": "first"} for row in make_rows(2)]
-    with pytest.raises(UserError, match="label_0 must hold 0"):
+    with pytest.raises(UserError, match="label_0 must hold 0 "):
         opened(make_parquet(rows))
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from sdpo.common.images import UndecodableImage
 from sdpo.common.randomness import Key
 from sdpo.data.pairs import NumberedRow, Pair, PairDataset, PairDecoder, Row
-from sdpo.data.source import LABEL, PairSource
+from sdpo.data.source import LABEL, PairSource, winner_of
 
 if TYPE_CHECKING:
     from sdpo.data.latents.store import LatentCache
@@ -35,8 +35,9 @@ class CachedDecoder:
         if number in self.cache.bad:
             raise UndecodableImage(self.cache.bad[number])
         both = self.cache.moments(number, self.images.transform.flips(key))
-        winner, loser = both if float(row[LABEL]) == 1.0 else both.flip(0)
-        return Pair(winner, loser, self.cache.text(self.images.caption(row, key)), key)
+        winner, share = winner_of(float(row[LABEL]))
+        text = self.cache.text(self.images.caption(row, key))
+        return Pair(both[winner], both[1 - winner], text, key, share)
 
 
 class CachedPairs(PairDataset):
