@@ -27,7 +27,7 @@ class LocalFiles(NamedTuple):
     """Name the files of a split; image paths in them are relative to `base`."""
 
     # "metadata" or another "table" (JSON lines, JSON, CSV), "parquet", "saved" by `datasets`,
-    # "folders" w and l
+    # "folders" w and l, "tars"
     kind: str
     files: list[str]
     base: Path
@@ -39,7 +39,7 @@ def find_local_files(directory: Path, split: str, flag: str) -> LocalFiles:
     `DIR/metadata.jsonl` (or .csv), `DIR/SPLIT/metadata.jsonl`, or parquet files in DIR or DIR/data:
     those whose name begins with the split's (train-00000-of-00002, train_0), or, where no name says
     a split, all of them, which then are the split "train", or the one that DIR is named after; a
-    dataset of `save_to_disk`; folders w and l; one table of another name.
+    dataset of `save_to_disk`; folders w and l; one table of another name; tar files likewise.
 
     Raises:
         UserError: nothing of the kind is there, or not of this split, or shards are missing; names
@@ -47,19 +47,17 @@ def find_local_files(directory: Path, split: str, flag: str) -> LocalFiles:
     """
     # A folder of the split's name holds the split itself, whatever its files are called.
     bases = [directory / split, directory]
-    for find in (_find_metadata, _find_saved, _find_parquet, _find_folders, _find_table):
-        if find is _find_parquet and any(_is_of(p, split) for p in _parquet_in(directory)):
+    for find in (*_FINDERS[:-1], _find_table, _find_tars):
+        if find is _find_parquet and any(
+            _is_of(p, split) for p in _of_suffix(directory, ".parquet")
+        ):
             bases = [directory]
         for base in bases:
             found = find(base)
             if found:
                 return _of_split(found, directory, split, flag)
     folders = sorted(p for p in directory.iterdir() if p.is_dir()) if directory.is_dir() else []
-    elsewhere = [
-        p.name
-        for p in folders
-        if any(find(p) for find in (_find_metadata, _find_saved, _find_parquet, _find_folders))
-    ]
+    elsewhere = [p.name for p in folders if any(find(p) for find in _FINDERS)]
     if elsewhere:
         raise UserError(
             f"--split: {directory} has no split {split!r}; it has: {', '.join(elsewhere)}"
@@ -88,7 +86,7 @@ def _find_folders(base: Path) -> LocalFiles | None:
 
 
 def _find_parquet(base: Path) -> LocalFiles | None:
-    files = _parquet_in(base)
+    files = _of_suffix(base, ".parquet")
     return LocalFiles("parquet", [str(p) for p in files], base) if files else None
 
 
@@ -100,15 +98,23 @@ def _find_table(base: Path) -> LocalFiles | None:
     return None
 
 
-def _parquet_in(base: Path) -> list[Path]:
+def _find_tars(base: Path) -> LocalFiles | None:
+    files = _of_suffix(base, ".tar")
+    return LocalFiles("tars", [str(p) for p in files], base) if files else None
+
+
+_FINDERS = (_find_metadata, _find_saved, _find_parquet, _find_folders, _find_tars)
+
+
+def _of_suffix(base: Path, suffix: str) -> list[Path]:
     files = [p for place in (base, base / "data") for p in _files(place)]
-    return [p for p in files if p.suffix.lower() == ".parquet"]
+    return [p for p in files if p.suffix.lower() == suffix]
 
 
 def _of_split(found: LocalFiles, directory: Path, split: str, flag: str) -> LocalFiles:
     """Keep of what was found in `directory`, or in its folder of the split's name, this split."""
     within = found.base == directory
-    if found.kind in ("parquet", "table"):
+    if found.kind in ("parquet", "table", "tars"):
         files = [Path(file) for file in found.files]
         chosen = _choose(directory, files, split, within)
         if found.kind == "table" and len(chosen) > 1 and not _SHARD.fullmatch(chosen[0].stem):
@@ -149,9 +155,10 @@ def _choose(directory: Path, files: Sequence[Path], split: str, within: bool) ->
     chosen = [p for p in files if _is_of(p, split)]
     if not chosen:
         named = sorted({_split_names(p)[0] for p in files})
+        # Tars are numbered under any name (shard-000000.tar).
+        numbered = len(named) < len(files) or any("-00" in p.name for p in files)
         if within and (
-            len(named) < len(files)
-            or any("-00" in p.name for p in files)
+            (numbered and files[0].suffix.lower() != ".tar")
             or any(re.split(r"[-_.]", name)[0] in _SPLIT_WORDS for name in named)
         ):
             kind = files[0].suffix.lower().lstrip(".")

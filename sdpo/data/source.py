@@ -19,6 +19,7 @@ from sdpo.config.data import MIRRORS
 from sdpo.data.columns import as_pairs, check_captions, check_images, find_layout
 from sdpo.data.local import LocalFiles, find_local_files
 from sdpo.data.tables import LABEL, open_folders, open_parquet, open_text
+from sdpo.data.tars import open_tars
 
 if TYPE_CHECKING:
     import datasets
@@ -140,6 +141,8 @@ def _open_local(found: LocalFiles, data: SourceConfig) -> Any:
 
     if found.kind == "parquet":
         return open_parquet(found.files, data.cache_dir, data.streaming)
+    if found.kind == "tars":
+        return open_tars(found.files, data.cache_dir, data.streaming)
     if found.kind == "saved":
         rows = datasets.load_from_disk(str(found.base))
     elif found.kind == "folders":

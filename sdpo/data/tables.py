@@ -113,8 +113,8 @@ def _records(path: Path, content: bytes) -> Iterator[Record]:
     return _records_of_lines(path, text)
 
 
-def _parse_json(text: str) -> Any:
-    # Numbers stay as they are written: whether they are captions or labels their column tells.
+def parse_json(text: str) -> Any:
+    """Parse JSON, its numbers as text: whether they are captions or labels their column tells."""
     return json.loads(text, parse_int=str, parse_float=str, parse_constant=str)
 
 
@@ -124,7 +124,7 @@ def _records_of_lines(path: Path, text: str) -> Iterator[Record]:
         if not line.strip():
             continue
         try:
-            record = _parse_json(line)
+            record = parse_json(line)
         except ValueError as error:
             raise UserError(f"{path}, line {number} is not JSON: {first_line(error)}") from None
         if not isinstance(record, dict):
@@ -134,7 +134,7 @@ def _records_of_lines(path: Path, text: str) -> Iterator[Record]:
 
 def _records_of_list(path: Path, text: str) -> Iterator[Record]:
     try:
-        records = _parse_json(text)
+        records = parse_json(text)
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {first_line(error)}") from None
     for number, record in enumerate(records):
@@ -181,14 +181,15 @@ def to_table(records: Sequence[dict[str, Any]]) -> pa.Table:
                 pass  # kept as text, for the sentence that names the row
         if any(isinstance(value, list) for value in values):
             lists = [v if isinstance(v, list) or v is None else [v] for v in values]
-            cells: Any = [v if v is None else [_text(x) for x in v] for v in lists]
+            cells: Any = [v if v is None else [as_text(x) for x in v] for v in lists]
             columns[name] = pa.array(cells, pa.list_(pa.string()))
         else:
-            columns[name] = pa.array([_text(value) for value in values], pa.string())
+            columns[name] = pa.array([as_text(value) for value in values], pa.string())
     return pa.table(columns)
 
 
-def _text(value: Any) -> str | None:
+def as_text(value: Any) -> str | None:
+    """Give a value of `parse_json` as text; what is no text as JSON."""
     if value is None or isinstance(value, str):
         return value
     return json.dumps(value)  # true, false, or an object
