@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from sdpo.common.flags import flat, from_flat, given_flags
 from sdpo.config.data import DataConfig, SourceConfig
+from sdpo.config.hub import HubConfig
 from sdpo.config.method import MethodConfig
 from sdpo.config.model import ModelConfig
 from sdpo.config.optim import OptimConfig
@@ -65,6 +66,7 @@ def parse_train(
 
 __all__ = [
     "DataConfig",
+    "HubConfig",
     "MethodConfig",
     "ModelConfig",
     "OptimConfig",

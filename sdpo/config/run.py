@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sdpo.common.flags import NOT_NEGATIVE, at_least, flag
+from sdpo.config.hub import HubConfig
 
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "mlflow", "all", "none")
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class OutputConfig:
     """Output, seed, checkpoints, sample grids and logs."""
 
     output_dir: str = flag("output/train", "where the run is written", metavar="DIR", expand=True)
@@ -41,3 +42,8 @@ class RunConfig:
     check_only: bool = flag(
         False, "check flags and paths, no more: nothing is loaded or written", record=False
     )
+
+
+@dataclass(frozen=True)
+class RunConfig(HubConfig, OutputConfig):
+    """Output, and whether it is uploaded at the end."""

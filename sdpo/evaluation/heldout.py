@@ -4,7 +4,8 @@ every checkpoint of a run, over the same pairs, timesteps and noise.
     python -m sdpo.evaluation.heldout RUN_DIR --train_data_dir DIR --split heldout
 
 writes RUN_DIR/heldout.jsonl, one line a checkpoint. Step 0 is the reference itself. With --ema it
-measures the moving averages and writes RUN_DIR/heldout_ema.jsonl.
+measures the moving averages and writes RUN_DIR/heldout_ema.jsonl. The run's card, README.md, gets
+the table.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from sdpo.common.flags import at_least, flag, from_flat, parse
 from sdpo.common.processes import start
 from sdpo.config import TrainConfig
 from sdpo.training.checkpoint_paths import EMA_FILE, UNET_FILE, list_checkpoints, step_of
-from sdpo.training.runlog import CONFIG_FILE
+from sdpo.training.runlog import CONFIG_FILE, HELDOUT_EMA_FILE, HELDOUT_FILE
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -32,9 +33,6 @@ if TYPE_CHECKING:
     from sdpo.models.base import Family
     from sdpo.models.encoding import Encoder
     from sdpo.models.forward import NoisedPairs
-
-HELDOUT_FILE = "heldout.jsonl"
-HELDOUT_EMA_FILE = "heldout_ema.jsonl"
 
 
 @dataclass(frozen=True)
@@ -92,6 +90,7 @@ def main() -> int:
     from sdpo.models import open_base
     from sdpo.models.encoding import ModelEncoder
     from sdpo.models.loading import load_strictly, read_state_dict
+    from sdpo.training.card import CARD_FILE, write_run_card
 
     train = run_config(config)
     device = start().device
@@ -114,6 +113,8 @@ def main() -> int:
         entries.append(summarise(step_of(path), *errors, *reference, beta))
     lines = "".join(json.dumps(entry) + "\n" for entry in entries)
     write_text(config.run / (HELDOUT_EMA_FILE if config.ema else HELDOUT_FILE), lines)
+    if (config.run / CARD_FILE).is_file():
+        write_run_card(config.run)
     return 0
 
 

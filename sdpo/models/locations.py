@@ -31,6 +31,11 @@ def looks_local(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") != 1 or Path(name).exists()
 
 
+def hub_id(name: str | None) -> str | None:
+    """Give a name that means a place on the hub; None for one on this machine."""
+    return name if name and HUB_ID.fullmatch(name) and not Path(name).exists() else None
+
+
 def check_model_location(config: ModelConfig) -> None:
     """A local base must be a diffusers directory of the family that --sdxl (or its absence) names.
 

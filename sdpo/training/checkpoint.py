@@ -63,7 +63,10 @@ SAME_RUN = (
     "use_dora",
     "use_ema",
 )
-_MAY_DIFFER = {"resume_from_checkpoint", "max_train_steps", "num_train_epochs", "output_dir"}
+_MAY_DIFFER = {
+    *("resume_from_checkpoint", "max_train_steps", "num_train_epochs", "output_dir"),
+    *("push_to_hub", "hub_model_id", "hub_private_repo"),
+}
 
 
 def save_checkpoint(

@@ -3,22 +3,27 @@
     python -m sdpo.training.export output/run --out model.safetensors --half
     python -m sdpo.training.export output/run --out lora.safetensors --format lora_kohya
 
+    python -m sdpo.training.export output/run --push_to_hub --hub_model_id ORG/NAME
+
 original: UNet, VAE and text encoders in one file, in the layout of SD's first code; lora_kohya: a
-LoRA run's adapters in the naming of kohya's scripts; diffusers: a pipeline directory.
+LoRA run's adapters in the naming of kohya's scripts; diffusers: a pipeline directory. With
+--push_to_hub what was written is uploaded with a card; without --out, what the run's end left.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdpo.common.errors import UserError, run_main
-from sdpo.common.files import written_beside
+from sdpo.common.files import write_bytes, written_beside
 from sdpo.common.flags import flag, from_flat, parse
-from sdpo.config import TrainConfig
+from sdpo.config import HubConfig, TrainConfig
 from sdpo.training.checkpoint_paths import (
     EMA_FILE,
     STATE_FILE,
@@ -26,13 +31,15 @@ from sdpo.training.checkpoint_paths import (
     is_complete,
     latest_checkpoint,
 )
+from sdpo.training.hub_checks import PROGRAM, check_account, check_hub
+from sdpo.training.runlog import CONFIG_FILE
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from sdpo.models import Base
-
-PROGRAM = "python -m sdpo.training.export"
+    from sdpo.training.card import Made
+    from sdpo.training.hub import Upload
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,11 @@ class ExportConfig:
     """The program's flags."""
 
     run: Path = flag(None, "--output_dir of a run, or a checkpoint of it", positional=True)
-    out: Path = flag(None, "file to write; a directory with --format diffusers", required=True)
+    out: Path | None = flag(
+        None,
+        "file to write; a directory with --format diffusers; it can be left out with --push_to_hub",
+        metavar="PATH",
+    )
     format: str = flag(
         "original",
         "original: all weights in one file; lora_kohya: adapters; diffusers: a pipeline",
@@ -49,37 +60,87 @@ class ExportConfig:
     half: bool = flag(False, "in half precision (fp16)", shown="float32")
     ema: bool = flag(False, "the averages of a run with --use_ema")
     force: bool = flag(False, "write over what is at --out")
+    hub: HubConfig = field(default_factory=HubConfig)
 
 
 def main() -> int:
-    """Write what the flags describe; returns the exit code.
+    """Write what the flags describe, and upload it where they say so; returns the exit code, 1
+    where only the upload failed.
 
     Raises:
         UserError: naming the flag and what would be right.
     """
     config = parse(ExportConfig, sys.argv[1:], PROGRAM, __doc__)
     checkpoint = check_export(config)
+    if config.hub.push_to_hub:
+        check_account(config.hub)
 
     from sdpo.common.processes import quieten_libraries
+    from sdpo.training.card import write_run_card
+    from sdpo.training.hub import of_run, push_or_tell
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    quieten_libraries()
+    run = checkpoint.resolve().parent
+    if config.out is not None:
+        _export(config, config.out, checkpoint)
+    if config.out is None or (run / CONFIG_FILE).is_file():
+        write_run_card(run)
+    if not config.hub.push_to_hub:
+        return 0
+    upload = of_run(run) if config.out is None else of_export(config, config.out, checkpoint)
+    again = [*sys.argv[1:], *["--force"] * (config.out is not None and not config.force)]
+    return push_or_tell(upload, config.hub, again)
+
+
+def _export(config: ExportConfig, out: Path, checkpoint: Path) -> None:
     from sdpo.models import open_base
     from sdpo.models.loading import load_strictly, read_state_dict
+    from sdpo.training.card import edited_card, read_made
+    from sdpo.training.checkpoint import export_pipeline
 
-    quieten_libraries()
     state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
     base = open_base(from_flat(TrainConfig, state["args"]))
     weights = checkpoint / (EMA_FILE if config.ema else UNET_FILE)
     unet = base.family.load_unet(base.source)
     if config.format == "lora_kohya":
-        write_tensors(config, _adapters(config, checkpoint, unet))
-        return 0
+        write_tensors(out, _adapters(config, checkpoint, unet), config.half)
+        return
     load_strictly(unet, read_state_dict(weights), str(weights))
     if config.format == "diffusers":
-        from sdpo.training.checkpoint import export_pipeline
-
-        export_pipeline(config.out, base, unet)
+        card = edited_card(out)
+        export_pipeline(out, base, unet)
+        _add_card(out, read_made(checkpoint, config.ema), card)
     else:
-        write_tensors(config, original_state(base, unet))
-    return 0
+        write_tensors(out, original_state(base, unet), config.half)
+
+
+def _add_card(out: Path, made: Made, card: bytes | None) -> None:
+    """Put a card into an exported pipeline, with its picture: the one that somebody wrote there, or
+    the model's own."""
+    from sdpo.training.card import CARD_FILE, card_text
+    from sdpo.training.card_use import Weights
+
+    if made.picture:
+        copy = out / made.picture.relative_to(made.run)
+        copy.parent.mkdir()
+        shutil.copyfile(made.picture, copy)
+    own = card_text(made, [Weights("pipeline", "")]).encode()
+    write_bytes(out / CARD_FILE, own if card is None else card)
+
+
+def of_export(config: ExportConfig, out: Path, checkpoint: Path) -> Upload:
+    """Collect what was exported, for a repository of its own."""
+    from sdpo.training.card import CARD_FILE, edited_card, read_made
+    from sdpo.training.card_use import Weights
+    from sdpo.training.hub import Upload, below
+
+    made = read_made(checkpoint, config.ema)
+    if config.format == "diffusers":
+        files = {name: path for name, path in below(out).items() if name != CARD_FILE}
+        return Upload(made, Weights("pipeline", ""), files, edited_card(out))
+    kind = "lora" if config.format == "lora_kohya" else "single_file"
+    return Upload(made, Weights(kind, out.name), {out.name: out})
 
 
 def check_export(config: ExportConfig) -> Path:
@@ -93,6 +154,13 @@ def check_export(config: ExportConfig) -> Path:
         raise UserError(f"{config.run} is no checkpoint, and no run with a complete one")
     if config.ema and not (newest / EMA_FILE).is_file():
         raise UserError(f"--ema: {newest} holds no {EMA_FILE}; it was not run with --use_ema")
+    check_hub(config.hub, newest.parent)
+    if config.out is None:
+        if not config.hub.push_to_hub:
+            raise UserError("the following arguments are required: --out (see --help)")
+        if config.half or config.ema or config.format != "original":
+            raise UserError("--half, --ema and --format have no meaning without --out")
+        return newest
     if config.format == "diffusers":
         if config.half:
             raise UserError("--half has no meaning with --format diffusers, which is float32")
@@ -145,7 +213,7 @@ def original_state(base: Base, unet: Any) -> dict[str, Tensor]:
     }
 
 
-def write_tensors(config: ExportConfig, state: dict[str, Tensor]) -> None:
+def write_tensors(out: Path, state: dict[str, Tensor], to_half: bool) -> None:
     """Write a safetensors file whole, beside its place and renamed.
 
     Raises:
@@ -157,14 +225,14 @@ def write_tensors(config: ExportConfig, state: dict[str, Tensor]) -> None:
     written = {}
     for name, value in state.items():
         value = value.detach().cpu()
-        if config.half and value.is_floating_point():
+        if to_half and value.is_floating_point():
             half = value.to(torch.float16)
             if not torch.isfinite(half).all():
                 raise UserError(f"--half: {name} is out of half precision's range; leave it out")
             value = half
         written[name] = value.contiguous()
-    config.out.parent.mkdir(parents=True, exist_ok=True)
-    with written_beside(config.out) as beside:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with written_beside(out) as beside:
         save_file(written, beside, {"format": "pt"})
 
 

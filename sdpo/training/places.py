@@ -4,12 +4,14 @@ the run was launched. All of them are cheap and need no torch."""
 from __future__ import annotations
 
 from importlib.util import find_spec
+from pathlib import Path
 
 from sdpo.common.errors import UserError
 from sdpo.config import RunConfig, TrainConfig
 from sdpo.data.local import check_cache_location, check_data_location
 from sdpo.models.locations import check_model_location
 from sdpo.training.checkpoint_paths import check_output_dir
+from sdpo.training.hub_checks import check_hub
 from sdpo.training.sharding import launched_sharding
 
 
@@ -29,6 +31,7 @@ def check_places(config: TrainConfig) -> None:
     check_data_location(config.data)
     check_cache_location(config.data)
     check_output_dir(config.run)
+    check_hub(config.run, Path(config.run.output_dir))
     launched_sharding(config)
 
 

@@ -22,6 +22,7 @@ from sdpo.common.processes import WAIT_LIMIT, ignore_accelerates_settings, quiet
 from sdpo.common.signals import StopRequest
 from sdpo.data.digest import changes, describe_pairs
 from sdpo.data.order import FIRST
+from sdpo.training.card import write_run_card
 from sdpo.training.checkpoint import (
     clear_unfinished,
     export_run,
@@ -32,6 +33,8 @@ from sdpo.training.checkpoint import (
 )
 from sdpo.training.checkpoint_paths import latest_checkpoint
 from sdpo.training.distributions import BINS
+from sdpo.training.hub import of_run, push_or_tell
+from sdpo.training.hub_checks import check_account
 from sdpo.training.parameter_safeguard import BranchGradients
 from sdpo.training.runlog import RunLog, describe_run, write_config
 from sdpo.training.sharding import launched_sharding, whole
@@ -71,6 +74,7 @@ class Run(Session):
         self.device = self.accelerator.device
         self.lock = FileLock(self.output_dir / LOCK_FILE)
         self._take_directory()
+        self._check_account()
         if config.optim.allow_tf32:
             torch.backends.cuda.matmul.allow_tf32 = True
         self.resume_from = self._find_checkpoint()
@@ -103,9 +107,17 @@ class Run(Session):
                 log.warning("%s cannot be locked (%s): one run at a time", self.output_dir, error)
             if refusal is None:
                 clear_unfinished(self.output_dir)
-        refusals = [said for said in gather_object([refusal]) if said]
-        if refusals:
-            raise UserError(refusals[0])
+        _refuse(refusal)
+
+    def _check_account(self) -> None:
+        """Ask the hub, before anything is loaded, whether --push_to_hub can be."""
+        refusal = None
+        if self.config.run.push_to_hub and self.accelerator.is_main_process:
+            try:
+                check_account(self.config.run)
+            except UserError as error:
+                refusal = str(error)
+        _refuse(refusal)
 
     def _find_checkpoint(self) -> Path | None:
         wanted = self.config.run.resume_from_checkpoint
@@ -255,7 +267,7 @@ class Run(Session):
 
     def finish(self) -> int:
         """Save, and after the last step export; returns the exit code, 0 when all steps are
-        done.
+        done and, with --push_to_hub, the upload too.
 
         Raises:
             UserError: the last steps were not finite, or the weights are not.
@@ -272,14 +284,24 @@ class Run(Session):
                 )
             self.save()
             finished = gathered(self.models, self.accelerator)
-            for exported in export_run(self.output_dir, finished) if finished else ():
-                log.info("wrote %s", exported)
+            if finished:
+                for exported in export_run(self.output_dir, finished):
+                    log.info("wrote %s", exported)
+                code = self._publish()
         else:
             self._save_unless_nonfinite()
             log.warning("stopped by a signal after step %d", self.progress.step)
             code = self.stop.exit_code
         self.accelerator.end_training()
         return code
+
+    def _publish(self) -> int:
+        """Write the card and, with --push_to_hub, upload; returns the exit code, 1 where that
+        failed."""
+        if card := write_run_card(self.output_dir):
+            log.info("wrote %s", card)
+        hub = self.config.run
+        return push_or_tell(of_run(self.output_dir), hub) if hub.push_to_hub else 0
 
     def _save_unless_nonfinite(self) -> None:
         if self.progress.step > 0 and self._sound():
@@ -313,6 +335,13 @@ class Run(Session):
                 draw_grid(self.config, models, unet, self.accelerator, self.progress.step)
             unet.train()
         self.accelerator.wait_for_everyone()
+
+
+def _refuse(refusal: str | None) -> None:
+    """Raise on every process what one of them has to say."""
+    refusals = [said for said in gather_object([refusal]) if said]
+    if refusals:
+        raise UserError(refusals[0])
 
 
 def _accelerator(config: TrainConfig) -> Accelerator:

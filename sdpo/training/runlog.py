@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "accelerate", "datasets", "peft")
 METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "config.json"
+# What sdpo.evaluation.heldout adds.
+HELDOUT_FILE = "heldout.jsonl"
+HELDOUT_EMA_FILE = "heldout_ema.jsonl"
 
 
 def describe_run(config: TrainConfig, resolved: dict[str, Any]) -> dict[str, Any]:
