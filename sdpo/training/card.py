@@ -17,7 +17,6 @@ from typing import Any
 
 import yaml
 
-from sdpo import __version__
 from sdpo.common.files import write_text
 from sdpo.common.flags import from_flat
 from sdpo.config import TrainConfig
@@ -355,8 +354,7 @@ def _heldout(made: Made) -> list[str]:
 
 
 def _versions(made: Made) -> str:
-    packages = {"sdpo": __version__, "Python": made.about.get("python")}
-    packages |= made.about.get("packages", {})
+    packages = {"Python": made.about.get("python"), **made.about.get("packages", {})}
     told = ", ".join(f"{name} {version}" for name, version in packages.items() if version)
     revision = made.about.get("git_revision")
-    return f"{told}{f'; sdpo at {revision}' if revision else ''}."
+    return f"{told or 'Not recorded'}{f'; sdpo at {revision}' if revision else ''}."

@@ -19,7 +19,16 @@ if TYPE_CHECKING:
 
     from sdpo.config import TrainConfig
 
-PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "accelerate", "datasets", "peft")
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "peft",
+    "sdpo",
+)
 METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "config.json"
 # What sdpo.evaluation.heldout adds.

@@ -21,6 +21,9 @@ NOW = {
     "columns": [],
     "image_root": None,
     "min_agreement": None,
+    "push_to_hub": False,
+    "hub_model_id": None,
+    "hub_private_repo": False,
 }
 
 
