@@ -102,6 +102,15 @@ def pairs(double_unet):
 
 
 @pytest.fixture
+def diffusers_finds_files(monkeypatch):
+    """Lets `load_lora_weights` look for its file: diffusers 0.35 does not do so on this machine
+    either while the hub is off."""
+    from diffusers.loaders import lora_base
+
+    monkeypatch.setattr(lora_base, "HF_HUB_OFFLINE", False)
+
+
+@pytest.fixture
 def make_config(tiny_sd15, tiny_sdxl, pairs_dir, tmp_path):
     """`make_config(flag=value, ...)`: a checked `TrainConfig` with tiny defaults.
 

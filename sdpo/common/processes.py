@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sdpo.common.errors import UserError, first_line
 
 if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
+
+T = TypeVar("T")
 
 # Processes may have to wait while one downloads and converts a large dataset, or finishes its
 # share; the usual ten minutes would end them there.
@@ -44,6 +47,40 @@ def start() -> Accelerator:
     ignore_accelerates_settings()
     handlers = [InitProcessGroupKwargs(timeout=WAIT_LIMIT)]
     return Accelerator(mixed_precision="no", kwargs_handlers=handlers)
+
+
+class SharedError(UserError):
+    """A `UserError` of one process that every process raises at the same place, so that they can
+    still work together."""
+
+
+def together(work: Callable[[], T]) -> T:
+    """Call `work` on every process and give each its own result.
+
+    Raises:
+        SharedError: in all, the first `UserError` of any of them, so that none waits for one that
+            is gone.
+    """
+    error = None
+    try:
+        value = work()
+    except UserError as raised:
+        error = str(raised)
+    raise_first(error)
+    return value
+
+
+def raise_first(error: str | None) -> None:
+    """Compare notes with the other processes, each of which calls this with its own error or None.
+
+    Raises:
+        SharedError: in all, the first that any has.
+    """
+    from accelerate.utils import gather_object
+
+    for found in gather_object([error]):
+        if found is not None:
+            raise SharedError(found)
 
 
 def device_of(name: str | None, accelerator: Accelerator) -> torch.device:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdpo.data.source import LABEL, PairSource, arrow_column
+from sdpo.data.tables import content_digest
 
 if TYPE_CHECKING:
     import numpy as np
@@ -13,13 +15,14 @@ if TYPE_CHECKING:
 
 
 def describe_pairs(source: PairSource) -> dict[str, Any] | None:
-    """Count the chosen pairs and what they hold; None for a stream, whose rows are not known.
+    """Count the chosen pairs and what they hold; of a stream, whose rows are not known, the files.
 
     Returns: numbers to name in a message, and a sha256 over row numbers, labels, captions and the
-    sizes of the images (a second for a million rows).
+    sizes of the images (a second for a million rows), or over the files; None for a stream whose
+    files are not known.
     """
     if source.origin is None:
-        return None
+        return _describe_files(_stream_files(source.rows))
     import numpy as np
     import pyarrow as pa
 
@@ -43,6 +46,30 @@ def describe_pairs(source: PairSource) -> dict[str, Any] | None:
         "bytes of images": int(np.sum(sizes)),
         "sha256": digest.hexdigest(),
     }
+
+
+def _describe_files(names: list[str]) -> dict[str, Any] | None:
+    """Count files and hash their content; of those of the hub the names, which hold the commit."""
+    digest, size = hashlib.sha256(), 0
+    for name in names:
+        is_local = "://" not in name
+        digest.update((content_digest(Path(name)) if is_local else name).encode())
+        size += Path(name).stat().st_size if is_local else 0
+    return {"files": len(names), "bytes": size, "sha256": digest.hexdigest()} if names else None
+
+
+def _stream_files(rows: Any) -> list[str]:
+    """List the files that an `IterableDataset` reads; empty where it does not tell."""
+    inner = getattr(rows, "_ex_iterable", None)
+    while hasattr(inner, "ex_iterable"):
+        inner = inner.ex_iterable
+    given = getattr(inner, "kwargs", {})
+    names: list[str] = []
+    for file in given.get("files", ()):
+        names += [file] if isinstance(file, str) else map(str, file)  # datasets 4.0 wraps each
+    for shard in given.get("shards", ()):
+        names += [file["filename"] for file in shard.cache_files]
+    return names
 
 
 def _sizes(column: pa.ChunkedArray) -> np.ndarray:
@@ -69,10 +96,13 @@ def _none(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> str | None:
-    """Say in numbers how two descriptions differ; None if they do not."""
-    if before.get("sha256") == now["sha256"]:
+    """Say in numbers how two descriptions differ; None if they do not, or are one of pairs and one
+    of files."""
+    if before.get("sha256") == now["sha256"] or before.keys() != now.keys():
         return None
     counts = [name for name in now if name != "sha256"]
-    unlike = [f"{before.get(n)} {n}, now {now[n]}" for n in counts if before.get(n) != now[n]]
+    unlike = [f"{before[n]} {n}, now {now[n]}" for n in counts if before[n] != now[n]]
+    if "files" in now:
+        return "; ".join(unlike) or f"still {now['files']} files, but of other content"
     same = f"still {now['pairs']} pairs, but other rows, labels, captions or images"
     return "; ".join(unlike) or same

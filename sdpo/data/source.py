@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdpo.common.errors import UserError, first_line
+from sdpo.common.files import disk_is_full, full_disk
 from sdpo.common.randomness import generator
 from sdpo.config import SourceConfig
 from sdpo.config.data import MIRRORS
@@ -101,6 +102,11 @@ def _load(data: SourceConfig) -> tuple[Any, Path | None]:
     # Hub and file errors come in many classes; all of them mean that the pairs are not there.
     except Exception as error:
         cause = error.__cause__ or error  # "An error occurred while generating" says nothing
+        if disk_is_full(cause):
+            import datasets
+
+            cache = Path(data.cache_dir or datasets.config.HF_DATASETS_CACHE)
+            raise UserError(f"--cache_dir: {full_disk(cache, cause)}") from error
         raise UserError(
             f"{flag}: cannot open {name} ({type(cause).__name__}: {first_line(cause)}); give a "
             "dataset that this machine can reach, or a local directory with --train_data_dir"

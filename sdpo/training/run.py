@@ -18,10 +18,16 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from sdpo.common.errors import UserError, first_line
 from sdpo.common.files import disk_is_full, full_disk
 from sdpo.common.precision import check_precision
-from sdpo.common.processes import WAIT_LIMIT, ignore_accelerates_settings, quieten_libraries
+from sdpo.common.processes import (
+    WAIT_LIMIT,
+    SharedError,
+    ignore_accelerates_settings,
+    quieten_libraries,
+)
 from sdpo.common.signals import StopRequest
 from sdpo.data.digest import changes, describe_pairs
 from sdpo.data.order import FIRST
+from sdpo.training.batches import SharedBatches
 from sdpo.training.card import write_run_card
 from sdpo.training.checkpoint import (
     clear_unfinished,
@@ -191,8 +197,9 @@ class Run(Session):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: object
     ) -> None:
-        """Save the steps that are done where an error ends the run. The main process does it alone,
-        the others may be gone; so weights that are divided among them cannot be saved."""
+        """Save the steps that are done where an error ends the run. Where not all processes have
+        it the main one does so alone, the others may be gone; weights that are divided among them
+        can then not be saved."""
         try:
             self._save_at_error(error)
             if error is not None and disk_is_full(error):
@@ -203,14 +210,16 @@ class Run(Session):
 
     def _save_at_error(self, error: BaseException | None) -> None:
         unsaved = error is not None and self.progress.step > self.begun_at
-        if not unsaved or self.sharding or self.update.under_way:
+        if not unsaved or self.update.under_way:
             return
-        if not self.accelerator.is_main_process:
+        shared = isinstance(error, SharedError)
+        if not shared and (self.sharding or not self.accelerator.is_main_process):
             return
         try:
-            if not self._sound():
-                return
-            self._write(self.update.state(keep=True))
+            if shared:
+                self._save_unless_nonfinite()
+            elif self._sound():
+                self._write(self.update.state(keep=True))
         except Exception as also:  # the first error is the one to tell
             log.warning("step %d could not be saved: %s", self.progress.step, first_line(also))
 
@@ -227,7 +236,7 @@ class Run(Session):
             unit="step",
             disable=not self.accelerator.is_local_main_process,
         )
-        batches = iter(self.loader)
+        batches = SharedBatches(iter(self.loader), self)
         self.models.unet.train()
         if self.progress.step == 0:
             self._draw_samples()

@@ -84,6 +84,7 @@ class Session:
     models: Models
     loader: PairLoader
     gradients: BranchGradients | None = None  # where the safeguard goes over the parameters
+    data_error: str | None = None  # what ended this process's batches
     one_scale_a_step = False  # else a scale is taken within each micro-batch
 
     @property

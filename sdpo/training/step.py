@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from sdpo.common.processes import raise_first
 from sdpo.data.order import Place
 from sdpo.models.forward import NoisedPairs, noise_pairs
 from sdpo.training.distributions import Distributions
@@ -107,13 +108,20 @@ class Step:
 
     def reduce(self) -> float:
         """Average what was recorded over micro-batches and processes, with one synchronisation;
-        returns the mean loss. Called by every process."""
+        returns the mean loss. Called by every process.
+
+        Raises:
+            SharedError: the batches of one of them have ended in an error.
+        """
         bad_rows = len(self.run.loader.counter.rows) - self._bad_before
+        failed, stop = self.run.data_error is not None, bool(self.run.stop)
         self._means, sums, self._spread_sums = self._metrics.reduce(
             self.run.accelerator,
-            {"stop": float(bool(self.run.stop)), "bad_rows": float(bad_rows)},
+            {"stop": float(stop), "bad_rows": float(bad_rows), "failed": float(failed)},
             self._spread.sums(),
         )
+        if sums["failed"]:
+            raise_first(self.run.data_error)
         self.stop, self._bad_rows = sums["stop"] > 0, int(sums["bad_rows"])
         return self._means["loss"]
 

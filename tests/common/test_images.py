@@ -362,5 +362,7 @@ print(peak() - before)
 def test_memory_does_not_grow_with_the_length_of_a_strip():
     done = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    # A square of 1024 px is 12 MB in float32, a picture of a million pixels 12 MB in Pillow.
-    assert float(done.stdout) < 100
+    # A square of 1024 px is 12 MB in float32, a picture of a million pixels 4 MB in Pillow; what
+    # torch and the allocator keep of them hangs on their versions. Resized whole, the smallest of
+    # these strips takes 2500.
+    assert float(done.stdout) < 250

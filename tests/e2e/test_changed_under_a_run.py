@@ -58,6 +58,23 @@ def test_same_data_is_not_mentioned(train, begun, tmp_path):
     assert "the data is not what" not in resumed(train, begun, tmp_path, data)
 
 
+def test_a_stream_is_told_by_its_files(train, tmp_path):
+    out, data = tmp_path / "run", tmp_path / "pairs"
+    shutil.copytree(train.pairs, data)
+    flags = {"streaming": True, "train_data_dir": data, "checkpointing_steps": 1}
+    train(out, **flags, max_train_steps=1)
+    shutil.copytree(data, tmp_path / "moved")
+    fork = train.fork(out, **{**flags, "train_data_dir": tmp_path / "moved"}, max_train_steps=2)
+    assert fork.wait() == 0
+    assert "the data is not what" not in fork.stderr
+    file = min(data.glob("train-*.parquet"))
+    pq.write_table(other_column("caption", lambda text: text + " more")(pq.read_table(file)), file)
+    fork = train.fork(out, **flags, max_train_steps=3)
+    assert fork.wait() == 0
+    assert f"the data is not what {out / 'checkpoint-2'} was trained on: " in fork.stderr
+    assert " bytes, now " in fork.stderr
+
+
 def test_fewer_rows(train, begun, tmp_path):
     data = changed(train, tmp_path / "pairs", lambda table: table.slice(0, table.num_rows - 4))
     now = Run(begun.out).config["resolved"]["pairs"]

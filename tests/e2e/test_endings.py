@@ -9,16 +9,20 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from sdpo.common.errors import UserError
+from sdpo.data.order import epoch_permutation
 from sdpo.training.step import Step
 
 from .harness import REPO, Run, files, identical, last_sentence
 
 STEPS = 400
 FLAGS = {"max_train_steps": STEPS, "checkpointing_steps": 1000, "dataloader_num_workers": 2}
+SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 
 def children(pid: int) -> list[int]:
@@ -124,6 +128,44 @@ def test_killed_data_worker(train, tmp_path, streaming):
     train(out, **{**flags, "max_train_steps": more, "dataloader_num_workers": 0})
     straight = train(tmp_path / "straight", **{**flags, "max_train_steps": more})
     assert identical(run.unet(more), straight.unet(more))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_killed_data_worker_of_one_of_two_processes(train, tmp_path, rank):
+    """All processes end at the same place with the same sentence, and what is done is saved."""
+    out = tmp_path / "run"
+    ranks = train.start_processes(out, 2, **{**FLAGS, "gradient_accumulation_steps": 2})
+    wait_for_step(out, 3, ranks[0].process.is_alive)
+    os.kill(children(ranks[rank].process.pid)[-1], signal.SIGKILL)
+    assert [r.wait() for r in ranks] == [2, 2], ranks[1 - rank].stderr
+    sentences = [last_sentence(r.stderr) for r in ranks]
+    assert "--dataloader_num_workers" in sentences[0]
+    assert sentences[0] == sentences[1]
+    run = check_saved(out, 3)
+    assert run.config["resolved"]["processes"] == 2
+
+
+@pytest.mark.parametrize(("step", "launcher"), [(1, {}), (3, {}), (3, SHARDED)])
+def test_data_error_of_one_of_two_processes(train, pairs_dir, tmp_path, step, launcher):
+    """With the first batch or later, the same sentence of both; what was done before is saved."""
+    rows = pq.read_table(sorted(pairs_dir.glob("train-*.parquet"))[0]).to_pylist()
+    rows = [row for row in rows if row["label_0"] != 0.5][:16]
+    # The last pair of a step of two processes with two pairs each is the second one's.
+    rows[int(epoch_permutation(16, 0, 0)[4 * step - 1])]["jpg_0"] = b"no image"
+    (tmp_path / "pairs").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pairs" / "train.parquet")
+    out, flags = tmp_path / "run", {"max_train_steps": 4, "checkpointing_steps": 1000}
+    flags |= {"train_data_dir": tmp_path / "pairs", "seed": 0}
+    ranks = train.start_processes(out, 2, launcher, **flags, max_bad_fraction=0)
+    assert [r.wait() for r in ranks] == [2, 2], ranks[0].stderr
+    (sentence,) = {last_sentence(r.stderr) for r in ranks}
+    assert f"1 of {2 * step} pairs" in sentence
+    assert Run(out).checkpoints == ([] if step == 1 else [2])
+    assert [e["step"] for e in Run(out).metrics] == list(range(1, step))
+    resumed = train.processes(out, 2, launcher, **flags)
+    straight = train.processes(tmp_path / "straight", 2, launcher, **flags)
+    assert identical(resumed.unet(), straight.unet())
+    assert [entry["loss"] for entry in resumed.metrics] == straight.column("loss")
 
 
 def test_killed_data_worker_of_the_cache(train, tmp_path, monkeypatch):

@@ -63,6 +63,7 @@ def test_half_precision_of_a_checkpoint_and_the_average(run, kind, train, tmp_pa
     assert identical(from_single_file(kind, out, train.models[kind]).unet.state_dict(), ema)
 
 
+@pytest.mark.usefixtures("diffusers_finds_files")
 def test_adapters_in_kohyas_naming_do_the_same_in_diffusers(run, kind, train, tmp_path):
     out = tmp_path / "lora.safetensors"
     assert run_here(PROGRAM, [run.out, "--out", out, "--format", "lora_kohya"]) == 0

@@ -12,10 +12,11 @@ import pytest
 
 from sdpo.common.errors import UserError
 from sdpo.common.files import disk_is_full, write_json
+from sdpo.data.latents import build, store
 from sdpo.evaluation.score.scoring import _room
 from sdpo.training.step import Step
 
-from .harness import Run, files
+from .harness import Run, files, identical
 
 
 @contextmanager
@@ -42,6 +43,38 @@ def test_a_checkpoint_without_room(train, tmp_path, flags):
     run = train(out, max_train_steps=4, checkpointing_steps=3, **flags)
     assert run.checkpoints == [2, 3, 4]
     assert run.column("step") == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("what", ["latents", "text"])
+def test_a_cache_of_encodings_without_room(train, tmp_path, monkeypatch, what):
+    """At its third shard; what is half written counts in no later run."""
+    cache, flags = tmp_path / "cache", {"max_train_samples": 6, "max_train_steps": 2}
+    flags["cache_dir_latents"] = cache
+    write = store.write_bytes
+
+    def write_some(path, content):
+        full = path.name.startswith(what) and len(list(cache.glob(f"{what}-*.safetensors"))) == 2
+        with files_up_to(50 if full else 1 << 30):
+            write(path, content)
+
+    with monkeypatch.context() as small:
+        small.setattr(build, "SHARD_BYTES", 1)
+        small.setattr(store, "write_bytes", write_some)
+        with pytest.raises(UserError, match=f"cannot write to {cache} .*: make room there"):
+            train(tmp_path / "run", **flags)
+    assert len(list(cache.glob(f"{what}-*.safetensors"))) == 2
+    assert not list(cache.glob("*.tmp"))
+    assert not Run(tmp_path / "run").checkpoints
+    run = train(tmp_path / "run", **flags, verify_cache=True)
+    straight = train(tmp_path / "straight", **{**flags, "cache_dir_latents": tmp_path / "other"})
+    assert identical(run.unet(), straight.unet())
+
+
+def test_pairs_without_room_for_what_datasets_makes_of_them(train, tmp_path):
+    cache = tmp_path / "cache"
+    with files_up_to(5_000), pytest.raises(UserError, match=f"--cache_dir: .*{cache}.*make room"):
+        train(tmp_path / "run", cache_dir=cache)
+    assert train(tmp_path / "run", cache_dir=cache).checkpoints == [3]
 
 
 def test_a_file_without_room(tmp_path):

@@ -141,6 +141,7 @@ def prediction(unet):
     return unet(noisy, torch.tensor([3, 700]), hidden, **kwargs).sample
 
 
+@pytest.mark.usefixtures("diffusers_finds_files")
 @pytest.mark.parametrize("where", [".", "checkpoint-4"])
 def test_diffusers_loads_the_adapters(runs, train, kind, where):
     """On the base, from a directory, the pipeline computes what the exported one does."""

@@ -277,6 +277,7 @@ def test_half_precision_merges_into_the_weights_as_they_were_read(base, adapted)
     assert len(plain) == len(state) - len(adapter_layers(unet))
 
 
+@pytest.mark.usefixtures("diffusers_finds_files")
 @pytest.mark.parametrize(
     "flags", [{}, {"use_dora": True}, {"lora_target_modules": CONVOLUTIONS}], ids=str
 )

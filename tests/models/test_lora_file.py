@@ -94,6 +94,7 @@ def test_every_naming_is_added_at_its_scale(base, tmp_path, kind):
     )
 
 
+@pytest.mark.usefixtures("diffusers_finds_files")
 @pytest.mark.parametrize("targets", [TARGETS, ("proj_in", "ff.net.2", "conv1", "time_emb_proj")])
 def test_kohyas_naming_is_read_by_diffusers_as_by_us(base, tmp_path, targets):
     family, source, unet, inputs = base

@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 
 from sdpo.common.errors import UserError
 from sdpo.common.precision import DTYPES
+from sdpo.common.processes import together
 from sdpo.config import TrainConfig
 from sdpo.config.data import CACHE_FLAG
 from sdpo.data.latents.build import Builder, Work, all_captions
@@ -98,7 +99,7 @@ class _Preparation:
             builder = Builder(
                 self.directory, self.family, frozen, device, self.config, flips, *share
             )
-            _together(lambda: builder.build(work, self.pairs))
+            together(lambda: builder.build(work, self.pairs))
             _on_main(accelerator, self._finish)
 
     def _begin(self, frozen: Frozen) -> tuple[bool, Work]:
@@ -134,7 +135,7 @@ class _Preparation:
 
         nothing = Manifest({}, {})
         files = _on_main(accelerator, lambda: (read_manifest(self.directory) or nothing).files)
-        return _together(read)
+        return together(read)
 
     def _apart(self) -> UserError:
         return UserError(
@@ -143,27 +144,11 @@ class _Preparation:
         )
 
 
-def _together(work: Callable[[], T]) -> T:
-    """Call `work` on every process. The first `UserError` of any of them is raised in all, so that
-    none waits for one that is gone."""
-    from accelerate.utils import gather_object
-
-    error = None
-    try:
-        value = work()
-    except UserError as raised:
-        error = str(raised)
-    for found in gather_object([error]):
-        if found is not None:
-            raise UserError(found)
-    return value
-
-
 def _on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
     """Call `work` on the main process and give its value to all."""
     from accelerate.utils import broadcast_object_list
 
-    value = _together(lambda: work() if accelerator.is_main_process else None)
+    value = together(lambda: work() if accelerator.is_main_process else None)
     return broadcast_object_list([value])[0]
 
 

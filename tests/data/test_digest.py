@@ -1,0 +1,68 @@
+"""What tells the pairs of a run from others'."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from sdpo.data.digest import changes, describe_pairs
+from sdpo.data.source import open_pairs
+
+
+@pytest.fixture
+def described(make_config):
+    def describe(directory, **flags):
+        flags = {"train_data_dir": directory, "streaming": True, **flags}
+        return describe_pairs(open_pairs(make_config(**flags).data, 0))
+
+    return describe
+
+
+def stream_of(*names):
+    """A source as `open_pairs` gives one of the hub that is streamed, its columns chosen."""
+    files = SimpleNamespace(kwargs={"files": list(names)})
+    rows = SimpleNamespace(_ex_iterable=SimpleNamespace(ex_iterable=files))
+    return SimpleNamespace(origin=None, rows=rows)
+
+
+def test_parquet_that_is_streamed(described, make_rows, make_parquet):
+    rows = make_rows(3)
+    path = make_parquet(rows)
+    before = described(path)
+    assert before == described(path)
+    assert before["files"] == 1
+    assert changes(before, described(path)) is None
+    rows[1]["caption"] = rows[1]["caption"][::-1]
+    now = described(make_parquet(rows))
+    assert now["sha256"] != before["sha256"]
+    assert changes(before, {**now, "bytes": before["bytes"]}) == (
+        "still 1 files, but of other content"
+    )
+
+
+def test_a_table_that_is_streamed(described, tmp_path):
+    row = {"caption": "a", "image_0": "0.png", "image_1": "1.png", "label_0": 1}
+    found = []
+    for caption in ("a", "b", "b"):
+        (tmp_path / "metadata.jsonl").write_text(json.dumps({**row, "caption": caption}))
+        found.append(described(tmp_path))
+    assert found[0]["sha256"] != found[1]["sha256"]
+    assert found[1] == found[2]
+
+
+def test_files_of_the_hub_go_by_their_commit():
+    names = [f"hf://datasets/a/b@{commit}/train.parquet" for commit in ("1" * 40, "2" * 40)]
+    first, second = (describe_pairs(stream_of(name)) for name in names)
+    assert changes(first, second) == "still 1 files, but of other content"
+    assert changes(first, describe_pairs(stream_of(*names))) == "1 files, now 2"
+    wrapped = describe_pairs(stream_of([names[0]]))  # as datasets 4.0 does
+    assert wrapped == first
+
+
+def test_a_stream_of_unknown_files_is_not_described(described, pairs_dir):
+    assert describe_pairs(stream_of()) is None
+    assert describe_pairs(SimpleNamespace(origin=None, rows=object())) is None
+    pairs = described(pairs_dir, streaming=False)
+    assert changes(pairs, described(pairs_dir)) is None  # pairs and files are not compared
