@@ -60,7 +60,7 @@ def _describe_files(names: list[str]) -> dict[str, Any] | None:
 
 def _stream_files(rows: Any) -> list[str]:
     """List the files that an `IterableDataset` reads; empty where it does not tell."""
-    inner = getattr(rows, "_ex_iterable", None)
+    inner: Any = getattr(rows, "_ex_iterable", None)
     while hasattr(inner, "ex_iterable"):
         inner = inner.ex_iterable
     given = getattr(inner, "kwargs", {})
@@ -68,7 +68,8 @@ def _stream_files(rows: Any) -> list[str]:
     for file in given.get("files", ()):
         names += [file] if isinstance(file, str) else map(str, file)  # datasets 4.0 wraps each
     for shard in given.get("shards", ()):
-        names += [file["filename"] for file in shard.cache_files]
+        is_tar = isinstance(shard, tuple)  # (path, digest) of `open_tars`
+        names += [shard[0]] if is_tar else [file["filename"] for file in shard.cache_files]
     return names
 
 

@@ -9,24 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, gather_object
+from accelerate.utils import gather_object
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from sdpo.common.errors import UserError, first_line
 from sdpo.common.files import disk_is_full, full_disk
-from sdpo.common.precision import check_precision
-from sdpo.common.processes import (
-    WAIT_LIMIT,
-    SharedError,
-    ignore_accelerates_settings,
-    quieten_libraries,
-)
+from sdpo.common.processes import SharedError
 from sdpo.common.signals import StopRequest
 from sdpo.data.digest import changes, describe_pairs
 from sdpo.data.order import FIRST
+from sdpo.training.accelerator import start_accelerator
 from sdpo.training.batches import SharedBatches
 from sdpo.training.card import write_run_card
 from sdpo.training.checkpoint import (
@@ -75,8 +69,7 @@ class Run(Session):
         self.config = config
         self.output_dir = Path(config.run.output_dir)
         self.sharding = launched_sharding(config)
-        ignore_accelerates_settings()
-        self.accelerator = _accelerator(config)
+        self.accelerator = start_accelerator(config)
         self.device = self.accelerator.device
         self.lock = FileLock(self.output_dir / LOCK_FILE)
         self._take_directory()
@@ -351,28 +344,3 @@ def _refuse(refusal: str | None) -> None:
     refusals = [said for said in gather_object([refusal]) if said]
     if refusals:
         raise UserError(refusals[0])
-
-
-def _accelerator(config: TrainConfig) -> Accelerator:
-    """The run's accelerator, and logging on the main process."""
-    output_dir, report_to = Path(config.run.output_dir), config.run.report_to
-    try:
-        accelerator = Accelerator(
-            mixed_precision=config.optim.mixed_precision,
-            log_with=None if report_to == "none" else report_to,
-            project_config=ProjectConfiguration(
-                project_dir=str(output_dir), logging_dir=str(output_dir / config.run.logging_dir)
-            ),
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT_LIMIT)],
-        )
-    except ValueError as error:
-        flag = "mixed_precision" if "precision" in str(error) else "report_to"
-        raise UserError(f"--{flag} {config.flags()[flag]}: {error}") from None
-    check_precision("--mixed_precision", config.optim.mixed_precision, accelerator.device)
-    logging.basicConfig(
-        level=logging.INFO if accelerator.is_main_process else logging.WARNING,
-        format="%(asctime)s %(levelname)s %(message)s",
-        datefmt="%H:%M:%S",
-    )
-    quieten_libraries()
-    return accelerator

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 from types import SimpleNamespace
 
 import pytest
@@ -48,6 +50,26 @@ def test_a_table_that_is_streamed(described, tmp_path):
     for caption in ("a", "b", "b"):
         (tmp_path / "metadata.jsonl").write_text(json.dumps({**row, "caption": caption}))
         found.append(described(tmp_path))
+    assert found[0]["sha256"] != found[1]["sha256"]
+    assert found[1] == found[2]
+
+
+def test_tar_shards_that_are_streamed(described, make_rows, tmp_path):
+    found = []
+    for caption in ("a", "b", "b"):
+        with tarfile.open(tmp_path / "train.tar", "w") as tar:
+            row = make_rows(1)[0]
+            about = json.dumps({"caption": caption, "label_0": row["label_0"]}).encode()
+            for name, content in (
+                ("jpg_0", row["jpg_0"]),
+                ("jpg_1", row["jpg_1"]),
+                ("json", about),
+            ):
+                info = tarfile.TarInfo(f"0.{name}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+        found.append(described(tmp_path))
+    assert found[0]["files"] == 1
     assert found[0]["sha256"] != found[1]["sha256"]
     assert found[1] == found[2]
 
