@@ -16,10 +16,11 @@ from sdpo.common.errors import UserError, first_line
 from sdpo.common.files import disk_is_full, full_disk
 from sdpo.common.randomness import generator
 from sdpo.config import SourceConfig
-from sdpo.config.data import MIRRORS
 from sdpo.data.columns import as_pairs, check_captions, check_images, find_layout
+from sdpo.data.hub import open_hub
 from sdpo.data.local import LocalFiles, find_local_files
-from sdpo.data.tables import LABEL, open_folders, open_parquet, open_text
+from sdpo.data.parquet import open_parquet
+from sdpo.data.tables import LABEL, open_folders, open_text
 from sdpo.data.tars import open_tars
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def _load(data: SourceConfig) -> tuple[Any, Path | None]:
         if is_local:
             found = find_local_files(local, data.split, flag)
             return _open_local(found, data), found.base
-        return _open_hub(name, data), None
+        return _streamed(open_hub(name, data), data), None
     except UserError:
         raise
     except ValueError as error:
@@ -113,35 +114,6 @@ def _load(data: SourceConfig) -> tuple[Any, Path | None]:
         ) from error
 
 
-def _open_hub(name: str, data: SourceConfig) -> Any:
-    """Open a dataset of the hub, or where it is not to be had one of its mirrors.
-
-    Raises:
-        UserError: none of several can be opened.
-    """
-    import datasets
-
-    common = {"split": data.split, "streaming": data.streaming, "cache_dir": data.cache_dir}
-    names, failures = (name, *MIRRORS.get(name, ())), []
-    for each in names:
-        try:
-            rows = datasets.load_dataset(each, data.dataset_config_name, **common)
-        except Exception as error:
-            is_split = isinstance(error, ValueError) and "split" in str(error).lower()
-            if len(names) == 1 or is_split:
-                raise
-            failures.append(f"{each} ({type(error).__name__}: {first_line(error)})")
-            continue
-        if failures:
-            log.warning("cannot open %s; reading its mirror %s", ", nor ".join(failures), each)
-        return rows
-    raise UserError(
-        f"{data.location_flag}: cannot open {', nor its mirror '.join(failures)}; give a local "
-        f"copy with --train_data_dir DIR: {data.split}-00000-of-....parquet in DIR or DIR/data, "
-        f"with the columns jpg_0, jpg_1, {LABEL} and caption (docs/DATA.md)"
-    )
-
-
 def _open_local(found: LocalFiles, data: SourceConfig) -> Any:
     import datasets
 
@@ -155,7 +127,14 @@ def _open_local(found: LocalFiles, data: SourceConfig) -> Any:
         rows = open_folders(found.base, data.cache_dir)
     else:
         rows = open_text(found.files, found.base, data.cache_dir)
-    if not data.streaming:
+    return _streamed(rows, data)
+
+
+def _streamed(rows: Any, data: SourceConfig) -> Any:
+    """Give rows that are all here as a stream where --streaming asks for one."""
+    import datasets
+
+    if not data.streaming or not isinstance(rows, datasets.Dataset):
         return rows
     if LABEL in rows.column_names and not data.columns:
         _checked_labels(arrow_column(rows, LABEL))  # before models are loaded

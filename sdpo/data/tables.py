@@ -2,7 +2,7 @@
 
 JSON lines, JSON lists and CSV are read here and not by `datasets`, whose readers guess a column's
 type from its first rows and take captions such as "None" for missing. Here all values are text,
-but for label_0. Of parquet files the schemas are compared before they are read.
+but for label_0.
 """
 
 from __future__ import annotations
@@ -11,18 +11,14 @@ import csv
 import hashlib
 import io
 import json
-import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from sdpo.common.errors import UserError, first_line
-
-log = logging.getLogger(__name__)
 
 LABEL = "label_0"
 # To be changed with what is made of a file's text.
@@ -47,25 +43,45 @@ def label_value(value: Any) -> float | None:
     return None if value is None else float(value)
 
 
-def open_text(files: Sequence[str], base: Path, cache_dir: str | None) -> Any:
+def open_text(
+    files: Sequence[str],
+    base: Path | None,
+    cache_dir: str | None,
+    names: Sequence[str] | None = None,
+    kind: str | None = None,
+    separator: str = ",",
+) -> Any:
     """Open JSON lines, JSON lists or CSV as a `datasets.Dataset`, kept as an Arrow file in the
     cache of `datasets`, by the content of the files.
+
+    Args:
+        names: of the files, for messages, where they lie under others.
+        kind: "csv" or "json"; by default what the files' names end in.
+        separator: of CSV's cells.
 
     Raises:
         UserError: a file that cannot be read; names it and the line.
     """
     contents = [Path(file).read_bytes() for file in files]
-    about = [_VERSION, str(base.resolve()), *files]
+    names = names or files
+    kind = kind or ("csv" if Path(names[0]).suffix.lower() == ".csv" else "json")
+    about = [_VERSION, str(base.resolve()) if base else "", separator, kind, *names]
     digest = hashlib.sha256("\n".join(about).encode("utf-8", "surrogateescape"))
     for content in contents:
         digest.update(hashlib.sha256(content).digest())
 
     def table() -> pa.Table:
         records: list[Record] = []
-        for file, content in zip(files, contents, strict=True):
-            records += _records(Path(file), content)
+        for name, content in zip(names, contents, strict=True):
+            text = _decoded(name, content)
+            if kind == "csv":
+                records += _records_of_csv(name, text, separator)
+            elif text.lstrip().startswith("["):
+                records += _records_of_list(name, text)
+            else:
+                records += _records_of_lines(name, text)
         if not records:
-            raise UserError(f"{files[0]} holds no rows")
+            raise UserError(f"{names[0]} holds no rows")
         return to_table([record for _, record in records])
 
     return kept_table(table, digest.hexdigest(), cache_dir)
@@ -97,28 +113,32 @@ def kept_table(make: Any, digest: str, cache_dir: str | None) -> Any:
     return datasets.Dataset.from_file(str(path))
 
 
-def _records(path: Path, content: bytes) -> Iterator[Record]:
+def _decoded(path: str, content: bytes) -> str:
     try:
-        text = content.decode("utf-8-sig")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise UserError(
             f"{path}, line {line}: byte 0x{content[error.start]:02x} is not UTF-8; save the file "
             "in UTF-8"
         ) from None
-    if path.suffix.lower() == ".csv":
-        return _records_of_csv(path, text)
-    if text.lstrip().startswith("["):
-        return _records_of_list(path, text)
-    return _records_of_lines(path, text)
 
 
 def parse_json(text: str) -> Any:
     """Parse JSON, its numbers as text: whether they are captions or labels their column tells."""
-    return json.loads(text, parse_int=str, parse_float=str, parse_constant=str)
+    numbers: dict[str, Any] = {"parse_int": str, "parse_float": str, "parse_constant": str}
+    return json.loads(text, object_pairs_hook=_members, **numbers)
 
 
-def _records_of_lines(path: Path, text: str) -> Iterator[Record]:
+def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r} is there twice")
+    return dict(pairs)
+
+
+def _records_of_lines(path: str, text: str) -> Iterator[Record]:
     # Not splitlines: JSON allows U+2028 and its like within a line.
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
@@ -132,7 +152,7 @@ def _records_of_lines(path: Path, text: str) -> Iterator[Record]:
         yield number, record
 
 
-def _records_of_list(path: Path, text: str) -> Iterator[Record]:
+def _records_of_list(path: str, text: str) -> Iterator[Record]:
     try:
         records = parse_json(text)
     except ValueError as error:
@@ -143,8 +163,8 @@ def _records_of_list(path: Path, text: str) -> Iterator[Record]:
         yield number, record
 
 
-def _records_of_csv(path: Path, text: str) -> Iterator[Record]:
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+def _records_of_csv(path: str, text: str, separator: str) -> Iterator[Record]:
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=separator)
     header: list[str] | None = None
     try:
         for cells in reader:
@@ -258,31 +278,6 @@ def _caption_of(base: Path, stem: str) -> str:
     return next(iter(texts))
 
 
-def open_parquet(files: Sequence[str], cache_dir: str | None, streaming: bool) -> Any:
-    """Open parquet files as a dataset of the columns that all of them have.
-
-    What `datasets` has made of them before is taken again only where their content is the same.
-
-    Raises:
-        ValueError: a file that is none.
-    """
-    from datasets.data_files import DataFilesDict, DataFilesList
-    from datasets.packaged_modules.parquet.parquet import Parquet
-
-    options: dict[str, Any] = {}
-    features = _common_features(files)
-    if features is not None:
-        options = {"features": features, "columns": list(features)}
-    # Lists that are made already are not taken for patterns: [ and * in a name stay themselves.
-    marks = [(str(os.stat(file).st_mtime_ns), content_digest(Path(file))) for file in files]
-    data_files = DataFilesDict({"train": DataFilesList(list(files), marks)})
-    builder = Parquet(cache_dir=cache_dir, data_files=data_files, **options)
-    if streaming:
-        return builder.as_streaming_dataset(split="train")
-    builder.download_and_prepare()
-    return builder.as_dataset(split="train")
-
-
 def content_digest(path: Path) -> str:
     """Hash a file: its size and all of its content, of a large one its ends and 64 samples."""
     size = path.stat().st_size
@@ -297,60 +292,3 @@ def content_digest(path: Path) -> str:
         file.seek(-(1 << 16), os.SEEK_END)  # the footer
         digest.update(file.read())
     return digest.hexdigest()
-
-
-def _common_features(files: Sequence[str]) -> Any:
-    """Give the columns that all files have, in types that hold what each file has; None where all
-    files have the same.
-
-    Raises:
-        ValueError: a file is not parquet.
-    """
-    from datasets import Features
-
-    found = []
-    for file in files:
-        try:
-            found.append(Features.from_arrow_schema(pq.read_schema(file)))
-        except pa.ArrowInvalid as error:
-            raise ValueError(f"{file}: {first_line(error)}") from None
-    if all(list(each.items()) == list(found[0].items()) for each in found):
-        return None
-    common = {}
-    for name in found[0]:
-        kinds = [each[name] for each in found if name in each]
-        wide = _wider(kinds)
-        if len(kinds) == len(found) and wide is not None:
-            common[name] = wide
-    left_out = sorted({name for each in found for name in each} - set(common))
-    if left_out:
-        log.warning(
-            "columns left out, since not all of the parquet files have them in one type: %s",
-            ", ".join(left_out),
-        )
-    return Features(common)
-
-
-def _wider(kinds: Sequence[Any]) -> Any:
-    """Choose the feature that holds all of `kinds`; None where there is none."""
-    from datasets import Image, Value
-
-    kinds = [kind for kind in kinds if kind != Value("null")] or list(kinds)
-    if all(kind == kinds[0] for kind in kinds):
-        return kinds[0]
-    if any(isinstance(kind, Image) for kind in kinds):
-        others = [k for k in kinds if not isinstance(k, Image)]
-        return Image() if all(isinstance(k, Value) for k in others) else None
-    if not all(isinstance(kind, Value) for kind in kinds):
-        return None
-    types = [kind.pa_type for kind in kinds]
-    for wide, kind_of in (
-        ("int64", (pa.types.is_integer, pa.types.is_boolean)),
-        ("float64", (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean)),
-        ("large_binary", (pa.types.is_binary, pa.types.is_large_binary)),
-        ("large_string", (pa.types.is_string, pa.types.is_large_string)),
-        ("string", (pa.types.is_string, pa.types.is_large_string, pa.types.is_integer)),
-    ):
-        if all(any(check(t) for check in kind_of) for t in types):
-            return Value(wide)
-    return None

@@ -214,21 +214,42 @@ def test_image_features_are_not_decoded(opened, make_rows, tmp_path):
     assert value["bytes"].startswith(b"\x89PNG")
 
 
+class FakeBuilder:
+    """Gives rows as a builder of `datasets` does, and notes what it is asked for."""
+
+    def __init__(self, rows, asked):
+        self.rows, self.asked = rows, asked
+
+    def download_and_prepare(self):
+        self.asked.append("prepared")
+
+    def as_dataset(self, split):
+        self.asked.append(split)
+        return self.rows
+
+    def as_streaming_dataset(self, split):
+        self.asked.append(split)
+        return self.rows.to_iterable_dataset()
+
+
 def test_what_is_asked_of_the_hub(make_config, make_rows, monkeypatch):
     import datasets
 
     asked = []
 
-    def load_dataset(*arguments, **options):
+    def load(*arguments, **options):
         asked.append((arguments, options))
-        return datasets.Dataset.from_list(make_rows(4))
+        return FakeBuilder(datasets.Dataset.from_list(make_rows(4)), asked)
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "load_dataset_builder", load)
     flags = {"dataset_name": "someone/pairs", "dataset_config_name": "large", "split": "test"}
     source = open_pairs(make_config(**flags, cache_dir="/some/cache").data, 0)
     assert len(source) == 4
-    options = {"split": "test", "streaming": False, "cache_dir": "/some/cache"}
-    assert asked == [(("someone/pairs", "large"), options)]
+    first = (("someone/pairs", "large"), {"cache_dir": "/some/cache"})
+    assert asked == [first, "prepared", "test"]
+    stream = open_pairs(make_config(**flags, streaming=True, cache_dir="/some/cache").data, 0)
+    assert [row["caption"] for row in stream.rows] == source.rows["caption"][:]
+    assert asked[3:] == [first, "test"]
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -239,17 +260,17 @@ def test_pick_a_pic_s_mirror_is_tried_after_it(
 
     asked = []
 
-    def load_dataset(name, config, **options):
+    def load(name, config, **options):
         asked.append(name)
         if name == "yuvalkirstain/pickapic_v2":
             raise ConnectionError("gone\nreally")
-        return datasets.Dataset.from_list(make_rows(4))
+        return FakeBuilder(datasets.Dataset.from_list(make_rows(4)), [])
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "load_dataset_builder", load)
     config = make_config(dataset_name="yuvalkirstain/pickapic_v2", streaming=streaming)
     with caplog.at_level(logging.WARNING, "sdpo"):
         source = open_pairs(config.data, 0)
-    assert len(source) == 4
+    assert len(list(source.rows)) == 4
     assert asked == ["yuvalkirstain/pickapic_v2", "liuhuohuo2/pick-a-pic-v2"]
     assert "cannot open yuvalkirstain/pickapic_v2 (ConnectionError: gone)" in caplog.text
     assert "reading its mirror liuhuohuo2/pick-a-pic-v2" in caplog.text
@@ -268,11 +289,11 @@ def test_without_any_mirror_the_local_layout_is_said(make_config):
 def test_a_split_that_is_not_there_asks_no_mirror(make_config, monkeypatch):
     import datasets
 
-    def load_dataset(name, config, **options):
+    def load(name, config, **options):
         assert name == "yuvalkirstain/pickapic_v2"
         raise ValueError("Unknown split \"tset\". Should be one of ['train'].")
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "load_dataset_builder", load)
     config = make_config(dataset_name="yuvalkirstain/pickapic_v2", split="tset")
     with pytest.raises(UserError, match=r"--split: yuvalkirstain/pickapic_v2 has no split 'tset'"):
         open_pairs(config.data, 0)

@@ -135,6 +135,7 @@ def test_a_column_that_one_shard_lacks_is_named(opened, make_rows, tmp_path):
         ("metadata.jsonl", b'"caption"\n', "line 1: a row must be an object"),
         ("metadata.jsonl", json.dumps(row(0, label_0="first")).encode(), "label_0 is 'first'"),
         ("metadata.jsonl", b"\n", "holds no rows"),
+        ("metadata.jsonl", b'{"caption": "a", "caption": "b"}', "line 1 is not JSON: 'caption' is"),
     ],
 )
 def test_what_is_wrong_is_one_sentence(refusal, tmp_path, name, content, said, streaming):
