@@ -61,8 +61,8 @@ class ModelConfig:
     )
     lora_init: str | None = flag(
         None,
-        "start the adapters, and the reference, from a LoRA file (.safetensors; diffusers' or "
-        "kohya's names) of the same rank, alpha and layers",
+        "start the adapters, and the reference, from a LoRA file (diffusers' or kohya's names) of "
+        "the same layers; rank and alpha are given as its largest layer has them",
         metavar="FILE",
         expand=True,
     )

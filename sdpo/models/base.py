@@ -32,6 +32,7 @@ from sdpo.models.loading import (
 )
 from sdpo.models.locations import check_family, read_config, reader
 from sdpo.models.lora_file import merge_lora
+from sdpo.models.lora_text import merge_text_lora
 from sdpo.models.noise import Diffusion, NoiseProcess
 from sdpo.models.single_file import load_part, unet_weights
 
@@ -75,9 +76,9 @@ class ModelSource:
     """Where a run's models come from; the same words as train.py's flags.
 
     `weights` is a single-file checkpoint in the original layout that has the base's weights; `base`
-    then has the configurations and tokenizers. `lora` is a file that is added into the UNet's
-    weights. `unet_flag` and `lora_flag` are the flags that `unet_init` and `lora` came from, for
-    messages."""
+    then has the configurations and tokenizers. `lora` is a file that is added into the weights of
+    the UNet and, where it adapts them, of the text encoders. `unet_flag` and `lora_flag` are the
+    flags that `unet_init` and `lora` came from, for messages."""
 
     base: str
     vae: str | None = None
@@ -256,6 +257,8 @@ class Family(ABC):
         # Libraries differ in whether they load a file's dtype, and in the name of that argument.
         for module in (vae, *encoders):
             module.float().requires_grad_(False).eval()
+        if source.lora:
+            merge_text_lora(encoders, Path(source.lora), source.lora_flag)
         return Frozen(vae, encoders, tokenizers, scheduler)
 
     def _part(self, cls: Any, part: str, source: ModelSource) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from sdpo.models.checks import (
 WEIGHT_SUFFIXES = frozenset({".pth", ".pt", ".bin", ".ckpt", ".safetensors"})
 # The half of an adapter that has its rank first, in any naming.
 _LORA_DOWN = re.compile(r"(lora_A(\.default)?|lora_down|lora\.down)\.weight$")
+# kohya's and diffusers' names of the text encoders' adapters, with the number of the encoder.
+TEXT_LORA = re.compile(r"(?:base_model\.model\.)?(?:lora_te(\d?)_|text_encoder(?:_(\d))?\.)")
 # ORG/NAME; a path that begins with a dot is none.
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
@@ -76,7 +79,7 @@ def check_model_location(config: ModelConfig) -> None:
             check_family(own, config.sdxl, f"--unet_init {config.unet_init}")
             check_start(own, unet or own, f"--unet_init: {found}")
     if config.lora_init:
-        rank = check_lora_file(config.lora_init, "--lora_init")
+        rank = check_lora_file(config.lora_init, "--lora_init", beside_text=False)
         if rank is not None and rank != config.lora_rank:
             raise UserError(
                 f"--lora_init {config.lora_init} has rank {rank}, and --lora_rank is "
@@ -84,8 +87,11 @@ def check_model_location(config: ModelConfig) -> None:
             )
 
 
-def check_lora_file(name: str, flag: str) -> int | None:
-    """A LoRA must be a safetensors file; returns its rank where all of its layers have one.
+def check_lora_file(name: str, flag: str, beside_text: bool = True) -> int | None:
+    """A LoRA must be a file of weights; returns the largest rank in it if it is a safetensors file.
+
+    Args:
+        beside_text: it may adapt the text encoders too.
 
     Raises:
         UserError: naming the flag.
@@ -93,17 +99,38 @@ def check_lora_file(name: str, flag: str) -> int | None:
     path = Path(name)
     if not path.is_file():
         raise UserError(f"{flag}: there is no file {name}")
+    if path.suffix not in WEIGHT_SUFFIXES:
+        raise UserError(f"{flag}: {name} is none of {', '.join(sorted(WEIGHT_SUFFIXES))}")
     if path.suffix != ".safetensors":
-        raise UserError(f"{flag}: {name} is not a .safetensors file")
+        return None
     from safetensors import safe_open
 
     try:
         with safe_open(path, "numpy") as file:
-            downs = [n for n in file.keys() if _LORA_DOWN.search(n)]  # noqa: SIM118
-            ranks = {file.get_slice(name).get_shape()[0] for name in downs}
+            names = list(file.keys())
+            downs = filter(_LORA_DOWN.search, names)
+            ranks = [file.get_slice(name).get_shape()[0] for name in downs]
     except Exception as error:
         raise UserError(f"{flag}: cannot read {name}: {first_line(error)}") from None
-    return ranks.pop() if len(ranks) == 1 else None
+    if not beside_text:
+        refuse_text_lora(names, f"{flag} {name}")
+    return max(ranks, default=None)
+
+
+def refuse_text_lora(names: Iterable[str], where: str) -> None:
+    """Refuse a LoRA's weights if some of them adapt a text encoder.
+
+    Raises:
+        UserError: beginning with `where`.
+    """
+    names = list(names)
+    text = [name for name in names if TEXT_LORA.match(name)]
+    if text:
+        raise UserError(
+            f"{where}: {len(text)} of its {len(names)} weights adapt the text encoder (e.g. "
+            f"{text[0]}), which is not trained here, so that neither run nor reference would be "
+            "what the file was made for; give a file for the UNet alone"
+        )
 
 
 def unet_configs(directory: Path) -> tuple[Path, Path]:

@@ -56,16 +56,19 @@ def add_adapters(
     alpha: Any = config.lora_alpha
     assert rank and alpha and targets
     _check_targets(unet, targets, config.use_dora)
+    unet.requires_grad_(False)
+    start = _read_start(unet, config)
     lora = LoraConfig(
         r=rank,
-        # As an integer where it is one: that is how other programs write it.
-        lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
+        rank_pattern={n: layer.rank for n, layer in start.items() if layer.rank != rank},
+        alpha_pattern={
+            n: _number(layer.alpha) for n, layer in start.items() if layer.alpha != alpha
+        },
+        lora_alpha=_number(alpha),
         lora_dropout=config.lora_dropout,
         target_modules=list(targets),
         use_dora=config.use_dora,
     )
-    unet.requires_grad_(False)
-    start = _read_start(unet, config)
     unet.add_adapter(lora, adapter_name=_ADAPTER)
     rng = generator(seed, "lora")
     for layer in adapter_layers(unet):
@@ -85,6 +88,11 @@ def add_adapters(
             # Autocast casts what needs it. peft would widen each input to the adapter's float32
             # first, and the copy that goes back to half precision is kept for the backward pass.
             layer.cast_input_dtype_enabled = dtype == torch.float32
+
+
+def _number(alpha: float) -> Any:
+    """As an integer where it is one: that is how other programs write it."""
+    return int(alpha) if alpha == int(alpha) else alpha
 
 
 def _check_targets(unet: nn.Module, names: Sequence[str], dora: bool) -> None:
@@ -118,15 +126,14 @@ def _read_start(unet: nn.Module, config: ModelConfig) -> dict[str, Layer]:
         if isinstance(module, nn.Linear | nn.Conv2d)
         and any(f".{name}".endswith(f".{target}") for target in names)
     }
-    for name, layer in layers.items():
-        if layer.rank != config.lora_rank:
-            raise UserError(
-                f"{where} has rank {layer.rank} at {name}: give --lora_rank {layer.rank}"
-            )
-        if layer.alpha != config.lora_alpha:
-            raise UserError(
-                f"{where} has alpha {layer.alpha:g} at {name}: give --lora_alpha {layer.alpha:g}"
-            )
+    # The flags are those of the largest layer; others that differ keep their own.
+    largest = max(layers, key=lambda name: layers[name].rank)
+    rank, alpha = layers[largest].rank, layers[largest].alpha
+    if rank != config.lora_rank:
+        raise UserError(f"{where} has rank {rank} at {largest}: give --lora_rank {rank}")
+    if alpha != config.lora_alpha:
+        raise UserError(f"{where} has alpha {alpha:g} at {largest}: give --lora_alpha {alpha:g}")
+    for layer in layers.values():
         if (layer.magnitude is not None) != config.use_dora:
             holds = "" if layer.magnitude is not None else "no "
             advice = "add" if layer.magnitude is not None else "leave out"

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from sdpo.common.errors import UserError
 from sdpo.config.families import family_of_config
 from sdpo.models.loading import read_state_dict
+from sdpo.models.locations import TEXT_LORA, refuse_text_lora
 from sdpo.models.original import unet_blocks, unet_name
 
 KOHYA_PREFIX = "lora_unet_"
@@ -30,7 +31,6 @@ _KINDS = (
     (re.compile(r"(.+)\.lora_magnitude_vector(\.default)?(\.weight)?"), "magnitude"),
     (re.compile(r"(.+)\.alpha"), "alpha"),
 )
-_TEXT = re.compile(r"(base_model\.model\.)?(lora_te\d?_|text_encoder)")
 
 
 @dataclass
@@ -49,12 +49,14 @@ class Layer:
         return len(self.down)
 
 
-def read_lora(path: Path, unet: Any, flag: str) -> dict[str, Layer]:
+def read_lora(path: Path, unet: Any, flag: str, beside_text: bool = False) -> dict[str, Layer]:
     """Read a LoRA file for `unet`; returns the adapters by the names of its layers.
 
     Args:
         unet: plain or with adapters.
         flag: that named the file, for messages.
+        beside_text: the file may adapt the text encoders too, or them alone; their part is read by
+            `sdpo.models.lora_text`.
 
     Raises:
         UserError: unreadable, of the text encoder too, or with a name, shape or kind of adapter
@@ -62,33 +64,54 @@ def read_lora(path: Path, unet: Any, flag: str) -> dict[str, Layer]:
     """
     where = f"{flag} {path}"
     state = read_state_dict(path)
-    text = [name for name in state if _TEXT.match(name)]
-    if text:
-        raise UserError(
-            f"{where}: {len(text)} of its {len(state)} weights adapt the text encoder (e.g. "
-            f"{text[0]}), which is not adapted here; give a file for the UNet alone"
-        )
-    layers = {
-        name.replace(".base_layer", ""): module
-        for name, module in unet.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d) and ".lora_" not in name
+    if not beside_text:
+        refuse_text_lora(state, where)
+    layers = adaptable(unet)
+    own = {_plain(name): value for name, value in state.items() if not TEXT_LORA.match(name)}
+    return adapters(own, layers, _known_names(layers, unet.config), settings(path, "unet."), where)
+
+
+def adaptable(module: nn.Module) -> dict[str, Any]:
+    """List a model's linear layers and convolutions by their names without adapters."""
+    return {
+        name.replace(".base_layer", ""): layer
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.Linear | nn.Conv2d) and ".lora_" not in name
     }
-    known = _known_names(layers, unet.config)
+
+
+def adapters(
+    state: dict[str, Tensor],
+    layers: Mapping[str, Any],
+    known: Mapping[str, str],
+    settings: dict[str, Any],
+    where: str,
+    what: str = "UNet",
+) -> dict[str, Layer]:
+    """Put the weights of one model's adapters together.
+
+    Args:
+        state: by names without the model's prefix.
+        layers: of the model.
+        known: every way in which a file may name a layer, to its name.
+        settings: what the file's metadata says of these adapters.
+        where: names the file, for messages, and `what` the model.
+
+    Raises:
+        UserError: see `read_lora`.
+    """
     parts: dict[str, dict[str, Tensor]] = {}
     for name, value in state.items():
         stem, kind = _parsed(name)
         layer = known.get(stem or "")
         if layer is None or kind is None:
             raise UserError(
-                f"{where}: its {name} fits no linear layer or convolution of this UNet; is it a "
+                f"{where}: its {name} fits no linear layer or convolution of this {what}; is it a "
                 "LoRA of another family, or another kind of adapter?"
             )
         if not torch.isfinite(value).all():
             raise UserError(f"{where} is broken: its {name} holds values that are not finite")
         parts.setdefault(layer, {})[kind] = value.float()
-    if not parts:
-        raise UserError(f"{where} holds no adapters")
-    settings = _settings(path)
     return {
         name: _layer(name, layers[name], found, settings, where) for name, found in parts.items()
     }
@@ -110,19 +133,23 @@ def kohya_name(name: str) -> str:
     return KOHYA_PREFIX + name.replace(".", "_")
 
 
-def _parsed(name: str) -> tuple[str | None, str | None]:
+def _plain(name: str) -> str:
     name = name.removeprefix("base_model.model.").removeprefix("unet.")
     # The first naming of diffusers, of attention processors.
     name = name.replace(".processor.", ".").replace(".to_out_lora.", ".to_out.0.lora.")
-    name = re.sub(r"\.(to_[qkv])_lora\.", r".\1.lora.", name)
+    return re.sub(r"\.(to_[qkv])_lora\.", r".\1.lora.", name)
+
+
+def _parsed(name: str) -> tuple[str | None, str | None]:
     for pattern, kind in _KINDS:
         if match := pattern.fullmatch(name):
             return match[1], kind
     return None, None
 
 
-def _settings(path: Path) -> dict[str, Any]:
-    """What diffusers' metadata says of the UNet's adapters; {} where there is none."""
+def settings(path: Path, prefix: str) -> dict[str, Any]:
+    """Read what diffusers' metadata says of the adapters of the model with this prefix; {} where
+    there is none."""
     if path.suffix != ".safetensors":
         return {}
     from safetensors import safe_open
@@ -130,7 +157,11 @@ def _settings(path: Path) -> dict[str, Any]:
     with safe_open(path, "pt") as file:
         text = (file.metadata() or {}).get(METADATA)
     found = json.loads(text) if text else {}
-    return {name.removeprefix("unet."): value for name, value in found.items()}
+    return {
+        name.removeprefix(prefix): value
+        for name, value in found.items()
+        if name.startswith(prefix) or "." not in name
+    }
 
 
 def _layer(
@@ -163,15 +194,20 @@ def _layer(
     )
 
 
-@torch.no_grad()
 def merge_lora(unet: Any, path: Path, flag: str) -> None:
-    """Add a LoRA file into the weights of a plain `unet`, in place.
+    """Add the UNet's part of a LoRA file into the weights of a plain `unet`, in place.
 
     Raises:
         UserError: see `read_lora`.
     """
-    for name, layer in read_lora(path, unet, flag).items():
-        weight = unet.get_submodule(name).weight
+    merge(unet, read_lora(path, unet, flag, beside_text=True))
+
+
+@torch.no_grad()
+def merge(module: nn.Module, layers: dict[str, Layer]) -> None:
+    """Add adapters into the weights of a model, in place."""
+    for name, layer in layers.items():
+        weight: Any = module.get_submodule(name).weight
         weight.copy_(added(weight, layer.down, layer.up, layer.alpha / layer.rank, layer.magnitude))
 
 

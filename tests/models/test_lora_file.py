@@ -119,8 +119,10 @@ def test_kohyas_naming_is_read_by_diffusers_as_by_us(base, tmp_path, targets):
 def broken(state, name, how):
     """A state dict with one thing wrong."""
     state, one = dict(state), min(state)
-    if how == "text encoder":
-        state["lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight"] = torch.zeros(4, 4)
+    if how == "third text encoder":
+        state["lora_te3_text_model_encoder_layers_0_mlp_fc1.lora_down.weight"] = torch.zeros(4, 4)
+    elif how == "unknown layer of the text encoder":
+        state["lora_te_text_model_encoder_layers_9_mlp_fc1.lora_down.weight"] = torch.zeros(4, 4)
     elif how == "unknown layer":
         state["lora_unet_down_blocks_9_attn.lora_down.weight"] = torch.zeros(4, 4)
     elif how == "another kind":
@@ -140,7 +142,11 @@ def broken(state, name, how):
 @pytest.mark.parametrize(
     ("how", "said"),
     [
-        ("text encoder", r"1 of its \d+ weights adapt the text encoder"),
+        ("third text encoder", r"its lora_te3_.* adapts text encoder 3, and the base has \d; is"),
+        (
+            "unknown layer of the text encoder",
+            r"layers_9.* fits no linear .* this text_encoder; is",
+        ),
         ("unknown layer", r"its lora_unet_down_blocks_9_attn.* fits no linear layer"),
         ("another kind", r"hada_w1_a fits no linear layer .*another kind of adapter"),
         ("half a layer", r"it has no up weights; the file is not whole"),
@@ -154,8 +160,9 @@ def test_nothing_is_dropped_in_silence(base, tmp_path, how, said):
     layers = random_lora(unet)
     path = tmp_path / "l.safetensors"
     save_file(broken(named("kohya", layers, unet), min(layers), how), path)
+    source = ModelSource(source.base, lora=str(path))
     with pytest.raises(UserError, match=said) as caught:
-        family.load_unet(ModelSource(source.base, lora=str(path)))
+        family.load_frozen(source) if "text encoder" in how else family.load_unet(source)
     assert str(caught.value).startswith(f"--lora {path}")
     assert "\n" not in str(caught.value)
 
@@ -269,3 +276,137 @@ def test_alpha_of_diffusers_metadata(base, tmp_path):
     )
     with pytest.raises(UserError, match="rslora"):
         family.load_unet(ModelSource(source.base, lora=str(path)))
+
+
+TEXT_LAYERS = ("self_attn.q_proj", "self_attn.out_proj", "mlp.fc1")
+
+
+def text_lora(kind, encoders, alpha=ALPHA):
+    """Random adapters of all text encoders, in one naming."""
+    rng, state = torch.Generator().manual_seed(3), {}
+    for i, encoder in enumerate(encoders):
+        for name, module in encoder.named_modules():
+            if not name.endswith(TEXT_LAYERS):
+                continue
+            out, inputs = module.weight.shape
+            down = torch.randn(RANK, inputs, generator=rng) * 0.3
+            up = torch.randn(out, RANK, generator=rng) * 0.3
+            name = f"text_model.{name.removeprefix('text_model.')}"
+            if kind == "kohya":
+                number = i + 1 if len(encoders) > 1 else ""
+                stem = f"lora_te{number}_{name.replace('.', '_')}"
+                state |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}
+                state[f"{stem}.alpha"] = torch.tensor(alpha)
+                continue
+            stem = f"text_encoder{f'_{i + 1}' if i else ''}.{name}"
+            ends = {
+                "peft": ("lora_A", "lora_B"),
+                "diffusers": ("lora_linear_layer.down", "lora_linear_layer.up"),
+            }[kind]
+            state |= {f"{stem}.{ends[0]}.weight": down, f"{stem}.{ends[1]}.weight": up}
+    return state
+
+
+def encoded(encoders):
+    ids = torch.tensor([[1, 5, 7, 2]])
+    with torch.no_grad():
+        return [encoder(ids, output_hidden_states=True).hidden_states[-1] for encoder in encoders]
+
+
+@pytest.mark.parametrize("kind", ["kohya", "peft", "diffusers"])
+def test_text_encoders_are_adapted_as_diffusers_does(base, tmp_path, kind):
+    family, source, unet, _ = base
+    plain = family.load_frozen(source).text_encoders
+    before = encoded(plain)
+    path = tmp_path / "l.safetensors"
+    unets = "kohya" if kind == "kohya" else "diffusers"
+    state = {**named(unets, random_lora(unet), unet), **text_lora(kind, plain)}
+    if kind == "peft":
+        state = {**named("diffusers", random_lora(unet), unet), **text_lora(kind, plain)}
+        state = {
+            k.replace(".lora.down.", ".lora_A.").replace(".lora.up.", ".lora_B."): v
+            for k, v in state.items()
+        }
+    save_file(state, path)
+    pipeline = family.pipeline(family.load_unet(source), family.load_frozen(source), source)
+    pipeline.load_lora_weights(path)
+    theirs = [pipeline.text_encoder, getattr(pipeline, "text_encoder_2", None)][: len(plain)]
+    with_lora = ModelSource(source.base, lora=str(path))
+    found = encoded(family.load_frozen(with_lora).text_encoders)
+    for one, want, old in zip(found, encoded(theirs), before, strict=True):
+        torch.testing.assert_close(one, want, rtol=1e-4, atol=1e-5)
+        assert (want - old).abs().max() > 0.01
+    with torch.no_grad():
+        merged = predict(family, family.load_unet(with_lora), base[3])
+        torch.testing.assert_close(
+            merged, predict(family, pipeline.unet, base[3]), rtol=1e-4, atol=1e-5
+        )
+
+
+def test_a_file_for_the_text_encoder_alone_leaves_the_unet(base, tmp_path):
+    family, source, unet, _ = base
+    path = tmp_path / "l.safetensors"
+    save_file(text_lora("kohya", family.load_frozen(source).text_encoders), path)
+    found = family.load_unet(ModelSource(source.base, lora=str(path))).state_dict()
+    assert all(torch.equal(found[k], v) for k, v in unet.state_dict().items())
+
+
+def test_a_run_does_not_start_from_a_file_with_text_adapters(base, make_config, tmp_path):
+    path = tmp_path / "l.safetensors"
+    state = named("kohya", random_lora(base[2]), base[2])
+    text = text_lora("kohya", base[0].load_frozen(base[1]).text_encoders)
+    said = r"--lora_init .*: \d+ of its \d+ weights adapt the text encoder .*for the UNet alone"
+    save_file({**state, **text}, path)
+    with pytest.raises(UserError, match=said):
+        make_config(sdxl=base[0].sdxl, lora_rank=RANK, lora_alpha=ALPHA, lora_init=path)
+    torch.save({**state, **text}, tmp_path / "l.bin")
+    with pytest.raises(UserError, match=said):
+        started(base, make_config, lora_init=tmp_path / "l.bin")
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".pt"])
+def test_a_pickled_file_is_read_as_the_other(base, make_config, tmp_path, suffix):
+    path = tmp_path / f"l{suffix}"
+    torch.save(named("kohya", random_lora(base[2]), base[2]), path)
+    unet, _ = started(base, make_config, lora_init=path)
+    want = with_product(base[2], random_lora(base[2]), ALPHA / RANK)
+    torch.testing.assert_close(
+        predict(base[0], unet, base[3]), predict(base[0], want, base[3]), rtol=1e-4, atol=1e-5
+    )
+
+
+def mixed_lora(unet):
+    """A file in kohya's naming whose layers have three ranks and alphas."""
+    state, layers = {}, random_lora(unet)
+    sizes = {}
+    for i, (name, (down, up)) in enumerate(layers.items()):
+        rank, alpha = ((RANK, 3.0), (2, 5.0), (2, 2.0))[i % 3]
+        stem, sizes[name] = kohya_name(name), (rank, alpha)
+        state[f"{stem}.lora_down.weight"] = down[:rank].contiguous()
+        state[f"{stem}.lora_up.weight"] = up[:, :rank].contiguous()
+        state[f"{stem}.alpha"] = torch.tensor(alpha)
+    return state, sizes
+
+
+def test_layers_of_several_ranks_keep_their_own(base, make_config, tmp_path):
+    family, source, unet, inputs = base
+    state, sizes = mixed_lora(unet)
+    path, out = tmp_path / "l.safetensors", tmp_path / "out.safetensors"
+    save_file(state, path)
+    run, reference = started(base, make_config, lora_init=path, lora_alpha=3)
+    want = predict(family, family.load_unet(ModelSource(source.base, lora=str(path))), inputs)
+    found = predict(family, run, inputs)
+    torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
+    assert torch.equal(predict_reference(family, reference, inputs, nullcontext()), found)
+    # What it saves is read as it was, by us and by diffusers.
+    save_adapters(run, out)
+    again = read_lora(out, unet, "--lora")
+    assert {name: (layer.rank, layer.alpha) for name, layer in again.items()} == sizes
+    pipeline = family.pipeline(family.load_unet(source), family.load_frozen(source), source)
+    pipeline.load_lora_weights(out)
+    theirs = predict(family, pipeline.unet, inputs)
+    torch.testing.assert_close(theirs, want, rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match=r"has rank 4, and --lora_rank is 2: give --lora_rank 4"):
+        started(base, make_config, lora_init=path, lora_rank=2)
+    with pytest.raises(UserError, match=r"has alpha 3 at .*: give --lora_alpha 3"):
+        started(base, make_config, lora_init=path, lora_alpha=5)

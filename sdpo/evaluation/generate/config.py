@@ -33,7 +33,7 @@ class GenerationConfig:
     )
     lora: str | None = flag(
         None,
-        "LoRA file (.safetensors; diffusers' or kohya's names) to add into the UNet at its own "
+        "LoRA file (diffusers' or kohya's names) to add into UNet and text encoders, at its own "
         "scale",
         metavar="FILE",
     )

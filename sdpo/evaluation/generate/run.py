@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdpo.common.errors import UserError
-from sdpo.common.files import differences, write_json
+from sdpo.common.files import differences, file_sha256, write_json
 from sdpo.common.flags import parse
 from sdpo.evaluation.generate.config import GenerationConfig, check_suites, fill_in
 from sdpo.evaluation.generate.manifest import write_manifest
@@ -133,7 +133,9 @@ def build_protocol(
         family.check(source)
         unet = family.load_unet(source)
         frozen = family.load_frozen(source)
-    model = {"unet": config.unet, **({"lora": config.lora} if config.lora else {})}
+    model = {"unet": config.unet}
+    if config.lora:
+        model |= {"lora": config.lora, "lora_sha256": file_sha256(Path(config.lora))}
     if accelerator.is_main_process:
         model["unet_sha256"] = digest_of(unet)
     sampling = Sampling(
