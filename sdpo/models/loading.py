@@ -104,10 +104,15 @@ def load_strictly(
                 f"(e.g. {names[0]}); is it of another family or size?"
             )
     module.load_state_dict({name: state[name] for name in own}, strict=True)
-    _check_finite(module, where)
+    check_finite(module, where)
 
 
-def _check_finite(module: nn.Module, where: str) -> None:
+def check_finite(module: nn.Module, where: str) -> None:
+    """Refuse a model with weights that are NaN or infinite.
+
+    Raises:
+        UserError: naming one of them; begins with `where`.
+    """
     for name, weight in module.named_parameters():
         if weight.is_floating_point() and weight.numel() and not _is_finite(weight.detach()):
             raise UserError(
@@ -195,7 +200,7 @@ def from_pretrained(cls: Any, flag: str, name: str, advice: str = ADVICE, **kwar
         "of another shape": sorted(map(str, report["mismatched_keys"])),
     }
     if not any(wrong.values()):
-        _check_finite(model, f"{flag}: {where}")
+        check_finite(model, f"{flag}: {where}")
         return model
     folder = Path(name, part or "")
     if wrong["missing"] and folder.is_dir():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -73,3 +75,46 @@ def test_flags_need_no_torch(repo):
         "sdpo.evaluation.compare.run; sys.exit('torch' in sys.modules or 'scipy' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=repo).returncode == 0
+
+
+def changed(directory, file, **values):
+    """Change a JSON file of a copied model."""
+    path = directory / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+@pytest.mark.parametrize("how", ["pipeline", "unet"])
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"cross_attention_dim": 7}, "cross_attention_dim is 7, but "),
+        ({"in_channels": 9}, "9 in_channels and 4 out_channels"),
+        ({"num_class_embeds": 3}, "num_class_embeds is 3, so the model must be told more"),
+        ({"_class_name": "UNet3DConditionModel"}, "is of a UNet3DConditionModel"),
+    ],
+)
+def test_a_unets_configuration_is_checked_before_anything_is_loaded(
+    tiny_sd15, tmp_path, how, values, said
+):
+    other = tmp_path / "other"
+    shutil.copytree(tiny_sd15, other)
+    changed(other, "unet/config.json", **values)
+    unet = other if how == "pipeline" else other / "unet"
+    flags = ["--pretrained_model_name_or_path", str(tiny_sd15), "--unet", str(unet)]
+    with pytest.raises(UserError, match=rf"^--unet: .*{said}"):
+        generate.parse_args(flags)
+
+
+def test_steps_are_those_of_the_bases_schedule(tiny_sd15, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_sd15, base)
+    changed(base, "scheduler/scheduler_config.json", num_train_timesteps=20)
+    flags = ["--unet", "base", "--pretrained_model_name_or_path", str(base)]
+    assert generate.parse_args([*flags, "--steps", "20"]).steps == 20
+    with pytest.raises(UserError, match="--steps 50: the base's schedule has 20 timesteps"):
+        generate.parse_args(flags)
+    file = tmp_path / "base.safetensors"
+    file.touch()
+    flags = ["--unet", "base", "--pretrained_model_name_or_path", str(file)]
+    with pytest.raises(UserError, match="--steps 50: the base's schedule has 20 timesteps"):
+        generate.parse_args([*flags, "--single_file_config", str(base)])

@@ -146,6 +146,12 @@ def test_weights_that_do_not_fit(own):
         load(own)
 
 
+def test_weights_that_are_not_finite(own):
+    change(own, lambda state: state["visual.proj"].__setitem__((0, 0), float("nan")))
+    with pytest.raises(UserError, match=r"--weights hpsv2=.* is broken: its weight visual\.proj"):
+        load(own)
+
+
 def test_files_that_are_not_hpsv2(own):
     path = own / "HPS_v2_compressed.pt"
     whole = path.read_bytes()

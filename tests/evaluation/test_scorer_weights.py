@@ -126,3 +126,10 @@ def test_reading_tensors(tmp_path):
 def test_loading_is_strict(state):
     with pytest.raises(UserError, match=r"^--x does not fit: "):
         load_exactly(torch.nn.Linear(3, 2), state, "--x")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(value):
+    state = {"weight": torch.ones(2, 3), "bias": torch.tensor([0.0, value])}
+    with pytest.raises(UserError, match=r"--weights mine=x is broken: its weight bias"):
+        load_exactly(torch.nn.Linear(3, 2), state, "--weights mine=x")

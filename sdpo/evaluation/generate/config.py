@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from sdpo.common.errors import UserError
 from sdpo.common.files import check_directory
@@ -12,7 +14,8 @@ from sdpo.config import ModelConfig
 from sdpo.config.families import FAMILIES
 from sdpo.evaluation.generate.suites import BUILT_SUITES, KNOWN_SUITES, read_suite
 from sdpo.evaluation.generate.unets import BASE, check_unet, label_of
-from sdpo.models.locations import check_lora_file, check_model_location
+from sdpo.models.checks import SCHEDULER_FILE
+from sdpo.models.locations import check_lora_file, check_model_location, reader
 
 PROTOCOL_NAMES = ("paper", "diffusers")
 # A torch generator takes 64 bits; with --protocol diffusers the prompt's number is added.
@@ -112,12 +115,6 @@ def fill_in(config: GenerationConfig) -> GenerationConfig:
         UserError: naming the flag and what would be right.
     """
     family, vae = FAMILIES[config.family], config.pretrained_vae_model_name_or_path
-    check_unet(config.unet, config.sdxl)
-    # The base of either family is called `base`.
-    label = f"{BASE}_{config.family}" if config.unet == BASE else label_of(config.unet)
-    if config.lora:
-        check_lora_file(config.lora, "--lora")
-        label += f"_{label_of(config.lora)}"
     guidance = 5.0 if config.protocol == "diffusers" and config.sdxl else 7.5
     filled = replace(
         config,
@@ -125,7 +122,6 @@ def fill_in(config: GenerationConfig) -> GenerationConfig:
         resolution=config.resolution or family.resolution,
         pretrained_model_name_or_path=config.pretrained_model_name_or_path or family.base,
         pretrained_vae_model_name_or_path=None if vae == "base" else vae or family.vae,
-        outdir=config.outdir or Path("output/eval") / label,
     )
     check_model_location(
         ModelConfig(
@@ -135,8 +131,34 @@ def fill_in(config: GenerationConfig) -> GenerationConfig:
             sdxl=filled.sdxl,
         )
     )
+    base = Path(filled.pretrained_model_name_or_path)
+    read = reader(Path(filled.single_file_config) if filled.single_file_config else base)
+    check_unet(config.unet, config.sdxl, read("unet/config.json"))
+    check_steps(config.steps, read(SCHEDULER_FILE) or {})
+    # The base of either family is called `base`.
+    label = f"{BASE}_{config.family}" if config.unet == BASE else label_of(config.unet)
+    if config.lora:
+        check_lora_file(config.lora, "--lora")
+        label += f"_{label_of(config.lora)}"
+    filled = replace(filled, outdir=config.outdir or Path("output/eval") / label)
     check_directory(filled.outdir, "--outdir")
     return filled
+
+
+def check_steps(steps: int, schedule: Mapping[str, Any]) -> None:
+    """Refuse more sampling steps than there are timesteps.
+
+    Args:
+        schedule: configuration of the base's scheduler; {} where it is not known yet.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    timesteps = schedule.get("num_train_timesteps", steps)
+    if steps > timesteps:
+        raise UserError(
+            f"--steps {steps}: the base's schedule has {timesteps} timesteps, give at most so many"
+        )
 
 
 def check_suites(config: GenerationConfig) -> None:

@@ -57,13 +57,6 @@ class Protocol(ABC):
         self.unet: Any = unet.to(device, sampling.dtype).eval()
         frozen.to(device, sampling.dtype, self.vae_dtype())
         self.prepare(source)
-        scheduler: Any = self.scheduler
-        timesteps = scheduler.config.num_train_timesteps
-        if sampling.steps > timesteps:
-            raise UserError(
-                f"--steps {sampling.steps}: the base's schedule has {timesteps} timesteps, give at "
-                "most so many"
-            )
 
     @abstractmethod
     def vae_dtype(self) -> torch.dtype:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from sdpo.common.errors import UserError
 from sdpo.common.files import differences, file_sha256, write_json
 from sdpo.common.flags import parse
-from sdpo.evaluation.generate.config import GenerationConfig, check_suites, fill_in
+from sdpo.evaluation.generate.config import GenerationConfig, check_steps, check_suites, fill_in
 from sdpo.evaluation.generate.manifest import write_manifest
 from sdpo.evaluation.generate.suites import Suite, digest, read_suite
 
@@ -131,6 +131,7 @@ def build_protocol(
             lora=config.lora,
         )
         family.check(source)
+        check_steps(config.steps, family.load_scheduler(source).config)
         unet = family.load_unet(source)
         frozen = family.load_frozen(source)
     model = {"unet": config.unet}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdpo.common.errors import UserError, first_line
+from sdpo.models.checks import Config, check_start
 from sdpo.models.locations import HUB_ID, WEIGHT_SUFFIXES, check_family, read_config
 from sdpo.training.checkpoint_paths import UNET_FILE, latest_checkpoint
 
@@ -19,12 +20,15 @@ BASE = "base"
 _HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+):(.+)")
 
 
-def check_unet(name: str, sdxl: bool) -> None:
+def check_unet(name: str, sdxl: bool, base: Config | None = None) -> None:
     """Refuse what can be seen to be wrong without a network and without torch.
+
+    Args:
+        base: configuration of the base's UNet, where it is known.
 
     Raises:
         UserError: there is no such file or directory, nothing of a UNet is in it, or one of the
-            other family.
+            other family or that does not fit the base's other parts.
     """
     path = Path(name)
     if name == BASE or _HUB_FILE.fullmatch(name):
@@ -33,7 +37,9 @@ def check_unet(name: str, sdxl: bool) -> None:
         found = _inside(path)
         for config in (found / "unet" / "config.json", found / "config.json"):
             if config.is_file():
-                check_family(read_config(config), sdxl, f"{FLAG} {name}")
+                own = read_config(config)
+                check_family(own, sdxl, f"{FLAG} {name}")
+                check_start(own, base or own, f"{FLAG}: {config}")
                 break
     elif not path.is_file() and (path.suffix in WEIGHT_SUFFIXES or not HUB_ID.fullmatch(name)):
         raise UserError(

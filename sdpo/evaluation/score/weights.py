@@ -17,7 +17,7 @@ from torch import nn
 
 from sdpo.common.errors import UserError, first_line
 from sdpo.common.files import file_sha256, hub_sha256
-from sdpo.models.loading import from_pretrained, load_tensors
+from sdpo.models.loading import check_finite, from_pretrained, load_tensors
 from sdpo.models.locations import HUB_ID
 
 log = logging.getLogger(__name__)
@@ -187,7 +187,7 @@ def load_exactly(module: nn.Module, state: Any, where: str) -> None:
     takes over the tensors themselves.
 
     Raises:
-        UserError: saying one thing that does not; begins with `where`.
+        UserError: saying one thing that does not, or that is not finite; begins with `where`.
     """
     try:
         module.load_state_dict(state, assign=True)
@@ -196,3 +196,4 @@ def load_exactly(module: nn.Module, state: Any, where: str) -> None:
         # One line can name a thousand weights.
         reason = textwrap.shorten(detail[1 if len(detail) > 1 else 0], 200, placeholder=" ...")
         raise UserError(f"{where} does not fit: {reason}") from None
+    check_finite(module, where)
