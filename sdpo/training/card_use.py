@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def _pipeline(name: str, model: ModelConfig, repo: str | None) -> list[str]:
     place = repo or (f"./{name}" if name else ".")
     return [
         "from diffusers import DiffusionPipeline\n",
-        f'pipeline = DiffusionPipeline.from_pretrained("{place}")',
+        f"pipeline = DiffusionPipeline.from_pretrained({_text(place)})",
     ]
 
 
@@ -56,21 +57,21 @@ def _file(name: str, model: ModelConfig, repo: str | None) -> list[str]:
 
 def _from_file(place: str, model: ModelConfig, config: str | None) -> list[str]:
     cls = "StableDiffusionXLPipeline" if model.sdxl else "StableDiffusionPipeline"
-    more = f', config="{config}"' if config else ""
+    more = f", config={_text(config)}" if config else ""
     return [
         f"from diffusers import {cls}\n",
-        f'pipeline = {cls}.from_single_file("{place}"{more})',
+        f"pipeline = {cls}.from_single_file({_text(place)}{more})",
     ]
 
 
 def _lora(name: str, model: ModelConfig, repo: str | None) -> list[str]:
-    adapters = f'pipeline.load_lora_weights("{repo or "."}", weight_name="{name}")'
+    adapters = f'pipeline.load_lora_weights("{repo or "."}", weight_name={_text(name)})'
     return [*_base(model, repo), adapters]
 
 
 def _unet(name: str, model: ModelConfig, repo: str | None) -> list[str]:
     lines = _base(model, repo)
-    read = f'pipeline.unet.load_state_dict(torch.load("./{name}", weights_only=True))'
+    read = f"pipeline.unet.load_state_dict(torch.load({_text(f'./{name}')}, weights_only=True))"
     return ["import torch", *lines, read]
 
 
@@ -81,11 +82,16 @@ def _base(model: ModelConfig, repo: str | None) -> list[str]:
         config = model.single_file_config
         return _from_file(place, model, place_of(config, repo) if config else None)
     more = f', revision="{model.revision}"' if model.revision and hub_id(base) else ""
-    lines = [f'pipeline = DiffusionPipeline.from_pretrained("{place}"{more})']
+    lines = [f"pipeline = DiffusionPipeline.from_pretrained({_text(place)}{more})"]
     if not vae:
         return ["from diffusers import DiffusionPipeline\n", *lines]
-    read = f'pipeline.vae = AutoencoderKL.from_pretrained("{place_of(vae, repo)}")'
+    read = f"pipeline.vae = AutoencoderKL.from_pretrained({_text(place_of(vae, repo))})"
     return ["from diffusers import AutoencoderKL, DiffusionPipeline\n", *lines, read]
+
+
+def _text(value: str) -> str:
+    """Quote for Python."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 def place_of(name: str, repo: str | None) -> str:

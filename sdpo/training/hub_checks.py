@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 from sdpo.common.errors import UserError, first_line
@@ -22,7 +23,8 @@ def check_hub(hub: HubConfig, directory: Path) -> None:
     for name in ("hub_model_id", "hub_private_repo"):
         if getattr(hub, name) and not hub.push_to_hub:
             raise UserError(f"--{name} has no meaning without --push_to_hub")
-    if not hub.push_to_hub:
+    # The scripts install it after --check_only; the run itself checks again.
+    if not hub.push_to_hub or find_spec("huggingface_hub") is None:
         return
     from huggingface_hub import constants, get_token
     from huggingface_hub.utils import HFValidationError, validate_repo_id
