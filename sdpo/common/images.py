@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -32,6 +33,8 @@ _TURNS = {
     7: Transpose.TRANSVERSE,
     8: Transpose.ROTATE_90,
 }
+_ON_ITS_SIDE = [_TURNS[orientation] for orientation in (5, 6, 7, 8)]
+T = TypeVar("T")
 
 
 class UndecodableImage(Exception):
@@ -48,17 +51,35 @@ def open_image(value: Any, base: Path | None = None) -> Image.Image:
     Raises:
         UndecodableImage: missing, broken, too large, or of pixels whose meaning is not known.
     """
+    return _opened(value, base, as_rgb)
+
+
+def image_size(value: Any, base: Path | None = None) -> tuple[int, int]:
+    """Read from an image's header the width and height that `open_image` gives it.
+
+    Args:
+        value, base: see `open_image`; or a file of encoded bytes.
+
+    Raises:
+        UndecodableImage: missing, or without a header that can be read.
+    """
+    return _opened(value, base, _upright_size)
+
+
+def _opened(value: Any, base: Path | None, use: Callable[[Image.Image], T]) -> T:
     try:
         if isinstance(value, dict):
             value = value.get("bytes") or value.get("path")
         if isinstance(value, bytes | bytearray | memoryview):
-            return as_rgb(Image.open(io.BytesIO(value)))
+            return use(Image.open(io.BytesIO(value)))
         if isinstance(value, str):
             path = Path(value)
             with Image.open(base / path if base else path) as image:
-                return as_rgb(image)
+                return use(image)
         if isinstance(value, Image.Image):
-            return as_rgb(value)
+            return use(value)
+        if hasattr(value, "read"):
+            return use(Image.open(value))
     except UndecodableImage:
         raise
     # Pillow's own text would name the buffer by its address in memory.
@@ -101,6 +122,17 @@ def as_rgb(image: Image.Image) -> Image.Image:
     return rgb if turn is None else rgb.transpose(turn)
 
 
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    if 0 in image.size:
+        raise UndecodableImage(f"without pixels ({image.width} x {image.height})")
+    if (
+        image.format == "TIFF"
+        and getattr(image, "tag_v2", {}).get(ExifTags.Base.Orientation, 1) > 4
+    ):
+        return as_rgb(image).size  # versions of Pillow differ in when they turn it
+    return image.size[::-1] if _turn(image, loaded=False) in _ON_ITS_SIDE else image.size
+
+
 def _key_scale(image: Image.Image) -> float:
     """Say by what a PNG's transparent key is to be multiplied; only before it is loaded."""
     tiles = getattr(image, "tile", None)
@@ -108,12 +140,14 @@ def _key_scale(image: Image.Image) -> float:
     return _KEY_TO_8_BITS.get(raw_mode, 1) if isinstance(raw_mode, str) else 1
 
 
-def _turn(image: Image.Image) -> Transpose | None:
-    """Read from EXIF how a loaded image is to be turned."""
+def _turn(image: Image.Image, loaded: bool = True) -> Transpose | None:
+    """Read from EXIF how an image is to be turned."""
     if image.format == "TIFF":
         return None  # Pillow has turned it, and some versions leave the tag as it was
     try:
-        return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+        # Of a PNG that is not loaded, what stands before its pixels; its own method would load it.
+        exif = image.getexif() if loaded else Image.Image.getexif(image)
+        return _TURNS.get(exif.get(ExifTags.Base.Orientation, 1))
     except Exception:
         # The pixels are whole, and a broken block of EXIF says nothing about them.
         return None
@@ -154,33 +188,33 @@ def _white(image: Image.Image, values: np.ndarray) -> float:
     return _SIXTEEN_BITS
 
 
-def resized_square(
+def resized_crop(
     image: Image.Image,
     size: tuple[int, int],
     corner: tuple[int, int],
-    side: int,
+    shape: tuple[int, int],
     resample: Resampling,
 ) -> Image.Image:
-    """Resize an image to `size`, (width, height), and cut out of that the square of `side` px whose
-    left upper corner is at `corner`.
+    """Resize an image to `size`, (width, height), and cut out of that a rectangle of `shape`,
+    likewise, whose left upper corner is at `corner`.
 
     The memory it takes does not grow with the length of a strip: what is longer than `LONGEST`
-    squares is cut out first, which is the same but for the rounding of the place.
+    rectangles is cut out first, which is the same but for the rounding of the place.
     """
     (left, top), (width, height) = corner, size
-    box = (left, top, left + side, top + side)
+    box = (left, top, left + shape[0], top + shape[1])
     if image.size == size:
         return image.crop(box)
-    if max(size) <= LONGEST * side:
+    if width <= LONGEST * shape[0] and height <= LONGEST * shape[1]:
         return image.resize(size, resample).crop(box)
     x0, x1 = (x * image.width / width for x in box[::2])
     y0, y1 = (y * image.height / height for y in box[1::2])
     # The filter reaches at most two pixels of the coarser of the two images beyond the box.
-    margin = math.ceil(3 * max(1, min(image.size) / side))
+    margin = math.ceil(3 * max(1, min(image.width / shape[0], image.height / shape[1])))
     first_x, first_y = max(0, int(x0) - margin), max(0, int(y0) - margin)
     last_x = min(image.width, math.ceil(x1) + margin)
     last_y = min(image.height, math.ceil(y1) + margin)
     near = image.crop((first_x, first_y, last_x, last_y))
     # Pillow keeps the box in float32, which is exact enough only near its image's corner.
     place = (x0 - first_x, y0 - first_y, x1 - first_x, y1 - first_y)
-    return near.resize((side, side), resample, box=place)
+    return near.resize(shape, resample, box=place)

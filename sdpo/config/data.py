@@ -107,10 +107,16 @@ class DataConfig(SourceConfig):
     )
     resolution: int = flag(
         None,  # sdpo.config.rules.fill_in
-        "side of the square images, in pixels",
+        "side of the square images, in pixels; with --resize bucket a square of about their area",
         metavar="PX",
         check=(at_least(1), multiple_of(8)),
         shown="512, with --sdxl 1024",
+    )
+    resize: Literal["crop", "bucket"] = flag(
+        "crop",
+        "crop: every image to a square; bucket: to the rectangle of about that area whose shape is "
+        "nearest to its pair's, a batch of one shape",
+        choices=("crop", "bucket"),
     )
     random_crop: bool = flag(False, "crop at random instead of at the centre")
     no_hflip: bool = flag(False, "no random horizontal flip")

@@ -52,6 +52,11 @@ def _check_steps(data: DataConfig, optim: OptimConfig) -> None:
         raise UserError("--streaming does not know an epoch's length: give --max_train_steps")
     if data.streaming and data.dataloader_num_workers > 1:
         raise UserError("--streaming reads one stream: --dataloader_num_workers must be 0 or 1")
+    if data.streaming and data.resize == "bucket":
+        raise UserError(
+            "--resize bucket orders pairs by the shapes of all their images, which a stream does "
+            "not know ahead: leave --streaming out, or give --resize crop"
+        )
 
 
 def _check_method(method: MethodConfig, guard: SafeguardConfig) -> None:

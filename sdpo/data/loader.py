@@ -11,8 +11,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from sdpo.common.errors import UserError
 from sdpo.config import TrainConfig
+from sdpo.data.buckets import in_buckets
 from sdpo.data.latents.pairs import CachedPairs
-from sdpo.data.order import FIRST, Place, PlaceSampler
+from sdpo.data.order import FIRST, BucketOrder, PairOrder, Place, PlaceSampler
 from sdpo.data.pairs import BadRow, Batch, PairDataset, PairDecoder, collate
 from sdpo.data.source import PairSource
 from sdpo.data.stream import OwnShards, StreamingPairs
@@ -77,10 +78,11 @@ class PairLoader:
     ) -> None:
         data, seed = config.data, config.run.seed
         assert data.resolution
+        source = in_buckets(source, data)
         self.source, self.cache, self.rank, self._optim = source, cache, rank, config.optim
         self.batch_size = config.optim.train_batch_size
         self.stride = self.batch_size * world_size
-        self.steps_per_epoch: int | None = None
+        self.order: PairOrder | None = None  # None of a stream
         self.counter = BadRowCounter(data.max_bad_fraction)
         transform = PairTransform(data.resolution, data.random_crop, not data.no_hflip)
         decoder = PairDecoder(source.columns, source.base, transform, data.proportion_empty_prompts)
@@ -90,13 +92,12 @@ class PairLoader:
             dataset = stream(source, decoder, config, rank, world_size, start)
             batches: dict[str, Any] = {"batch_size": None}
         else:
-            sampler = PlaceSampler(len(source), self.batch_size, rank, world_size, start)
-            self.steps_per_epoch = sampler.steps_per_epoch
+            self.order = order_of(source, seed, self.stride)
             if cache is None:
-                dataset = PairDataset(source, decoder, seed)
+                dataset = PairDataset(source, decoder, self.order)
             else:
-                dataset = CachedPairs(cache, source, decoder, seed)
-            batches = {"batch_sampler": sampler}
+                dataset = CachedPairs(cache, source, decoder, self.order)
+            batches = {"batch_sampler": PlaceSampler(self.order, self.batch_size, rank, start)}
         self._loader = DataLoader(
             dataset,
             num_workers=data.dataloader_num_workers,
@@ -114,13 +115,22 @@ class PairLoader:
     @property
     def max_train_steps(self) -> int:
         """Count the run's optimizer steps: as many as it names, or as its passes over the data
-        make."""
-        optim = self._optim
+        make.
+
+        Raises:
+            UserError: they make none, since no bucket has pairs for a step.
+        """
+        optim, epochs = self._optim, self._optim.num_train_epochs
         if optim.max_train_steps:
             return optim.max_train_steps
-        epochs, steps = optim.num_train_epochs, self.steps_per_epoch
-        assert epochs and steps
-        return steps_for_epochs(epochs, steps, optim.gradient_accumulation_steps)
+        assert epochs and self.order
+        steps = self.order.steps_before(epochs)
+        if not steps:
+            raise UserError(
+                f"--resize bucket: no bucket has as many pairs in {epochs} epochs as one step of "
+                f"all processes takes ({self.stride}): lower --train_batch_size"
+            )
+        return math.ceil(steps / optim.gradient_accumulation_steps)
 
     def place_after(self, batch: Batch) -> Place:
         """Tell where the run stands once every process has taken its part of this step."""
@@ -128,6 +138,13 @@ class PairLoader:
         return Place(epoch, position - self.rank * self.batch_size + self.stride)
 
 
-def steps_for_epochs(epochs: int, steps_per_epoch: int, accumulation: int) -> int:
-    """Count the optimizer steps that `epochs` passes over the data make."""
-    return math.ceil(epochs * steps_per_epoch / accumulation)
+def order_of(source: PairSource, seed: int, stride: int) -> PairOrder:
+    """Order pairs for steps of `stride`, in buckets where they have shapes.
+
+    Raises:
+        UserError: there are fewer pairs than one step takes.
+    """
+    if source.shapes is None:
+        return PairOrder(len(source), seed, stride)
+    widths, heights = source.shapes.shapes.T
+    return BucketOrder(len(source), seed, stride, widths * (heights.max() + 1) + heights)

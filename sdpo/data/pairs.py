@@ -16,11 +16,12 @@ from torch.utils.data import Dataset, default_collate
 from sdpo.common.errors import UserError
 from sdpo.common.images import UndecodableImage, open_image
 from sdpo.common.randomness import Key, integer, uniform
-from sdpo.data.order import Place, epoch_permutation
-from sdpo.data.source import LABEL, Columns, PairSource, winner_of
-from sdpo.data.transforms import PairTransform
+from sdpo.data.order import PairOrder, Place
+from sdpo.data.source import LABEL, SHAPE, Columns, PairSource, winner_of
+from sdpo.data.transforms import PairTransform, Shape
 
 MAX_REPLACEMENTS = 50
+_OF_ITS_BUCKET = 25  # replacements; after these others will do
 
 Row = dict[str, Any]
 NumberedRow = tuple[int | str, Row]
@@ -37,8 +38,8 @@ class BadRow:
 
 @dataclass(frozen=True)
 class Pair:
-    """Hold one training sample: images (3, R, R) in [-1, 1] and a text, or from a cache their
-    encodings: of each image the posterior's mean and standard deviation (2, C, r, r), of the text
+    """Hold one training sample: images (3, H, W) in [-1, 1] and a text, or from a cache their
+    encodings: of each image the posterior's mean and standard deviation (2, C, h, w), of the text
     what `Family.encode_text` gave, without the batch's dimension."""
 
     winner: Tensor
@@ -46,16 +47,20 @@ class Pair:
     caption: str | dict[str, Tensor]
     key: Key  # (seed, epoch, position)
     preference: float = 1.0  # the winner's share of it, above 0.5
+    # (2, 6) int64 as `Family.conditions` has them, winner's and loser's; None of the square crop
+    sizes: Tensor | None = None
     bad_rows: tuple[BadRow, ...] = ()  # which this one replaces
 
 
 class Batch:
     """Hold B pairs of one process, as a dataclass of images or of their encodings. `preference`
-    (B,), float32, are the winners' shares of it, above 0.5: 1 where the set gives no votes."""
+    (B,), float32, are the winners' shares of it, above 0.5: 1 where the set gives no votes. `sizes`
+    (2B, 6) are as `Family.conditions` has them, winners first; None of the square crop."""
 
     keys: list[Key]
     bad_rows: list[BadRow]
     preference: Tensor | None
+    sizes: Tensor | None
 
     @property
     def place(self) -> Place:
@@ -68,13 +73,14 @@ class Batch:
 
 @dataclass(frozen=True)
 class PairBatch(Batch):
-    """Hold images: pixels (2B, 3, R, R), winners first, and B captions."""
+    """Hold images: pixels (2B, 3, H, W), winners first, and B captions."""
 
     pixels: Tensor
     captions: list[str]
     keys: list[Key]
     bad_rows: list[BadRow] = field(default_factory=list)
     preference: Tensor | None = None
+    sizes: Tensor | None = None
 
     def pin_memory(self) -> PairBatch:
         """Copy to page-locked memory, for `DataLoader(pin_memory=True)`."""
@@ -83,13 +89,14 @@ class PairBatch(Batch):
 
 @dataclass(frozen=True)
 class EncodedBatch(Batch):
-    """Hold encodings: moments (2B, 2, C, r, r), winners first, and text by name, (B, ...)."""
+    """Hold encodings: moments (2B, 2, C, h, w), winners first, and text by name, (B, ...)."""
 
     moments: Tensor
     text: dict[str, Tensor]
     keys: list[Key]
     bad_rows: list[BadRow] = field(default_factory=list)
     preference: Tensor | None = None
+    sizes: Tensor | None = None
 
     def pin_memory(self) -> EncodedBatch:
         """Copy to page-locked memory, for `DataLoader(pin_memory=True)`."""
@@ -100,6 +107,7 @@ class EncodedBatch(Batch):
 def collate(pairs: list[Pair]) -> PairBatch | EncodedBatch:
     """Stack pairs, which all hold images or all hold encodings, to a batch."""
     kind = PairBatch if isinstance(pairs[0].caption, str) else EncodedBatch
+    sizes = [p.sizes for p in pairs if p.sizes is not None]
     return kind(
         torch.stack([p.winner for p in pairs] + [p.loser for p in pairs]),
         # A list of texts, or of the encodings' dicts one dict of stacked tensors.
@@ -107,6 +115,7 @@ def collate(pairs: list[Pair]) -> PairBatch | EncodedBatch:
         [p.key for p in pairs],
         [bad for p in pairs for bad in p.bad_rows],
         torch.tensor([p.preference for p in pairs]),
+        torch.stack(sizes).transpose(0, 1).flatten(0, 1) if sizes else None,
     )
 
 
@@ -143,8 +152,16 @@ class PairDecoder:
         """
         images = self.images(row)
         winner, share = winner_of(float(row[LABEL]))
-        pixels = self.transform(images[winner], images[1 - winner], key)
-        return Pair(*pixels, self.caption(row, key), key, share)
+        both, shape = (images[winner], images[1 - winner]), row.get(SHAPE)
+        pixels = self.transform(*both, key, shape)
+        sizes = self.sizes([image.size for image in both], key, shape)
+        return Pair(*pixels, self.caption(row, key), key, share, sizes=sizes)
+
+    def sizes(self, originals: list[Shape], key: Key, shape: Shape | None) -> Tensor | None:
+        """Give the sizes (2, 6) of winner and loser; see `Pair`."""
+        if shape is None:
+            return None
+        return torch.tensor([self.transform.told(size, key, shape) for size in originals])
 
     def images(self, row: Row) -> list[Image.Image]:
         """Open image 0 and image 1 of a row, RGB.
@@ -173,26 +190,32 @@ Decoder = Callable[[Row, Key], Pair]  # of images, or of what a cache holds of t
 
 
 class PairDataset(Dataset[Pair]):
-    """Give the pair at a `Place`. A row that cannot be decoded is replaced by another, which again
-    is a function of (seed, epoch, position)."""
+    """Give the pair at a `Place`. A row that cannot be decoded is replaced by another, where there
+    are buckets of its own, which again is a function of (seed, epoch, position)."""
 
-    def __init__(self, source: PairSource, decoder: Decoder, seed: int) -> None:
-        self.source, self.decoder, self.seed = source, decoder, seed
+    any_shape = True  # rows of other buckets can be cropped to a shape where it comes to that
+
+    def __init__(self, source: PairSource, decoder: Decoder, order: PairOrder) -> None:
+        self.source, self.decoder, self.order = source, decoder, order
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, place: Place) -> Pair:
-        key = (self.seed, *place)
+        key = (self.order.seed, *place)
         return decode_first(self.decoder, self._candidates(key), key)
 
     def _candidates(self, key: Key) -> Iterator[NumberedRow]:
         """Give the row at a place, then replacements without end."""
-        seed, epoch, position = key
-        index = int(epoch_permutation(len(self), seed, epoch)[position])
+        index = self.order.row(Place(*key[1:]))
+        alike, row = self.order.alike(index), self.source.row(index)
+        shape = {SHAPE: row[SHAPE]} if SHAPE in row else {}
         for attempt in count(1):
-            yield int(self.source.origin[index]), self.source.row(index)
-            index = integer(len(self), *key, "replacement", attempt)
+            yield int(self.source.origin[index]), row
+            if self.any_shape and attempt > _OF_ITS_BUCKET:
+                alike = range(len(self))
+            index = int(alike[integer(len(alike), *key, "replacement", attempt)])
+            row = {**self.source.row(index), **shape}
 
 
 def decode_first(decoder: Decoder, candidates: Iterable[NumberedRow], key: Key) -> Pair:

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MODELS = ("model_0", "model_1")
+# Beside a row's own columns, where its source has shapes.
+SHAPE, SIZES = "shape of the pair", "sizes of the images"
 DREAMLIKE = "dream"
 
 
@@ -44,6 +46,15 @@ class Columns:
 
 
 @dataclass(frozen=True)
+class ImageShapes:
+    """Hold what n pairs are cropped to, (n, 2), and the sizes of image 0 and image 1, (n, 2, 2), 0
+    where they cannot be read: widths and heights in pixels, int64."""
+
+    shapes: np.ndarray
+    sizes: np.ndarray
+
+
+@dataclass(frozen=True)
 class PairSource:
     """Hold decided pairs, undecoded, of the dataset `given` (while streaming, all its rows)."""
 
@@ -53,14 +64,27 @@ class PairSource:
     origin: Any = None  # row numbers in `given`, (n,) int64; None while streaming
     labels: np.ndarray | None = None  # (n,), in place of the rows' label_0
     given: Any = None  # None while streaming
+    shapes: ImageShapes | None = None  # of the rows; None where all are cropped to one square
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def row(self, index: int) -> dict[str, Any]:
         """Give one pair, undecoded."""
-        row = self.rows[index]
-        return row if self.labels is None else {**row, LABEL: float(self.labels[index])}
+        row: dict[str, Any] = self.rows[index]
+        if self.labels is not None:
+            row = {**row, LABEL: float(self.labels[index])}
+        if self.shapes is not None:
+            shape, sizes = self.shapes.shapes[index].tolist(), self.shapes.sizes[index].tolist()
+            row = {**row, SHAPE: tuple(shape), SIZES: sizes}
+        return row
+
+    def shape_of(self, number: int) -> tuple[int, int] | None:
+        """Give width and height that a row, by its number in `given`, is cropped to."""
+        if self.shapes is None:
+            return None
+        width, height = self.shapes.shapes[self.origin.searchsorted(number)].tolist()
+        return width, height
 
 
 def open_pairs(data: SourceConfig, seed: int) -> PairSource:

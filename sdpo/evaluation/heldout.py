@@ -86,6 +86,7 @@ def main() -> int:
     import torch
     from tqdm.auto import tqdm
 
+    from sdpo.data.buckets import in_buckets
     from sdpo.data.source import open_pairs
     from sdpo.models import open_base
     from sdpo.models.encoding import ModelEncoder
@@ -98,6 +99,8 @@ def main() -> int:
     # The adapters that a run started from are part of its reference.
     source = replace(source, lora=train.model.lora_init, lora_flag="--lora_init")
     pairs = open_pairs(train.data, train.run.seed)
+    if pairs.origin is not None:
+        pairs = in_buckets(pairs, train.data)
     frozen = family.load_frozen(source).to(device, torch.float32, torch.float32)
     encoder = ModelEncoder(family, frozen, train.data.resolution, device)
     unet = family.load_unet(source).to(device).eval()
@@ -143,22 +146,29 @@ def heldout_inputs(
 ) -> Iterator[NoisedPairs]:
     """Noise the same pairs for every checkpoint, at `config.timesteps` timesteps each.
 
-    Timesteps are stratified: the i-th of k is drawn from the i-th k-th of the noise process.
+    Timesteps are stratified: the i-th of k is drawn from the i-th k-th of the noise process. With
+    --resize bucket pairs come by their shapes.
     """
     from sdpo.common import randomness
     from sdpo.common.images import UndecodableImage
+    from sdpo.data.buckets import shape_of_row
     from sdpo.data.pairs import PairDecoder, collate
+    from sdpo.data.source import SHAPE
     from sdpo.data.transforms import PairTransform
     from sdpo.models.forward import noise_pairs
 
-    transform = PairTransform(train.data.resolution, hflip=False)
+    resolution = train.data.resolution
+    transform = PairTransform(resolution, hflip=False)
     decode = PairDecoder(pairs.columns, pairs.base, transform, 0.0)
     rows = first_rows(pairs, config.max_pairs)
+    if train.data.resize == "bucket" and pairs.shapes is None:  # of a stream
+        rows = [(n, {**row, SHAPE: shape_of_row(row, pairs, resolution)}) for n, row in rows]
     batch_size = config.batch_size or train.optim.train_batch_size
+    batches = batches_of_one_shape([row.get(SHAPE) for _, row in rows], batch_size)
     for stratum in range(config.timesteps):
-        for first in range(0, len(rows), batch_size):
+        for places in batches:
             samples = []
-            for i in range(first, min(first + batch_size, len(rows))):
+            for i in places:
                 number, row = rows[i]
                 try:
                     samples.append(decode(row, (train.run.seed, stratum, i)))
@@ -168,6 +178,18 @@ def heldout_inputs(
             draws = [randomness.uniform(*key, "stratum") for key in batch.keys]
             shares = [(stratum + draw) / config.timesteps for draw in draws]
             yield noise_pairs(encoder, batch, timesteps=encoder.process.times_at(shares))
+
+
+def batches_of_one_shape(shapes: list[Any], batch_size: int) -> list[list[int]]:
+    """Put the places of a list into batches, of one shape each."""
+    groups: dict[Any, list[int]] = {}
+    for place, shape in enumerate(shapes):
+        groups.setdefault(shape, []).append(place)
+    return [
+        group[first : first + batch_size]
+        for group in groups.values()
+        for first in range(0, len(group), batch_size)
+    ]
 
 
 def first_rows(pairs: PairSource, count: int) -> list[tuple[int, dict[str, Any]]]:
@@ -180,7 +202,7 @@ def first_rows(pairs: PairSource, count: int) -> list[tuple[int, dict[str, Any]]
 
     if pairs.origin is not None:
         chosen = range(min(count, len(pairs)))
-        return [(int(pairs.origin[i]), pairs.rows[i]) for i in chosen]
+        return [(int(pairs.origin[i]), pairs.row(i)) for i in chosen]
     numbered = ((i, row) for i, row in enumerate(pairs.rows) if is_wanted(row, i))
     found = list(islice(numbered, count))
     if not found:

@@ -66,6 +66,11 @@ def repeat(conditions: Conditions, times: int) -> Conditions:
     return {k: v.repeat(times, *[1] * (v.ndim - 1)) for k, v in conditions.items()}
 
 
+def square_sizes(resolution: int, count: int) -> Tensor:
+    """Give the sizes (count, 6) of square images that are taken whole; see `Family.conditions`."""
+    return torch.tensor([[resolution, resolution, 0, 0, resolution, resolution]]).repeat(count, 1)
+
+
 def joined(parts: Sequence[Conditions]) -> Conditions:
     """Join the conditions of several batches to those of one."""
     return {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
@@ -308,13 +313,19 @@ class Family(ABC):
         family has it, `pooled` (B, width)."""
 
     @abstractmethod
-    def conditions(self, text: dict[str, Tensor], resolution: int) -> Conditions:
-        """Make the model's conditions of `encode_text`'s output, for images of `resolution` pixels
-        square."""
+    def conditions(self, text: dict[str, Tensor], sizes: Tensor) -> Conditions:
+        """Make the model's conditions of `encode_text`'s output, one text for each of N images.
+
+        Args:
+            text: (N, ...).
+            sizes: (N, 6), whole numbers: original height and width, the crop's top and left, height
+                and width of what is left.
+        """
 
     def encode_captions(self, frozen: Frozen, captions: list[str], resolution: int) -> Conditions:
         """Make the model's conditions of B captions, for images of `resolution` pixels square."""
-        return self.conditions(self.encode_text(frozen, captions), resolution)
+        sizes = square_sizes(resolution, len(captions))
+        return self.conditions(self.encode_text(frozen, captions), sizes)
 
     @abstractmethod
     def predict(self, model: Any, x_t: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
@@ -380,11 +391,13 @@ class Family(ABC):
         posterior = vae.encode(pixels.to(vae.dtype)).latent_dist
         return posterior.mean, posterior.std
 
-    def latent_shape(self, frozen: Frozen, resolution: int) -> tuple[int, int, int]:
-        """Give (C, r, r) of the latents of a square image."""
+    def latent_shape(
+        self, frozen: Frozen, height: int, width: int | None = None
+    ) -> tuple[int, int, int]:
+        """Give (C, h, w) of the latents of an image of these pixels, by default of a square one."""
         config = frozen.vae.config
-        side = resolution // 2 ** (len(config.block_out_channels) - 1)
-        return config.latent_channels, side, side
+        factor = 2 ** (len(config.block_out_channels) - 1)
+        return config.latent_channels, height // factor, (width or height) // factor
 
     def load_sampler(self, source: ModelSource) -> Any:
         """Load the base's own sampling scheduler, of the class that its configuration names.

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from sdpo.models.base import Conditions, Family, Frozen
+from sdpo.models.base import Conditions, Family, Frozen, repeat, square_sizes
 from sdpo.models.noise import NoiseProcess
 
 
@@ -15,18 +15,29 @@ class Encoder(Protocol):
     """What the training step asks of a base about images, captions and noise."""
 
     process: NoiseProcess
-    latent_shape: tuple[int, int, int]  # (C, r, r)
     device: torch.device
 
+    def latent_shape(self, batch: Any) -> tuple[int, int, int]:
+        """Give (C, h, w) of the latents of a batch's images."""
+
     def latents(self, batch: Any, noise: Tensor) -> Tensor:
-        """Encode the images: normalised latents (2B, C, r, r), float32, winners first. `noise`, of
+        """Encode the images: normalised latents (2B, C, h, w), float32, winners first. `noise`, of
         that shape, standard normal, draws them from the VAE's posterior."""
 
     def conditions(self, batch: Any) -> Conditions:
-        """Encode the B captions to what the model is told."""
+        """Encode the B captions to what the model is told of the 2B images, winners first."""
 
     def frozen_parts(self) -> Frozen:
         """Give VAE, text encoders and tokenizers, for drawing samples."""
+
+
+def pair_conditions(
+    family: Family, text: dict[str, Tensor], batch: Any, resolution: int
+) -> Conditions:
+    """Make the conditions of 2B images, winners first, of B captions' `text`. A batch without sizes
+    is of squares of `resolution` pixels."""
+    sizes = batch.sizes if batch.sizes is not None else square_sizes(resolution, 2 * len(batch))
+    return family.conditions(repeat(text, 2), sizes)
 
 
 class ModelEncoder:
@@ -38,15 +49,19 @@ class ModelEncoder:
         self.family, self.frozen = family, frozen
         self.resolution, self.device = resolution, device
         self.process = family.process(frozen.scheduler)
-        self.latent_shape = family.latent_shape(frozen, resolution)
+
+    def latent_shape(self, batch: Any) -> tuple[int, int, int]:
+        """Give (C, h, w); see `Encoder.latent_shape`."""
+        return self.family.latent_shape(self.frozen, *batch.pixels.shape[2:])
 
     def latents(self, batch: Any, noise: Tensor) -> Tensor:
-        """Encode pixels (2B, 3, R, R); see `Encoder.latents`."""
+        """Encode pixels (2B, 3, H, W); see `Encoder.latents`."""
         return self.family.encode_images(self.frozen, batch.pixels.to(self.device), noise)
 
     def conditions(self, batch: Any) -> Conditions:
         """Encode the B captions; see `Encoder.conditions`."""
-        return self.family.encode_captions(self.frozen, batch.captions, self.resolution)
+        text = self.family.encode_text(self.frozen, batch.captions)
+        return pair_conditions(self.family, text, batch, self.resolution)
 
     def frozen_parts(self) -> Frozen:
         """Give the models in use."""

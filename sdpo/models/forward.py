@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sdpo.common import randomness
-from sdpo.models.base import Conditions, Family, repeat
+from sdpo.models.base import Conditions, Family
 from sdpo.models.encoding import Encoder
 
 
@@ -50,7 +50,7 @@ def noise_pairs(
         input_perturbation: scale of an extra draw per pixel, part of the input but not the target.
         timesteps: (B,) in place of drawn ones.
     """
-    shape, device, process = encoder.latent_shape, encoder.device, encoder.process
+    shape, device, process = encoder.latent_shape(batch), encoder.device, encoder.process
 
     def draw(stream: str, size: tuple[int, ...] = shape) -> Tensor:
         return randomness.normal(size, batch.keys, stream).to(device)
@@ -70,7 +70,7 @@ def noise_pairs(
         noisy=process.noised(latents, mixed_in.repeat(2, 1, 1, 1), twice),
         timesteps=twice,
         target=process.target(latents, noise.repeat(2, 1, 1, 1), twice),
-        conditions=repeat(encoder.conditions(batch), 2),
+        conditions=encoder.conditions(batch),
     )
 
 

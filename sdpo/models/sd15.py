@@ -34,8 +34,8 @@ class SD15(Family):
         ids = tokenize(tokenizer, captions, encoder.device)
         return {"hidden": encoder(ids).last_hidden_state}
 
-    def conditions(self, text: dict[str, Tensor], resolution: int) -> Conditions:
-        """Give `hidden` (B, tokens, width); the resolution plays no part."""
+    def conditions(self, text: dict[str, Tensor], sizes: Tensor) -> Conditions:
+        """Give `hidden` (N, tokens, width); sizes play no part."""
         return {"hidden": text["hidden"]}
 
     def predict(self, model: Any, x_t: Tensor, t: Tensor, conditions: Conditions) -> Tensor:

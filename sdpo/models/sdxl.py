@@ -13,8 +13,8 @@ from sdpo.models.base import Conditions, Family, Frozen, ModelSource, tokenize
 
 class SDXL(Family):
     """UNet conditioned on the penultimate hidden states of both encoders, joined along the width,
-    the pooled output of the second, and time ids (R, R, 0, 0, R, R): original size, crop corner
-    and target size."""
+    the pooled output of the second, and time ids: original size, crop corner and target size,
+    which for the square crop are told as (R, R, 0, 0, R, R)."""
 
     name = "sdxl"
     sdxl = True
@@ -44,18 +44,13 @@ class SDXL(Family):
             hidden.append(output.hidden_states[-2])
         return {"hidden": torch.cat(hidden, dim=-1), "pooled": output.text_embeds}
 
-    def conditions(self, text: dict[str, Tensor], resolution: int) -> Conditions:
-        """Give `hidden` (B, tokens, width), `text_embeds` (B, width) and `time_ids` (B, 6)."""
+    def conditions(self, text: dict[str, Tensor], sizes: Tensor) -> Conditions:
+        """Give `hidden` (N, tokens, width), `text_embeds` (N, width) and `time_ids` (N, 6)."""
         pooled = text["pooled"]
-        time_ids = torch.tensor(
-            [[resolution, resolution, 0, 0, resolution, resolution]],
-            dtype=pooled.dtype,
-            device=pooled.device,
-        )
         return {
             "hidden": text["hidden"],
             "text_embeds": pooled,
-            "time_ids": time_ids.repeat(len(pooled), 1),
+            "time_ids": sizes.to(pooled.device, pooled.dtype),
         }
 
     def predict(self, model: Any, x_t: Tensor, t: Tensor, conditions: Conditions) -> Tensor:

@@ -10,6 +10,7 @@ from torch import nn
 
 from sdpo.common.files import file_sha256
 from sdpo.common.precision import DTYPES
+from sdpo.data.buckets import in_buckets
 from sdpo.data.latents.encoder import build_encoder
 from sdpo.data.latents.prepare import prepare_cache
 from sdpo.data.loader import PairLoader
@@ -33,6 +34,8 @@ def build_loader(config: TrainConfig, base: Base, pairs: PairSource, run: Sessio
         UserError: the cache does not fit, or cannot be completed.
     """
     accelerator = run.accelerator
+    with accelerator.local_main_process_first():  # which keeps the sizes that it reads
+        pairs = in_buckets(pairs, config.data)
     cache = None
     if config.data.cache_dir_latents:
         cache = prepare_cache(pairs, config, *base, accelerator)

@@ -12,7 +12,14 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from sdpo.common.images import LONGEST, UndecodableImage, as_rgb, open_image, resized_square
+from sdpo.common.images import (
+    LONGEST,
+    UndecodableImage,
+    as_rgb,
+    image_size,
+    open_image,
+    resized_crop,
+)
 
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
 DEEP_RAMP = RAMP.astype(np.uint16) * 257  # the same greys in 16 bits
@@ -323,7 +330,7 @@ def test_a_strip_is_cut_first_with_the_same_result(size, place, resample):
     large = tuple(max(side, round(length * side / shorter)) for length in size)
     assert max(large) > LONGEST * side
     corner = tuple(round((length - side) * place) for length in large)
-    found = np.asarray(resized_square(image, large, corner, side, resample)).astype(int)
+    found = np.asarray(resized_crop(image, large, corner, (side, side), resample)).astype(int)
     box = (*corner, corner[0] + side, corner[1] + side)
     wanted = np.asarray(image.resize(large, resample).crop(box)).astype(int)
     # Pillow orders its two passes by the sizes; between them it rounds, and clips what overshoots.
@@ -366,3 +373,28 @@ def test_memory_does_not_grow_with_the_length_of_a_strip():
     # torch and the allocator keep of them hangs on their versions. Resized whole, the smallest of
     # these strips takes 2500.
     assert float(done.stdout) < 250
+
+
+@pytest.mark.parametrize("fmt", ["JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP"])
+@pytest.mark.parametrize("orientation", [None, 1, 3, 5, 6, 8])
+def test_the_size_is_read_from_the_header(fmt, orientation, tmp_path):
+    image, options = picture(30, 20), {}
+    if orientation:
+        exif = Image.Exif()
+        exif[274] = orientation
+        options["exif"] = exif.tobytes()
+    data = to_bytes(image, fmt, **(options if fmt not in ("GIF", "BMP") else {}))
+    (tmp_path / "x").write_bytes(data)
+    turned = (orientation or 1) > 4 and fmt not in ("GIF", "BMP")
+    for value in (data, {"bytes": data, "path": None}, str(tmp_path / "x"), io.BytesIO(data)):
+        assert image_size(value) == ((20, 30) if turned else (30, 20))
+    assert image_size("x", tmp_path) == open_image(data).size
+    if fmt not in ("TIFF", "WEBP"):
+        # Of the pixels nothing is needed.
+        assert image_size(data[: len(data) - 40]) == open_image(data).size
+
+
+@pytest.mark.parametrize("value", [b"", b"GIF89a", None, "/nowhere/x.png", b"not an image", 3])
+def test_what_has_no_header_has_no_size(value):
+    with pytest.raises(UndecodableImage):
+        image_size(value)

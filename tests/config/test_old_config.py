@@ -24,6 +24,7 @@ NOW = {
     "push_to_hub": False,
     "hub_model_id": None,
     "hub_private_repo": False,
+    "resize": "crop",
 }
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sdpo.common.errors import UserError
-from sdpo.data.loader import BadRowCounter, PairLoader, steps_for_epochs
+from sdpo.data.loader import BadRowCounter, PairLoader
 from sdpo.data.order import FIRST
 from sdpo.data.pairs import BadRow
 from sdpo.data.source import open_pairs
@@ -156,12 +156,12 @@ def test_place_after_is_the_same_on_every_rank(make_loader, make_rows, make_parq
 
 
 def test_steps_of_epochs(make_loader, make_rows, make_parquet):
-    loader = make_loader(make_parquet(make_rows(11)), world=2)
-    assert loader.steps_per_epoch == 2
-    assert loader.stride == 4
-    assert steps_for_epochs(3, loader.steps_per_epoch, 1) == 6
-    assert steps_for_epochs(3, loader.steps_per_epoch, 4) == 2
-    assert steps_for_epochs(1, 7, 7) == 1
+    directory = make_parquet(make_rows(11))
+    for epochs, accumulation, steps in ((1, 1, 2), (3, 1, 6), (3, 4, 2), (2, 4, 1), (1, 2, 1)):
+        flags = {"num_train_epochs": epochs, "gradient_accumulation_steps": accumulation}
+        loader = make_loader(directory, world=2, **flags)
+        assert loader.stride == 4
+        assert loader.max_train_steps == steps
 
 
 def test_other_errors_inside_a_worker_keep_their_sentence(make_loader, make_rows, make_parquet):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sdpo.common.errors import UserError
-from sdpo.data.order import Place, epoch_permutation
+from sdpo.data.order import PairOrder, Place, epoch_permutation
 from sdpo.data.pairs import MAX_REPLACEMENTS, PairDataset, PairDecoder, collate
 from sdpo.data.source import Columns, PairSource
 from sdpo.data.transforms import PairTransform
@@ -20,7 +20,7 @@ def decoder(dropout=0.0):
 
 def dataset(rows, seed=0, origin=None):
     source = PairSource(rows, COLUMNS, None, list(range(len(rows))) if origin is None else origin)
-    return PairDataset(source, decoder(), seed)
+    return PairDataset(source, decoder(), PairOrder(len(rows), seed, 1))
 
 
 @pytest.mark.parametrize("label", [1.0, 0.0, 1, 0])

@@ -136,3 +136,23 @@ def test_mistakes(train, tmp_path):
     assert "checkpoint" in done.stderr
     (tmp_path / "checkpoint-1").rename(run.out / "checkpoint-1")
     assert files(run.out) == before
+
+
+def test_buckets(train, shaped_pairs, tmp_path):
+    """The same errors whatever a batch is made of, and others than of squares."""
+    found = {}
+    for resize in ("bucket", "crop"):
+        run = train(
+            tmp_path / resize, train_data_dir=shaped_pairs, resize=resize, max_train_steps=1
+        )
+        for size in (1, 4):
+            result = evaluate(run, "--split", "train", "--max_pairs", 9, "--batch_size", size)
+            assert result.returncode == 0, result.stderr
+            text = (run.out / "heldout.jsonl").read_text()
+            found[resize, size] = [json.loads(line) for line in text.splitlines()]
+    for resize in ("bucket", "crop"):
+        for one, four in zip(found[resize, 1], found[resize, 4], strict=True):
+            assert one["pairs"] == four["pairs"] == 9
+            assert one == pytest.approx(four, rel=1e-4, abs=1e-7)
+    errors = [found[resize, 1][0]["winner_mse"] for resize in ("bucket", "crop")]
+    assert errors[0] != pytest.approx(errors[1], rel=1e-4)

@@ -67,6 +67,31 @@ def test_streaming_in_two_processes(train, tmp_path):
     check_close(two, one, base_unet(train.models["sd15"]))
 
 
+@pytest.mark.parametrize("sdxl", [False, True])
+def test_buckets_in_two_processes_and_after_a_kill(train, shaped_pairs, tmp_path, sdxl):
+    flags = {
+        **FLAGS,
+        "train_data_dir": shaped_pairs,
+        "resize": "bucket",
+        "random_crop": True,
+        "sdxl": sdxl,
+    }
+    flags["max_train_steps"] = 6
+    one = train(tmp_path / "one", **flags, train_batch_size=4)
+    two = train.processes(tmp_path / "two", 2, **flags, train_batch_size=2)
+    check_close(two, one, base_unet(train.models["sdxl" if sdxl else "sd15"]))
+    if sdxl:
+        return
+    out = tmp_path / "killed"
+    workers = {**flags, "train_batch_size": 4, "dataloader_num_workers": 1}
+    fork = train.fork(out, **workers)
+    assert fork.send_at_step(signal.SIGKILL, out, 3) in (0, -signal.SIGKILL), fork.stderr
+    last = train.fork(out, **workers)
+    assert last.wait() == 0, last.stderr
+    assert identical(train.run(out).unet(), one.unet())
+    assert train.run(out).numbers == one.numbers
+
+
 def test_scale_lr_counts_processes(train, tmp_path):
     flags = {"scale_lr": True, "learning_rate": 1e-6, "gradient_accumulation_steps": 3}
     run = train.processes(tmp_path / "run", 2, **flags, max_train_steps=1, train_batch_size=2)

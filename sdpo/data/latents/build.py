@@ -25,7 +25,7 @@ from sdpo.data.latents.store import MOMENTS, caption_digest, write_shard
 from sdpo.data.loader import BadRowCounter
 from sdpo.data.pairs import BadRow, PairDecoder, as_caption
 from sdpo.data.source import PairSource
-from sdpo.data.transforms import PairTransform
+from sdpo.data.transforms import PairTransform, Shape
 from sdpo.data.workers import batches_of
 from sdpo.models.base import Family, Frozen, joined
 
@@ -93,9 +93,14 @@ class Builder:
 
     def _latents(self, rows: np.ndarray, pairs: PairSource) -> None:
         data = self.config.data
-        assert data.resolution
-        shape = (1 + self.flips, 2, 2, *self.family.latent_shape(self.frozen, data.resolution))
-        shards = self._share(rows.tolist(), math.prod(shape) * self.dtype.itemsize)
+        side = data.resolution
+        shards, shapes = [], []
+        for (width, height), group in _by_shape(rows, pairs, (side, side)).items():
+            latent = self.family.latent_shape(self.frozen, height, width)
+            shape = (1 + self.flips, 2, 2, *latent)
+            found = self._share(group, math.prod(shape) * self.dtype.itemsize)
+            shards += found
+            shapes += [shape] * len(found)
         decoder = PairDecoder(pairs.columns, pairs.base, PairTransform(data.resolution), 0.0)
         batches = [chunk for shard in shards for chunk in _chunks(shard, data.cache_batch_size)]
         images = DataLoader(
@@ -108,26 +113,26 @@ class Builder:
         decoded = batches_of(images)
         counter = BadRowCounter(data.max_bad_fraction)
         with self._bar("caching latents", shards, "pair") as bar:
-            for shard in shards:
+            for shard, shape in zip(shards, shapes, strict=True):
                 moments = torch.empty((len(shard), *shape), dtype=self.dtype)
                 kept: list[int] = []
                 bad: dict[int, str] = {}
                 while len(kept) + len(bad) < len(shard):
                     batch = next(decoded)
-                    found = {row: pixels for row, pixels in batch if isinstance(pixels, Tensor)}
+                    whole = {row: pixels for row, pixels in batch if isinstance(pixels, Tensor)}
                     broken = {row: reason for row, reason in batch if isinstance(reason, str)}
                     counter.update(len(batch), [BadRow(*item) for item in broken.items()])
-                    if found:
-                        encoded = self._encode_images(torch.stack([*found.values()]), [*found])
-                        moments[len(kept) : len(kept) + len(found)] = encoded
-                    kept += found
+                    if whole:
+                        encoded = self._encode_images(torch.stack([*whole.values()]), [*whole])
+                        moments[len(kept) : len(kept) + len(whole)] = encoded
+                    kept += whole
                     bad |= broken
                     bar.update(len(batch))
                 tensors = {MOMENTS: moments[: len(kept)]}
                 write_shard(self.directory, LATENTS, f"{shard[0]:08d}", kept, tensors, bad)
 
     def _encode_images(self, pixels: Tensor, rows: list[int]) -> Tensor:
-        """Encode pixels (n, 2, 3, R, R) to moments (n, views, 2 images, 2, C, r, r)."""
+        """Encode pixels (n, 2, 3, H, W) to moments (n, views, 2 images, 2, C, h, w)."""
         both = pixels.flatten(0, 1).to(self.device)
         views = [both, both.flip(-1)] if self.flips else [both]
         encoded = []
@@ -160,7 +165,7 @@ class Builder:
 
 @dataclass
 class _Images(Dataset[tuple[int, Tensor | str]]):
-    """Give the row of the dataset and the pixels (2, 3, R, R) of its images, or why it has none."""
+    """Give the row of the dataset and the pixels (2, 3, H, W) of its images, or why it has none."""
 
     pairs: PairSource
     decoder: PairDecoder
@@ -170,7 +175,16 @@ class _Images(Dataset[tuple[int, Tensor | str]]):
             images = self.decoder.images(self.pairs.given[row])
         except UndecodableImage as error:
             return row, str(error)
-        return row, torch.stack([self.decoder.transform.centred(image) for image in images])
+        shape = self.pairs.shape_of(row)
+        return row, torch.stack([self.decoder.transform.centred(image, shape) for image in images])
+
+
+def _by_shape(rows: np.ndarray, pairs: PairSource, square: Shape) -> dict[Shape, list[int]]:
+    """Group rows by what they are cropped to."""
+    groups: dict[Shape, list[int]] = {}
+    for row in rows.tolist():
+        groups.setdefault(pairs.shape_of(row) or square, []).append(row)
+    return groups
 
 
 def all_captions(pairs: PairSource) -> list[str]:

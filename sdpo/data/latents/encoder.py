@@ -12,7 +12,7 @@ from torch import Tensor
 from sdpo.data.latents.store import LatentCache
 from sdpo.data.pairs import EncodedBatch
 from sdpo.models.base import Conditions, Family, Frozen, ModelSource, load_frozen_as
-from sdpo.models.encoding import Encoder, ModelEncoder
+from sdpo.models.encoding import Encoder, ModelEncoder, pair_conditions
 from sdpo.models.noise import NoiseProcess
 
 
@@ -23,11 +23,15 @@ class CachedEncoder:
     family: Family
     source: ModelSource
     process: NoiseProcess
-    latent_shape: tuple[int, int, int]
     vae: Mapping[str, Any]  # of its configuration what `Family.normalise` needs
     resolution: int
     device: torch.device
     dtype: torch.dtype  # of the run, in which the text encoders would answer
+
+    def latent_shape(self, batch: EncodedBatch) -> tuple[int, int, int]:
+        """Give (C, h, w); see `Encoder.latent_shape`."""
+        channels, height, width = batch.moments.shape[2:]
+        return channels, height, width
 
     def latents(self, batch: EncodedBatch, noise: Tensor) -> Tensor:
         """Draw latents from the cached posteriors; see `Encoder.latents`."""
@@ -37,7 +41,7 @@ class CachedEncoder:
     def conditions(self, batch: EncodedBatch) -> Conditions:
         """Make conditions of the cached texts; see `Encoder.conditions`."""
         text = {k: v.to(self.device, self.dtype) for k, v in batch.text.items()}
-        return self.family.conditions(text, self.resolution)
+        return pair_conditions(self.family, text, batch, self.resolution)
 
     def frozen_parts(self) -> Frozen:
         """Load the models for this occasion; whoever asked lets go of them."""
@@ -65,7 +69,6 @@ def build_encoder(
         family=family,
         source=source,
         process=family.process(family.load_scheduler(source)),
-        latent_shape=tuple(cache.about["latent_shape"]),
         vae=cache.about,
         resolution=resolution,
         device=device,

@@ -15,6 +15,8 @@ from sdpo.models.base import Family, ModelSource
 
 # To be changed with `PairTransform`, so that what was encoded by another version is not taken.
 TRANSFORM = f"{READING}; shorter side resized bilinearly, centre crop, 1"
+# What keys have that do not name it.
+_BEFORE = {"resize": "crop"}
 # Names of sources, to be said beside a digest; not compared, since a model may lie elsewhere now.
 _MADE_OF = "made_of"
 
@@ -31,7 +33,7 @@ def make_key(
         UserError: a model's files are not to be had.
     """
     data = config.data
-    return {
+    return ({"resize": data.resize} if data.resize != "crop" else {}) | {
         "family": family.name,
         "vae": vae_digest(source),
         "text": text_digest(family, source),
@@ -55,6 +57,7 @@ _PHRASES = {
     "precision": "--mixed_precision {0} (this run: {1})",
     "dtype": "--cache_dtype {0} (this run: {1})",
     "resolution": "--resolution {0} (this run: {1})",
+    "resize": "--resize {0} (this run: {1})",
     "transform": "another version's way from files to pixels, {0!r} (this run: {1!r})",
     "flips": "--no_hflip (this run flips)",
     "vae": "another VAE, then of {2} (this run: {3})",
@@ -66,6 +69,7 @@ _PHRASES = {
 def differences(there: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     """Say what keeps a run from using a cache, one phrase each. A cache with flips serves a run
     without."""
+    there, wanted = _BEFORE | there, _BEFORE | wanted
     changed = [name for name in _PHRASES if there[name] != wanted[name]]
     if "family" in changed:
         # All else differs too then, and would only hide the reason.

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from sdpo.common.images import UndecodableImage
 from sdpo.common.randomness import Key
+from sdpo.data.order import PairOrder
 from sdpo.data.pairs import NumberedRow, Pair, PairDataset, PairDecoder, Row
-from sdpo.data.source import LABEL, PairSource, winner_of
+from sdpo.data.source import LABEL, SHAPE, SIZES, PairSource, winner_of
 
 if TYPE_CHECKING:
     from sdpo.data.latents.store import LatentCache
@@ -37,18 +38,24 @@ class CachedDecoder:
         both = self.cache.moments(number, self.images.transform.flips(key))
         winner, share = winner_of(float(row[LABEL]))
         text = self.cache.text(self.images.caption(row, key))
-        return Pair(both[winner], both[1 - winner], text, key, share)
+        originals = [row[SIZES][side] for side in (winner, 1 - winner)] if SHAPE in row else []
+        if not all(map(all, originals)):
+            raise UndecodableImage("its header could not be read")
+        sizes = self.images.sizes(originals, key, row.get(SHAPE))
+        return Pair(both[winner], both[1 - winner], text, key, share, sizes=sizes)
 
 
 class CachedPairs(PairDataset):
     """Give pairs from a cache: the same rows at the same places, the same replacements."""
 
+    any_shape = False
+
     def __init__(
-        self, cache: LatentCache, source: PairSource, decoder: PairDecoder, seed: int
+        self, cache: LatentCache, source: PairSource, decoder: PairDecoder, order: PairOrder
     ) -> None:
         kept = list(dict.fromkeys([LABEL, source.columns.caption]))
         without_images = replace(source, rows=source.rows.select_columns(kept))
-        super().__init__(without_images, CachedDecoder(cache, decoder), seed)
+        super().__init__(without_images, CachedDecoder(cache, decoder), order)
 
     def _candidates(self, key: Key) -> Iterator[NumberedRow]:
         for number, row in super()._candidates(key):

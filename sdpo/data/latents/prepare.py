@@ -16,6 +16,7 @@ from sdpo.common.precision import DTYPES
 from sdpo.common.processes import together
 from sdpo.config import TrainConfig
 from sdpo.config.data import CACHE_FLAG
+from sdpo.data.buckets import in_buckets
 from sdpo.data.latents.build import Builder, Work, all_captions
 from sdpo.data.latents.key import check_key, make_key
 from sdpo.data.latents.manifest import (
@@ -55,6 +56,7 @@ def prepare_cache(
     """
     from accelerate.utils.memory import clear_device_cache
 
+    pairs = in_buckets(pairs, config.data)
     key = _on_main(accelerator, lambda: make_key(config, family, source, pairs))
     preparation = _Preparation(key, pairs, config, family, source, accelerator)
     if _on_main(accelerator, lambda: bool(preparation.missing())):

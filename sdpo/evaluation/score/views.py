@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import functional as F
 
-from sdpo.common.images import resized_square
+from sdpo.common.images import resized_crop
 
 CLIP_SIZE = 224
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -34,7 +34,7 @@ def clip_view(image: Image.Image) -> Tensor:
     width, height = (int(CLIP_SIZE * side / shorter) for side in image.size)
     corner = round((width - CLIP_SIZE) / 2), round((height - CLIP_SIZE) / 2)
     bicubic = Image.Resampling.BICUBIC
-    return as_tensor(resized_square(image, (width, height), corner, CLIP_SIZE, bicubic))
+    return as_tensor(resized_crop(image, (width, height), corner, (CLIP_SIZE, CLIP_SIZE), bicubic))
 
 
 def whole_pixels(image: Image.Image) -> Tensor:

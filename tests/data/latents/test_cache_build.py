@@ -67,7 +67,7 @@ def test_posteriors_and_texts(prepare, cache_config, data, sdxl):
         for side in (0, 1):
             image = open_image(ready.pairs.given[row][f"jpg_{side}"])
             for flip in (False, True):
-                pixels = transform._one(image, 0.5, 0.5, flip)
+                pixels = transform._one(image, (0.5, 0.5), flip, None)
                 with torch.no_grad():
                     posterior = frozen.vae.encode(pixels[None]).latent_dist
                 wanted = torch.stack([posterior.mean[0], posterior.std[0]])
