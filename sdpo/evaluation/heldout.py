@@ -91,7 +91,8 @@ def main() -> int:
     from sdpo.models import open_base
     from sdpo.models.encoding import ModelEncoder
     from sdpo.models.loading import load_strictly, read_state_dict
-    from sdpo.training.card import CARD_FILE, write_run_card
+    from sdpo.training.card import write_run_card
+    from sdpo.training.made import CARD_FILE
 
     train = run_config(config)
     device = start().device

@@ -10,88 +10,26 @@ import json
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from sdpo.common.files import write_text
-from sdpo.common.flags import from_flat
-from sdpo.config import TrainConfig
 from sdpo.config.families import FAMILIES
-from sdpo.config.rules import fill_in
 from sdpo.models.locations import hub_id
 from sdpo.models.lora import LORA_FILE
 from sdpo.training.card_use import Weights, code
-from sdpo.training.checkpoint_paths import STATE_FILE, UNET_FILE, latest_checkpoint, step_of
-from sdpo.training.runlog import CONFIG_FILE, HELDOUT_EMA_FILE, HELDOUT_FILE
+from sdpo.training.checkpoint_paths import UNET_FILE, latest_checkpoint
+from sdpo.training.made import CARD_FILE, Made, base_licence, read_made, recipe
+from sdpo.training.runlog import HELDOUT_EMA_FILE, HELDOUT_FILE
 
 log = logging.getLogger(__name__)
 
-CARD_FILE = "README.md"
 _MARK = re.compile(r"<!-- sdpo:([0-9a-f]{16})[^\n]*-->\n\n")
-_LICENCE = ("license", "license_name", "license_link")
-# Flags that a reader wants to know although they are the defaults.
-_ESSENTIAL = (
-    *("sdxl", "lora_rank", "train_method", "beta_dpo", "use_winner_preserving"),
-    *("winner_preserving_mu", "winner_preserving_scope", "learning_rate", "scale_lr"),
-    *("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "resolution"),
-    *("mixed_precision", "seed"),
-)
-# Flags that say where things lie on the machine of the run, or how it is watched.
-_PLACES = (
-    *("train_data_dir", "image_root", "cache_dir", "cache_dir_latents", "choice_weights"),
-    *("output_dir", "logging_dir", "resume_from_checkpoint", "report_to", "tracker_project_name"),
-    *("validation_prompts", "validation_steps", "checkpointing_steps", "checkpoints_total_limit"),
-    *("push_to_hub", "hub_model_id", "hub_private_repo", "lora_init"),
-)
-# Flags that name a place on the hub or on the machine.
-_NAMES = (
-    *("pretrained_model_name_or_path", "single_file_config", "pretrained_vae_model_name_or_path"),
-    *("unet_init", "dataset_name"),
-)
+# What the hub calls the families.
+_TAGS = {"sd15": "stable-diffusion", "sdxl": "stable-diffusion-xl"}
 _TITLES = {"pipeline": "", "single_file": "", "lora": "LoRA on the base", "unet": "A checkpoint"}
-
-
-@dataclass(frozen=True)
-class Made:
-    """What a run left of itself and of one of its checkpoints."""
-
-    checkpoint: Path
-    config: TrainConfig
-    about: dict[str, Any] = field(default_factory=dict)  # config.json
-    pairs: int | None = None
-    averaged: bool = False  # whether the weights are the moving averages
-
-    @property
-    def run(self) -> Path:
-        """The run's directory."""
-        return self.checkpoint.resolve().parent
-
-    @property
-    def step(self) -> int:
-        """The optimizer steps that were done."""
-        return step_of(self.checkpoint)
-
-    @property
-    def picture(self) -> Path | None:
-        """The last sample grid that was drawn by then."""
-        grids = sorted((self.run / "samples").glob("step-*.png"))
-        seen = [grid for grid in grids if int(grid.stem.removeprefix("step-")) <= self.step]
-        return seen[-1] if seen and self.config.run.validation_prompts else None
-
-
-def read_made(checkpoint: Path, averaged: bool = False) -> Made:
-    """Read what there is to tell about a complete checkpoint, or about its moving averages."""
-    state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
-    path = checkpoint.resolve().parent / CONFIG_FILE
-    about = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    config = from_flat(TrainConfig, fill_in(state["args"]))
-    pairs = (state.get("data") or {}).get("pairs")
-    pairs = pairs or about.get("resolved", {}).get("pairs")
-    return Made(checkpoint, config, about, pairs, averaged)
 
 
 def write_run_card(run: Path) -> Path | None:
@@ -178,7 +116,7 @@ def _front(made: Made, weights: Sequence[Weights], repo: str | None) -> tuple[st
     found = base_licence(made.config)
     base, data = hub_id(model.pretrained_model_name_or_path), hub_id(made.config.data.dataset_name)
     adapters = {"lora"} & {one.kind for one in weights}
-    family = "stable-diffusion-xl" if model.sdxl else "stable-diffusion"
+    family = _TAGS.get(made.family, made.family)
     front = {
         **(found or {"license": "other"}),
         **({"base_model": base} if base else {}),
@@ -196,39 +134,15 @@ def _front(made: Made, weights: Sequence[Weights], repo: str | None) -> tuple[st
     return yaml.safe_dump(front, sort_keys=False, allow_unicode=True), licence
 
 
-def base_licence(config: TrainConfig) -> dict[str, str] | None:
-    """Look up the licence in the base's own card, where that is on this machine.
-
-    Returns: the hub's `license`, with license_name and license_link where there are; or None.
-    """
-    from huggingface_hub import try_to_load_from_cache
-
-    model = config.model
-    card: Any = Path(model.pretrained_model_name_or_path) / CARD_FILE
-    if base := hub_id(model.pretrained_model_name_or_path):
-        cache, revision = config.data.cache_dir, model.revision
-        card = try_to_load_from_cache(base, CARD_FILE, cache_dir=cache, revision=revision)
-    if not isinstance(card, str | Path) or not Path(card).is_file():
-        return None
-    text = Path(card).read_text(encoding="utf-8", errors="replace")
-    front = re.match(r"---\s*\n(.*?)\n---\s*\n", text, re.DOTALL)
-    try:
-        values = yaml.safe_load(front[1]) if front else None
-    except yaml.YAMLError:
-        return None
-    if not isinstance(values, dict) or not isinstance(values.get("license"), str):
-        return None
-    return {name: str(values[name]) for name in _LICENCE if values.get(name)}
-
-
 def _summary(made: Made) -> str:
     config = made.config
-    label = FAMILIES["sdxl" if config.model.sdxl else "sd15"].label
+    label = FAMILIES[made.family].label
     guard = " with the winner-preserving safeguard" * config.safeguard.use_winner_preserving
     average = " The weights are the moving average." * made.averaged
     return (
-        f"An {label} model, trained by {config.method.train_method}{guard} on pairs of a preferred "
-        f"and a less preferred image, for {_count(made.step, 'optimizer step')}.{average}"
+        f"A text-to-image model ({label}), trained by {config.method.train_method}{guard} for "
+        f"{_count(made.step, 'optimizer step')} on pairs of a preferred and a less preferred "
+        f"image.{average}"
     )
 
 
@@ -307,23 +221,9 @@ def _uses(made: Made, weights: Sequence[Weights], repo: str | None) -> list[str]
         parts.insert(0, "In this directory:")
     if weights[0].ema:
         parts.append(f"`{weights[0].ema}` holds the moving averages in place of the last weights.")
-    if not config.model.sdxl and weights[0].kind == "pipeline":
+    if made.family == "sd15" and weights[0].kind == "pipeline":
         parts.append("The pipeline has no safety checker.")
     return parts
-
-
-def recipe(config: TrainConfig) -> dict[str, Any]:
-    """Choose the flags that make a run what it is: those that are not the defaults, and the
-    essential ones; none that is a path on the machine of the run."""
-    values = config.flags()
-    given = {name: values[name] for name in ("sdxl", "lora_rank") if values[name]}
-    plain = from_flat(TrainConfig, fill_in(given)).flags()
-    told = {}
-    for name, value in values.items():
-        place = name in _PLACES or (name in _NAMES and not hub_id(value))
-        if not place and (name in _ESSENTIAL or value != plain[name]):
-            told[name] = value
-    return {name: value for name, value in told.items() if value is not None}
 
 
 def _heldout(made: Made) -> list[str]:

@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sdpo.models import Base
-    from sdpo.training.card import Made
     from sdpo.training.hub import Upload
+    from sdpo.training.made import Made
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,9 @@ def main() -> int:
 def _export(config: ExportConfig, out: Path, checkpoint: Path) -> None:
     from sdpo.models import open_base
     from sdpo.models.loading import load_strictly, read_state_dict
-    from sdpo.training.card import edited_card, read_made
+    from sdpo.training.card import edited_card
     from sdpo.training.checkpoint import export_pipeline
+    from sdpo.training.made import read_made
 
     state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
     base = open_base(from_flat(TrainConfig, state["args"]))
@@ -118,8 +119,9 @@ def _export(config: ExportConfig, out: Path, checkpoint: Path) -> None:
 def _add_card(out: Path, made: Made, card: bytes | None) -> None:
     """Put a card into an exported pipeline, with its picture: the one that somebody wrote there, or
     the model's own."""
-    from sdpo.training.card import CARD_FILE, card_text
+    from sdpo.training.card import card_text
     from sdpo.training.card_use import Weights
+    from sdpo.training.made import CARD_FILE
 
     if made.picture:
         copy = out / made.picture.relative_to(made.run)
@@ -131,9 +133,10 @@ def _add_card(out: Path, made: Made, card: bytes | None) -> None:
 
 def of_export(config: ExportConfig, out: Path, checkpoint: Path) -> Upload:
     """Collect what was exported, for a repository of its own."""
-    from sdpo.training.card import CARD_FILE, edited_card, read_made
+    from sdpo.training.card import edited_card
     from sdpo.training.card_use import Weights
     from sdpo.training.hub import Upload, below
+    from sdpo.training.made import CARD_FILE, read_made
 
     made = read_made(checkpoint, config.ema)
     if config.format == "diffusers":

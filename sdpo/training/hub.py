@@ -13,11 +13,12 @@ from sdpo.common.errors import UserError, first_line
 from sdpo.config import HubConfig
 from sdpo.models.locations import hub_id
 from sdpo.models.lora import LORA_FILE
-from sdpo.training.card import CARD_FILE, Made, card_text, edited_card, read_made
+from sdpo.training.card import card_text, edited_card
 from sdpo.training.card_use import Weights
 from sdpo.training.checkpoint import EMA_LORA_FILE
 from sdpo.training.checkpoint_paths import latest_checkpoint
 from sdpo.training.hub_checks import PROGRAM
+from sdpo.training.made import CARD_FILE, Made, read_made
 
 log = logging.getLogger(__name__)
 

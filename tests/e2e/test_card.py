@@ -12,8 +12,9 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from sdpo.config import parse_train
-from sdpo.training.card import base_licence, card_text, is_own, read_made, write_run_card
+from sdpo.training.card import card_text, is_own, write_run_card
 from sdpo.training.card_use import Weights
+from sdpo.training.made import base_licence, read_made
 
 from .harness import run_here
 from .test_hub import ID, put
@@ -134,7 +135,7 @@ def test_programs_of_exports_make_images(run, train, tmp_path, monkeypatch):
     argv = [run.out / "checkpoint-1", "--out", "p", "--format", "diffusers"]
     assert run_here(EXPORT, argv) == 0
     card = (tmp_path / "p" / "README.md").read_text()
-    assert "for 1 optimizer step." in card and "(samples/step-000001.png)" in card
+    assert "for 1 optimizer step on pairs" in card and "(samples/step-000001.png)" in card
     assert (tmp_path / "p" / "samples" / "step-000001.png").is_file()
     ((_, unet),) = images_of(blocks(card, "python"), tmp_path / "p", monkeypatch)
     assert all(torch.equal(v, run.unet(1)[k]) for k, v in unet.state_dict().items())
