@@ -184,10 +184,12 @@ def _data(made: Made) -> str:
     data = made.config.data
     count = _count(made.pairs, "decided pair") if made.pairs else "pairs read as a stream"
     crop = "random" if data.random_crop else "centre"
+    square = f"{data.resolution} x {data.resolution} px"
+    shape = f"rectangles of about the area of {square}" if data.resize == "bucket" else square
     flips = "" if data.no_hflip else ", flipped at random"
     parts = [
         f"{_shown(data.location)}, split {data.split}, {count}",
-        f"images resized and cropped ({crop}) to {data.resolution} x {data.resolution} px{flips}",
+        f"images resized and cropped ({crop}) to {shape}{flips}",
         f"{data.proportion_empty_prompts:.0%} of the captions left out",
     ]
     if data.choice_model:
