@@ -18,7 +18,8 @@ log = logging.getLogger(__name__)
 
 
 def open_parquet(files: Sequence[str], cache_dir: str | None, streaming: bool) -> Any:
-    """Open parquet files as a dataset of the columns that all of them have.
+    """Open parquet files as a dataset of the columns that all of them have. Those without rows are
+    passed over.
 
     What `datasets` has made of them before is taken again only where their content is the same.
 
@@ -28,6 +29,7 @@ def open_parquet(files: Sequence[str], cache_dir: str | None, streaming: bool) -
     from datasets.data_files import DataFilesDict, DataFilesList
     from datasets.packaged_modules.parquet.parquet import Parquet
 
+    files = _with_rows(files)
     options: dict[str, Any] = {}
     features = _common_features(files)
     if features is not None:
@@ -42,21 +44,30 @@ def open_parquet(files: Sequence[str], cache_dir: str | None, streaming: bool) -
     return builder.as_dataset(split="train")
 
 
-def _common_features(files: Sequence[str]) -> Any:
-    """Give the columns that all files have, in types that hold what each file has; None where all
-    files have the same.
+def _with_rows(files: Sequence[str]) -> list[str]:
+    """Choose the files that hold rows.
 
     Raises:
-        ValueError: a file is not parquet.
+        ValueError: none does, or one is not parquet.
     """
-    from datasets import Features
-
-    found = []
+    chosen = []
     for file in files:
         try:
-            found.append(Features.from_arrow_schema(pq.read_schema(file)))
+            if pq.read_metadata(file).num_rows:
+                chosen.append(file)
         except pa.ArrowInvalid as error:
             raise ValueError(f"{file}: {first_line(error)}") from None
+    if not chosen:
+        raise ValueError(f"{files[0]} holds no rows")
+    return chosen
+
+
+def _common_features(files: Sequence[str]) -> Any:
+    """Give the columns that all files have, in types that hold what each file has; None where all
+    files have the same."""
+    from datasets import Features
+
+    found = [Features.from_arrow_schema(pq.read_schema(file)) for file in files]
     if all(list(each.items()) == list(found[0].items()) for each in found):
         return None
     common = {}

@@ -106,6 +106,7 @@ def open_pairs(data: SourceConfig, seed: int) -> PairSource:
     if data.streaming:
         return PairSource(rows, columns, base)
     chosen, origin = _choose_rows(rows, data, seed)
+    _check_captions(chosen, columns.caption)
     return PairSource(chosen, columns, base, origin, given=rows)
 
 
@@ -220,6 +221,28 @@ def _choose_rows(rows: datasets.Dataset, data: SourceConfig, seed: int) -> tuple
     return (rows if len(origin) == len(rows) else rows.select(origin)), origin
 
 
+def _check_captions(rows: datasets.Dataset, name: str) -> None:
+    """Say how many pairs have no caption, which train as the empty one.
+
+    Raises:
+        UserError: none has one.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    column = arrow_column(rows, name)
+    missing = column.null_count
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        missing += pc.sum(pc.equal(pc.binary_length(column), 0)).as_py() or 0
+    if missing == len(column):
+        raise UserError(f"--caption_column: column {name} is empty in all {missing} pairs")
+    if missing:
+        log.warning(
+            "%d of %d pairs have nothing in column %s: they train as without a caption",
+            *(missing, len(column), name),
+        )
+
+
 def _checked_labels(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
     """Read labels as numbers, (n,) float64, and which are missing, (n,) bool.
 
@@ -253,8 +276,14 @@ def _numeric_labels(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def arrow_column(rows: datasets.Dataset, name: str) -> pa.ChunkedArray:
-    """Take one column as it lies in Arrow, without loading the others."""
-    return rows.select_columns([name]).with_format("arrow")[:].column(0)
+    """Take one column as it lies in Arrow, without loading the others; views of text and bytes as
+    text and bytes, since few functions of Arrow know them."""
+    import pyarrow as pa
+
+    column = rows.select_columns([name]).with_format("arrow")[:].column(0)
+    if pa.types.is_string_view(column.type):
+        return column.cast(pa.large_string())
+    return column.cast(pa.large_binary()) if pa.types.is_binary_view(column.type) else column
 
 
 def read_label(row: int | str, value: Any) -> float | None:

@@ -204,8 +204,30 @@ def to_table(records: Sequence[dict[str, Any]]) -> pa.Table:
             cells: Any = [v if v is None else [as_text(x) for x in v] for v in lists]
             columns[name] = pa.array(cells, pa.list_(pa.string()))
         else:
-            columns[name] = pa.array([as_text(value) for value in values], pa.string())
+            columns[name] = _objects(values) or _texts(values, name)
     return pa.table(columns)
+
+
+def _objects(values: Sequence[Any]) -> pa.Array | None:
+    """Make a column of JSON objects, where all values are such of members of one type; as a caption
+    it is refused."""
+    if not all(value is None or isinstance(value, dict) for value in values) or not any(values):
+        return None
+    try:
+        return pa.array(values)
+    except pa.ArrowException:
+        return None
+
+
+def _texts(values: Sequence[Any], name: str) -> pa.Array:
+    texts = [as_text(value) for value in values]
+    try:
+        return pa.array(texts, pa.string())
+    except UnicodeEncodeError as error:
+        row = next(i for i, text in enumerate(texts) if text == error.object)
+        raise UserError(
+            f"row {row}: {name} holds half a character (\\u{ord(error.object[error.start]):04x})"
+        ) from None
 
 
 def as_text(value: Any) -> str | None:

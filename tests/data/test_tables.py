@@ -12,6 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from sdpo.common.errors import UserError
+from sdpo.common.images import UndecodableImage, open_image
+from sdpo.data.digest import describe_pairs
+from sdpo.data.latents.identity import dataset_digest
 from sdpo.data.loader import PairLoader
 from sdpo.data.source import open_pairs
 
@@ -76,6 +79,65 @@ def test_captions_of_json_lines_are_as_written(opened, tmp_path):
     assert source.rows["caption"][:] == ["1.50", "2021-01-01", "NA\u2028", None]
     assert source.rows["image_0"][:] == ["001", "002", "003", "NA"]
     assert source.rows["label_0"][:] == [1.0, 0.0, 1.0, 0.0]
+
+
+def test_rows_without_a_caption_are_told(opened, refusal, caplog, tmp_path):
+    captions = ["a", None, "", "b"]
+    rows = [row(i, caption=c, label_0=1) for i, c in enumerate(captions)]
+    path = tmp_path / "metadata.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    with caplog.at_level("WARNING", "sdpo"):
+        assert len(opened(tmp_path)) == 4
+    assert "2 of 4 pairs have nothing in column caption" in caplog.text
+    path.write_text("\n".join(json.dumps(r) for r in rows[1:3]))
+    assert "column caption is empty in all 2 pairs" in refusal(tmp_path)
+
+
+def test_objects_are_no_captions(refusal, tmp_path):
+    rows = [row(i, caption={"en": f"c{i}", "width": i}, label_0=1) for i in range(3)]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert "captions must be text or lists of text, found {'en'" in refusal(tmp_path)
+
+
+def test_images_as_objects_of_path_and_bytes(opened, tmp_path):
+    rows = [row(i, image_0={"path": f"{i}_0.png", "bytes": None}, label_0=1) for i in range(3)]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = opened(tmp_path)
+    assert source.rows[2]["image_0"] == {"path": "2_0.png", "bytes": None}
+    (tmp_path / "2_0.png").write_bytes(b"\x89PNG")
+    with pytest.raises(UndecodableImage, match="not in a known image format"):
+        open_image(source.rows[2]["image_0"], source.base)  # the file was found
+
+
+def test_half_a_character_names_its_row(refusal, tmp_path):
+    lines = [json.dumps(row(0, label_0=1)), json.dumps(row(1, label_0=1, caption="x \ud800"))]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    assert "row 1: caption holds half a character (\\ud800)" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_shard_without_rows(opened, refusal, make_rows, tmp_path, streaming):
+    table = pa.Table.from_pylist(make_rows(3))
+    for shard, part in enumerate((table.slice(0, 0), table, table.slice(0, 0))):
+        pq.write_table(part, tmp_path / f"train-{shard:05d}-of-00003.parquet")
+    source = opened(tmp_path, streaming=streaming)
+    assert [r["caption"] for r in source.rows] == table["caption"].to_pylist()
+    (tmp_path / "train-00001-of-00003.parquet").write_bytes(
+        (tmp_path / "train-00000-of-00003.parquet").read_bytes()
+    )
+    assert "holds no rows" in refusal(tmp_path, streaming=streaming)
+
+
+@pytest.mark.skipif(not hasattr(pa, "string_view"), reason="Arrow without views of text")
+def test_views_of_text_and_bytes(opened, make_rows, tmp_path):
+    table = pa.Table.from_pylist(make_rows(3))
+    kinds = {"caption": pa.string_view(), "jpg_0": pa.binary_view()}
+    schema = pa.schema([(f.name, kinds.get(f.name, f.type)) for f in table.schema])
+    pq.write_table(table.cast(schema), tmp_path / "train.parquet")
+    source = opened(tmp_path)
+    assert describe_pairs(source)["pairs"] == 3
+    assert len(dataset_digest(source)) == 64
+    assert source.rows[1]["caption"] == "caption 1"
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
