@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,11 @@ _WEIGHTS = (
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
+)
+# Taken where there are no others; an index may be called in two ways.
+_FP16_WEIGHTS = (
+    *(re.sub(r"\.(\w+)$", r".fp16.\1", name) for name in _WEIGHTS),
+    *(name.replace(".index.", ".fp16.index.") for name in _WEIGHTS if ".index." in name),
 )
 _TOKENIZER = (
     "vocab.json",
@@ -77,7 +83,7 @@ class _Folder:
 
     def weights(self) -> list[Path]:
         """Find the files of weights that `from_pretrained` would read."""
-        for name in _WEIGHTS:
+        for name in (*_WEIGHTS, *_FP16_WEIGHTS):
             path = self.find(name)
             if path is not None and path.suffix == ".json":
                 parts = sorted(set(json.loads(path.read_text())["weight_map"].values()))

@@ -72,6 +72,34 @@ def test_what_is_read_counts_and_nothing_else(model):
     assert digests(family, path)[0] != other[0]
 
 
+def test_weights_of_the_variant_fp16_alone(model):
+    """They are loaded, so a cache is made of them too."""
+    family, path = model
+    before = digests(family, path)
+    for part in ("vae", *family.text_parts()[0]):
+        (file,) = (path / part).glob("*.safetensors")
+        file.rename(file.with_suffix(".fp16.safetensors"))
+    assert digests(family, path) == before
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_every_shard_counts(model, tmp_path, variant):
+    import diffusers
+
+    family, path = model
+    vae = diffusers.AutoencoderKL.from_pretrained(path / "vae")
+    for file in (path / "vae").glob("*.safetensors"):
+        file.unlink()
+    vae.save_pretrained(path / "vae", max_shard_size="60KB", variant=variant)
+    shards = list((path / "vae").glob("*.safetensors"))
+    assert len(shards) > 1
+    seen = {digests(family, path)[0]}
+    for shard in shards:
+        changed(shard)
+        seen.add(digests(family, path)[0])
+    assert len(seen) == 1 + len(shards)
+
+
 def test_a_vae_of_its_own(model, tmp_path):
     family, path = model
     shutil.copytree(path / "vae", tmp_path / "vae")
