@@ -48,11 +48,18 @@ def multiple_of(step: int) -> Check:
     return Check(f"be a multiple of {step}", lambda value: value % step == 0)
 
 
+def at_most(most: int) -> Check:
+    """The range of integers up to `most`."""
+    return Check(f"be at most {most}", lambda value: value <= most)
+
+
 NOT_NEGATIVE = Check("be a number of at least 0", lambda v: math.isfinite(v) and v >= 0)
 ABOVE_ZERO = Check("be a number above 0", lambda v: math.isfinite(v) and v > 0)
 SHARE = Check("lie between 0 and 1", lambda v: 0.0 <= v <= 1.0)
 BELOW_ONE = Check("be at least 0 and below 1", lambda v: 0.0 <= v < 1.0)
 FINITE = Check("be a number", math.isfinite)
+# What tensors hold: optimizers and losses convert what is given to float32.
+_OF_FLOAT32 = Check("be at most 3.4e38 in size, as float32 is", lambda v: abs(v) <= 3.4e38)
 
 
 @dataclass(frozen=True)
@@ -251,7 +258,8 @@ def from_flat(cls: type[T], values: Mapping[str, Any]) -> T:
 def _check(member: Field[Any], value: Any) -> None:
     about = _about(member)
     for one in value if isinstance(value, tuple) else (value,):
-        for check in about.checks:
+        checks = (*about.checks, _OF_FLOAT32) if isinstance(one, float) else about.checks
+        for check in checks:
             if one is not None and not check.holds(one):
                 raise UserError(f"--{_name(member)} must {check.text}, got {one}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from sdpo.common.flags import NOT_NEGATIVE, SHARE, at_least, flag, multiple_of
+from sdpo.common.flags import NOT_NEGATIVE, SHARE, at_least, at_most, flag, multiple_of
 
 CACHE_FLAG = "--cache_dir_latents"
 COLUMN_EXAMPLE = "caption=prompt image_0=A image_1=B label=first"
@@ -109,7 +109,7 @@ class DataConfig(SourceConfig):
         None,  # sdpo.config.rules.fill_in
         "side of the square images, in pixels; with --resize bucket a square of about their area",
         metavar="PX",
-        check=(at_least(1), multiple_of(8)),
+        check=(at_least(1), at_most(16384), multiple_of(8)),
         shown="512, with --sdxl 1024",
     )
     resize: Literal["crop", "bucket"] = flag(
@@ -124,7 +124,7 @@ class DataConfig(SourceConfig):
         0.2, 'probability that a caption is replaced by ""', metavar="P", check=SHARE
     )
     dataloader_num_workers: int = flag(
-        0, "processes that decode images ahead", metavar="N", check=NOT_NEGATIVE
+        0, "processes that decode images ahead", metavar="N", check=(NOT_NEGATIVE, at_most(1024))
     )
     cache_dir_latents: str | None = flag(
         None,

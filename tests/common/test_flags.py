@@ -65,6 +65,7 @@ def test_a_switch_can_be_taken_back():
     [
         (["--rate", "0"], "--rate must be a number above 0, got 0.0"),
         (["--rate", "nan"], "--rate must be a number above 0"),
+        (["--rate", "1e39"], r"--rate must be at most 3\.4e38 in size, as float32 is, got 1e\+39"),
         (["--steps", "0"], "--steps must be at least 1, got 0"),
         (["--kind", "c"], "--kind"),
         (["--rat", "1"], "unrecognized arguments: --rat"),

@@ -9,7 +9,7 @@ from typing import Any
 
 from sdpo.common.errors import UserError
 from sdpo.common.files import check_directory
-from sdpo.common.flags import FINITE, Check, at_least, flag, multiple_of
+from sdpo.common.flags import FINITE, Check, at_least, at_most, flag, multiple_of
 from sdpo.config import ModelConfig
 from sdpo.config.families import FAMILIES
 from sdpo.evaluation.generate.suites import BUILT_SUITES, KNOWN_SUITES, read_suite
@@ -93,7 +93,7 @@ class GenerationConfig:
         None,
         "side of the square images, in pixels",
         metavar="PX",
-        check=(at_least(1), multiple_of(8)),
+        check=(at_least(1), at_most(16384), multiple_of(8)),
         shown="512, with --sdxl 1024",
     )
     batch_size: int = flag(8, "images at a time", metavar="N", check=at_least(1))
