@@ -11,7 +11,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ _FULL = re.compile(
     r"PytorchStreamWriter failed|unexpected pos \d+|No space left|File too large|quota exceeded",
     re.IGNORECASE,
 )
+# What a file cannot be written for where there is room.
+_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.EIO)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -53,17 +55,28 @@ def written_beside(path: Path) -> Iterator[Path]:
     """Give the block a path to write to; rename that to `path` when it ends without an error.
 
     Raises:
-        UserError: the disk is full; `path` is as it was.
+        UserError: the disk is full, or the place cannot be written to; `path` is as it was.
     """
     beside = path.with_name(path.name + ".tmp")
     try:
         yield beside
+        os.replace(beside, path)
     except Exception as error:
-        if not disk_is_full(error):
+        is_full = disk_is_full(error)
+        if not is_full and not _cannot_be_written(beside, error):
             raise
-        beside.unlink(missing_ok=True)
-        raise UserError(full_disk(path.parent, error)) from error
-    os.replace(beside, path)
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+        if is_full:
+            raise UserError(full_disk(path.parent, error)) from error
+        assert isinstance(error, OSError)
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _cannot_be_written(beside: Path, error: Exception) -> bool:
+    if not isinstance(error, OSError) or str(error.filename) != str(beside):
+        return False
+    return error.errno in _UNWRITABLE
 
 
 def disk_is_full(error: BaseException) -> bool:
@@ -138,14 +151,38 @@ def hub_sha256(path: Path) -> str | None:
     return blob if _SHA256.fullmatch(blob) else None
 
 
-def check_directory(path: Path, flag: str) -> None:
-    """Refuse a path that exists and is not a directory.
+def check_directory(path: Path, flag: str, to_write: bool = True) -> None:
+    """Refuse a path that is not a directory and cannot become one, or `to_write` none that can be
+    written to.
 
     Raises:
         UserError: naming `flag`.
     """
-    if path.exists() and not path.is_dir():
-        raise UserError(f"{flag}: {path} exists and is not a directory")
+    try:
+        if path.exists():
+            if not path.is_dir():
+                raise UserError(f"{flag}: {path} exists and is not a directory")
+            place = path if to_write else None
+        else:
+            place = next(parent for parent in path.absolute().parents if parent.exists())
+    except (OSError, ValueError) as error:  # a name too long, or with a zero byte
+        raise UserError(f"{flag}: {path} cannot be a directory ({first_line(error)})") from None
+    if place and not place.is_dir():
+        raise UserError(f"{flag}: {path} cannot be made, since {place} is a file")
+    if place and not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"{flag}: {place} cannot be written to; give another {flag}")
+
+
+def make_directory(path: Path, flag: str) -> None:
+    """Make a directory and those above it, where they are not there.
+
+    Raises:
+        UserError: it cannot be made; names `flag`.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{flag}: cannot make {path} ({error.strerror}); give another") from None
 
 
 def claim_directory(out: Path, flags: dict[str, Any], flag: str, what: str) -> None:
@@ -159,7 +196,7 @@ def claim_directory(out: Path, flags: dict[str, Any], flag: str, what: str) -> N
         UserError: it was begun with others; going on would mix two runs.
     """
     check_claim(out, flags, flag, what)
-    out.mkdir(parents=True, exist_ok=True)
+    make_directory(out, flag)
     write_json(out / FLAGS_FILE, flags)
 
 

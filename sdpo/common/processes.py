@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -46,7 +47,26 @@ def start() -> Accelerator:
     quieten_libraries()
     ignore_accelerates_settings()
     handlers = [InitProcessGroupKwargs(timeout=WAIT_LIMIT)]
-    return Accelerator(mixed_precision="no", kwargs_handlers=handlers)
+    with naming_variables():
+        return Accelerator(mixed_precision="no", kwargs_handlers=handlers)
+
+
+@contextmanager
+def naming_variables() -> Iterator[None]:
+    """Blame an error of the block on accelerate's variables on devices, where they are wrong.
+
+    Raises:
+        UserError: naming the variable.
+    """
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        said = first_line(error)
+        for name, words in (("USE_CPU", "invalid truth value"), ("TORCH_DEVICE", "device")):
+            value = os.environ.get(f"ACCELERATE_{name}")
+            if value is not None and words in said and value.lower() in said:
+                raise UserError(f"ACCELERATE_{name}={value} in the environment: {said}") from None
+        raise
 
 
 class SharedError(UserError):

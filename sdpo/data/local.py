@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sdpo.common.errors import UserError
+from sdpo.common.files import check_directory
 from sdpo.config import DataConfig, SourceConfig
 from sdpo.config.data import CACHE_FLAG
 from sdpo.models.locations import looks_local
@@ -241,6 +242,6 @@ def check_cache_location(data: DataConfig) -> None:
     Raises:
         UserError: naming the flag.
     """
-    path = Path(data.cache_dir_latents or ".")
-    if path.exists() and not path.is_dir():
-        raise UserError(f"{CACHE_FLAG}: {path} is a file; give a directory")
+    if data.cache_dir_latents:
+        # One that is there may be complete.
+        check_directory(Path(data.cache_dir_latents), CACHE_FLAG, to_write=False)

@@ -11,7 +11,12 @@ from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 
 from sdpo.common.errors import UserError
 from sdpo.common.precision import check_precision
-from sdpo.common.processes import WAIT_LIMIT, ignore_accelerates_settings, quieten_libraries
+from sdpo.common.processes import (
+    WAIT_LIMIT,
+    ignore_accelerates_settings,
+    naming_variables,
+    quieten_libraries,
+)
 
 if TYPE_CHECKING:
     from sdpo.config import TrainConfig
@@ -25,15 +30,19 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
     """
     ignore_accelerates_settings()
     output_dir, report_to = Path(config.run.output_dir), config.run.report_to
+    logs = str(output_dir / config.run.logging_dir)
+    project = ProjectConfiguration(project_dir=str(output_dir), logging_dir=logs)
     try:
-        accelerator = Accelerator(
-            mixed_precision=config.optim.mixed_precision,
-            log_with=None if report_to == "none" else report_to,
-            project_config=ProjectConfiguration(
-                project_dir=str(output_dir), logging_dir=str(output_dir / config.run.logging_dir)
-            ),
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT_LIMIT)],
-        )
+        with naming_variables():
+            accelerator = Accelerator(
+                mixed_precision=config.optim.mixed_precision,
+                log_with=None if report_to == "none" else report_to,
+                project_config=ProjectConfiguration(
+                    project_dir=str(output_dir),
+                    logging_dir=str(output_dir / config.run.logging_dir),
+                ),
+                kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT_LIMIT)],
+            )
     except ValueError as error:
         flag = "mixed_precision" if "precision" in str(error) else "report_to"
         raise UserError(f"--{flag} {config.flags()[flag]}: {error}") from None

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sdpo.common.errors import UserError
+from sdpo.common.errors import UserError, first_line
 from sdpo.common.files import rename_complete, replace_directory, write_json, written_beside
 from sdpo.common.text_encoders import name_for_all_versions
 from sdpo.data.order import Place
@@ -174,8 +174,19 @@ def read_progress(
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Read a checkpoint's state.json."""
-    state: dict[str, Any] = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+    """Read a checkpoint's state.json.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        state: dict[str, Any] = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+        state["step"], state["place"], state["args"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(
+            f"{path / STATE_FILE} is damaged ({first_line(error)}); delete {path} to go on from "
+            "the checkpoint before it"
+        ) from None
     return state
 
 

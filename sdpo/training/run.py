@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from sdpo.common.errors import UserError, first_line
-from sdpo.common.files import disk_is_full, full_disk
+from sdpo.common.files import disk_is_full, full_disk, make_directory
 from sdpo.common.processes import SharedError
 from sdpo.common.signals import StopRequest
 from sdpo.data.digest import changes, describe_pairs
@@ -93,10 +93,12 @@ class Run(Session):
         """Hold --output_dir for this run alone, until its main process ends."""
         refusal = None
         if self.accelerator.is_main_process:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
             try:
+                make_directory(self.output_dir, "--output_dir")
                 # Data workers of a run that was killed notice it seconds later.
                 self.lock.acquire(timeout=LOCK_PATIENCE)
+            except UserError as error:
+                refusal = str(error)
             except Timeout:
                 refusal = (
                     f"--output_dir: another run is writing to {self.output_dir}; wait for its end, "

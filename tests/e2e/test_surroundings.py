@@ -44,6 +44,13 @@ def test_which_variables_stay(monkeypatch):
     assert left == {"ACCELERATE_USE_CPU", "ACCELERATE_TORCH_DEVICE"}
 
 
+@pytest.mark.parametrize(("name", "value"), [("USE_CPU", "maybe"), ("TORCH_DEVICE", "junk")])
+def test_variables_that_are_wrong_are_named(train, tmp_path, monkeypatch, name, value):
+    monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    with pytest.raises(UserError, match=f"^ACCELERATE_{name}={value} in the environment: "):
+        train(tmp_path / "run")
+
+
 @pytest.mark.parametrize("tracker", ["tensorboard", "wandb", "comet_ml", "mlflow"])
 def test_tracker_that_is_not_installed(make_config, monkeypatch, tracker):
     monkeypatch.setattr(places, "find_spec", lambda name: None)

@@ -216,6 +216,14 @@ def test_unreadable_parts_are_one_sentence(run):
             load()
 
 
+@pytest.mark.parametrize("text", ["", '{"step": 1, "pla', "[]", '{"step": 1}'])
+def test_a_damaged_state_is_one_sentence(run, make_config, text):
+    path = run[3](1)
+    (path / "state.json").write_text(text)
+    with pytest.raises(UserError, match=f"^{path / 'state.json'} is damaged .*delete {path}"):
+        read_progress(path, make_config())
+
+
 def test_a_unet_of_another_shape_is_refused(run):
     with pytest.raises(UserError, match="does not fit this UNet"):
         load_weights(run[3](1), torch.nn.Linear(4, 2))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from filelock import FileLock, Timeout
 
 from sdpo.common.errors import UserError
+from sdpo.common.files import make_directory
 from sdpo.common.precision import DTYPES
 from sdpo.common.processes import together
 from sdpo.config import TrainConfig
@@ -160,7 +161,7 @@ def _locked(directory: Path, accelerator: Accelerator) -> Iterator[None]:
     lock = FileLock(directory / LOCK_FILE)
 
     def take() -> None:
-        directory.mkdir(parents=True, exist_ok=True)
+        make_directory(directory, CACHE_FLAG)
         try:
             lock.acquire(blocking=False)
         except Timeout:

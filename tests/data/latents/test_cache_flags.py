@@ -16,7 +16,7 @@ from sdpo.data.latents.__main__ import parse
         ({"cache_batch_size": 0}, "--cache_batch_size must be at least 1"),
         ({"cache_dtype": "int8"}, "--cache_dtype"),
         ({"cache_dir_latents": None, "verify_cache": True}, "--verify_cache has no meaning"),
-        ({"cache_dir_latents": __file__}, "is a file; give a directory"),
+        ({"cache_dir_latents": __file__}, "exists and is not a directory"),
     ],
 )
 def test_mistakes(cache_config, flags, said):

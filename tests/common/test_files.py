@@ -1,0 +1,55 @@
+"""Places that cannot be written to are one sentence that names them, before anything is lost."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from sdpo.common.errors import UserError
+from sdpo.common.files import check_directory, make_directory, write_text
+
+
+def test_directories_that_cannot_be(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for path, said in (
+        (tmp_path / "file", "exists and is not a directory"),
+        (tmp_path / "file" / "deep" / "er", f"since {tmp_path / 'file'} is a file"),
+        (tmp_path / ("x" * 300), "File name too long"),
+    ):
+        with pytest.raises(UserError, match=f"^--out: {path} ") as caught:
+            check_directory(path, "--out")
+        assert said in str(caught.value)
+        with pytest.raises(UserError, match=f"^--out: cannot make {path} "):
+            make_directory(path, "--out")
+    check_directory(tmp_path / "new" / "deeper", "--out")
+    make_directory(tmp_path / "new" / "deeper", "--out")
+    check_directory(tmp_path / "new" / "deeper", "--out")
+    assert (tmp_path / "new" / "deeper").is_dir()
+
+
+def test_directories_that_are_not_writable(tmp_path, monkeypatch):
+    asked = []
+
+    def access(path, mode):  # root may write anywhere
+        asked.append((path, mode))
+        return False
+
+    monkeypatch.setattr(os, "access", access)
+    for path in (tmp_path, tmp_path / "new"):
+        with pytest.raises(UserError, match=f"^--out: {tmp_path} cannot be written to"):
+            check_directory(path, "--out")
+    assert asked == [(tmp_path, os.W_OK | os.X_OK)] * 2
+    check_directory(tmp_path, "--cache", to_write=False)  # to be read is enough
+
+
+def test_files_that_cannot_be_written(tmp_path):
+    (tmp_path / "a.json").mkdir()
+    with pytest.raises(UserError, match=f"^cannot write {tmp_path / 'a.json'}: Is a directory$"):
+        write_text(tmp_path / "a.json", "x")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match=r"cannot write .*Not a directory"):
+        write_text(tmp_path / "file" / "b", "x")
+    with pytest.raises(FileNotFoundError):  # told by those who know what was deleted
+        write_text(tmp_path / "gone" / "b", "x")
