@@ -37,10 +37,7 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
             accelerator = Accelerator(
                 mixed_precision=config.optim.mixed_precision,
                 log_with=None if report_to == "none" else report_to,
-                project_config=ProjectConfiguration(
-                    project_dir=str(output_dir),
-                    logging_dir=str(output_dir / config.run.logging_dir),
-                ),
+                project_config=project,
                 kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT_LIMIT)],
             )
     except ValueError as error:
