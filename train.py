@@ -21,7 +21,7 @@ def main() -> int:
     """Train as the command line says; returns the exit code."""
     config = parse_train(sys.argv[1:])
     check_choice_model(config.data)
-    check_places(config)
+    config = check_places(config)
     if config.run.check_only:
         return 0
 

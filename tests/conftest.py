@@ -59,6 +59,12 @@ def tiny_sdxl(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_sd3(tmp_path_factory) -> Path:
+    """A saved SD3 pipeline, without T5, with micro random weights."""
+    return _saved(tmp_path_factory, "sd3")
+
+
+@pytest.fixture(scope="session")
 def pairs_dir(tmp_path_factory) -> Path:
     """64 train pairs in two parquet files, 16 heldout pairs in one, some of them ties."""
     from sdpo.tinyworld.pairs import write_pairs
@@ -133,8 +139,6 @@ def make_config(tiny_sd15, tiny_sdxl, pairs_dir, tmp_path):
             "report_to": "none",
             **overrides,
         }
-        config = parse_train(as_argv(flags))
-        check_places(config)
-        return config
+        return check_places(parse_train(as_argv(flags)))
 
     return make

@@ -104,7 +104,7 @@ def test_family(copy):
         "width, channels = unet.config.cross_attention_dim, unet.config.in_channels;"
         "x, told = torch.randn(2, channels, 16, 16), {'hidden': torch.randn(2, 5, width)};"
         "t = torch.tensor([3, 700]); torch.set_grad_enabled(False);"
-        "new, known = SD2(), SD15(); schedule = new.process(pipeline.scheduler);"
+        "new, known = SD2(), SD15(); schedule = new.process(pipeline.scheduler, (4, 16, 16));"
         "print(torch.equal(new.predict(unet, x, t, told), known.predict(unet, x, t, told)),"
         "schedule.target(x, 2 * x, t).equal(2 * x), new.name)",
     )

@@ -104,7 +104,7 @@ def tiny_step(pairs: int, side: int, device: torch.device) -> Task:
     from sdpo.models.forward import NoisedPairs, predict, predict_reference
     from sdpo.models.reference import make_reference
 
-    family = get_family(sdxl=False)
+    family = get_family("sd15")
     unet: Any = family.load_unet(ModelSource(str(common.TINY_MODEL))).to(device)
     reference = make_reference(unet, torch.float32)
     noisy = torch.randn(2 * pairs, 4, side, side, device=device)

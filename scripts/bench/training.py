@@ -36,7 +36,7 @@ def open_run(config: TrainConfig) -> Run:
     from sdpo.training.run import Run
     from sdpo.training.update import Update
 
-    check_places(config)
+    config = check_places(config)
     run, base = Run(config), open_base(config)
     with run.accelerator.local_main_process_first():
         pairs = open_pairs(config.data, config.run.seed)

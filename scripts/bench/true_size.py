@@ -111,7 +111,7 @@ def call_on_meta(
             conditions["time_ids"] = torch.empty(samples, 6, dtype=dtype)
         noisy = torch.empty(samples, 4, side, side, dtype=dtype)
         times = torch.zeros(samples, dtype=torch.long)
-        return get_family(family == "sdxl").predict(unet, noisy, times, conditions)
+        return get_family(family).predict(unet, noisy, times, conditions)
 
 
 def write_pipeline(family: str, path: Path) -> None:

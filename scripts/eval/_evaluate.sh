@@ -1,4 +1,4 @@
-# Sourced by test_sd15.sh and test_sdxl.sh: what they share.
+# Sourced by test.sh, test_sd15.sh and test_sdxl.sh: what they share.
 
 source "$(dirname "${BASH_SOURCE[0]}")/../_env.sh"
 source "$(dirname "${BASH_SOURCE[0]}")/../_launch.sh"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 PREFIX = "text_model."
@@ -17,6 +18,9 @@ def name_for_all_versions(pipeline: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     for path in sorted(pipeline.glob("text_encoder*/*.safetensors")):
+        config = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))
+        if not config.get("model_type", "").startswith("clip"):
+            continue
         with safe_open(path, framework="pt") as file:
             names, metadata = list(file.keys()), file.metadata()
         if any(name.startswith(PREFIX) for name in names):

@@ -106,11 +106,11 @@ class DataConfig(SourceConfig):
         check=SHARE,
     )
     resolution: int = flag(
-        None,  # sdpo.config.rules.fill_in
+        None,  # sdpo.config.rules.defaults_of_base
         "side of the square images, in pixels; with --resize bucket a square of about their area",
         metavar="PX",
         check=(at_least(1), at_most(16384), multiple_of(8)),
-        shown="512, with --sdxl 1024",
+        shown="the base's own: 512 of SD1.5, 1024 of SDXL",
     )
     resize: Literal["crop", "bucket"] = flag(
         "crop",

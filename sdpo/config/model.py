@@ -6,9 +6,6 @@ from dataclasses import dataclass
 
 from sdpo.common.flags import ABOVE_ZERO, BELOW_ONE, at_least, flag
 
-# The attention's projections, in both families.
-LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
-
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -43,7 +40,9 @@ class ModelConfig:
         metavar="PATH",
         expand=True,
     )
-    sdxl: bool = flag(False, "the base is an SDXL model", shown="SD1.5")
+    sdxl: bool = flag(
+        False, "check that the base is an SDXL model; the family is read from the base itself"
+    )
     lora_rank: int | None = flag(
         None,
         "train adapters of rank N instead of the UNet; the reference is then the same UNet without "
@@ -76,7 +75,7 @@ class ModelConfig:
         None,
         "linear layers and convolutions to adapt, by the end of their names in the UNet",
         metavar="NAME",
-        shown=" ".join(LORA_TARGETS),
+        shown="the attention's projections",
     )
     use_ema: bool = flag(
         False,

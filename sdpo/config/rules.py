@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from sdpo.common.errors import UserError
 from sdpo.config.data import CACHE_FLAG, COLUMN_EXAMPLE, DataConfig, SourceConfig
 from sdpo.config.families import FAMILIES
 from sdpo.config.method import MethodConfig
-from sdpo.config.model import LORA_TARGETS, ModelConfig
+from sdpo.config.model import ModelConfig
 from sdpo.config.optim import OptimConfig
 from sdpo.config.safeguard import SafeguardConfig
+
+
+class BaseKind(NamedTuple):
+    """What of a base flags depend on."""
+
+    family: str  # a name of `FAMILIES`
+    predicts: str  # epsilon, v_prediction or flow
+    resolution: int  # pixels, that it was trained at
 
 
 def fill_in(values: dict[str, Any]) -> dict[str, Any]:
@@ -18,12 +27,36 @@ def fill_in(values: dict[str, Any]) -> dict[str, Any]:
     filled = dict(values)
     if values.get("max_train_steps") is None and values.get("num_train_epochs") is None:
         filled["max_train_steps"] = 2000
-    if values.get("resolution") is None:
-        filled["resolution"] = FAMILIES["sdxl" if values.get("sdxl") else "sd15"].resolution
-    if values.get("lora_rank"):
-        if values.get("lora_alpha") is None:
-            filled["lora_alpha"] = float(values["lora_rank"])
-        filled["lora_target_modules"] = values.get("lora_target_modules") or LORA_TARGETS
+    if values.get("lora_rank") and values.get("lora_alpha") is None:
+        filled["lora_alpha"] = float(values["lora_rank"])
+    return filled
+
+
+def defaults_of_base(values: Mapping[str, Any], base: BaseKind) -> dict[str, Any]:
+    """Give the flags that a run's values leave to its base, and check those that depend on it.
+
+    Raises:
+        UserError: a flag has no meaning with this base, or a value does not fit it.
+    """
+    facts, filled = FAMILIES[base.family], {}
+    if values["resolution"] is None:
+        filled["resolution"] = base.resolution
+    elif values["resolution"] % facts.multiple:
+        raise UserError(
+            f"--resolution must be a multiple of {facts.multiple} with a base of {facts.label}, "
+            f"got {values['resolution']}"
+        )
+    if values["winner_preserving_scope"] is None:
+        # One scale for all pairs depends on the parametrisation where targets differ in a pair.
+        filled["winner_preserving_scope"] = "batch" if base.predicts == "epsilon" else "pair"
+    if values["lora_rank"] and not values["lora_target_modules"]:
+        filled["lora_target_modules"] = facts.lora_targets
+    for name in ("time_sampling", "time_mean", "time_std", "time_shift"):
+        if values[name] is not None and not facts.flow:
+            raise UserError(
+                f"--{name} is of rectified flow; {facts.label} is trained at the uniform times of "
+                "its schedule"
+            )
     return filled
 
 
@@ -60,6 +93,9 @@ def _check_steps(data: DataConfig, optim: OptimConfig) -> None:
 
 
 def _check_method(method: MethodConfig, guard: SafeguardConfig) -> None:
+    for name in ("time_mean", "time_std"):
+        if method.time_sampling == "uniform" and getattr(method, name) is not None:
+            raise UserError(f"--{name} has no meaning with --time_sampling uniform")
     if method.dspo_form and method.train_method != "dspo":
         raise UserError(f"--dspo_form has no meaning with --train_method {method.train_method}")
     fixed = guard.loser_scale_fixed is not None

@@ -21,10 +21,11 @@ class SafeguardConfig:
         metavar="MU",
         check=SHARE,
     )
-    winner_preserving_scope: Literal["batch", "pair"] = flag(
-        "batch",
+    winner_preserving_scope: Literal["batch", "pair"] | None = flag(
+        None,
         "one scale per micro-batch (batch, as published) or per pair",
         choices=("batch", "pair"),
+        shown="batch where the base predicts noise, else pair",
     )
     winner_preserving_space: Literal["output", "parameter"] = flag(
         "output",

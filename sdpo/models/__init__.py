@@ -1,13 +1,25 @@
 """Base models: a file for each family, and what all of them share. Adding a family is adding its
-file and its line in `get_family` and `sdpo/config/families.py`."""
+file, its line in `_CLASSES` and its entry in `sdpo/config/families.py`."""
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from sdpo.config import TrainConfig
     from sdpo.models.base import Family, ModelSource
+    from sdpo.models.noise import Times
+
+# By the name in `sdpo.config.families.FAMILIES`: module in this package, class.
+_CLASSES = {
+    "sd15": ("sd15", "SD15"),
+    "sdxl": ("sdxl", "SDXL"),
+    "sd3": ("sd3", "SD3"),
+    "flux": ("flux", "Flux"),
+    "qwen-image": ("qwen_image", "QwenImage"),
+    "z-image": ("z_image", "ZImage"),
+}
 
 
 class Base(NamedTuple):
@@ -17,15 +29,11 @@ class Base(NamedTuple):
     source: ModelSource
 
 
-def get_family(sdxl: bool) -> Family:
-    """Give the family that train.py's --sdxl selects."""
-    if sdxl:
-        from sdpo.models.sdxl import SDXL
-
-        return SDXL()
-    from sdpo.models.sd15 import SD15
-
-    return SD15()
+def get_family(name: str, times: Times | None = None) -> Family:
+    """Give the family of a name, by which a rectified flow's `times` are drawn."""
+    module, cls = _CLASSES[name]
+    family: Family = getattr(import_module(f"sdpo.models.{module}"), cls)(times)
+    return family
 
 
 def open_base(config: TrainConfig) -> Base:
@@ -35,7 +43,16 @@ def open_base(config: TrainConfig) -> Base:
         UserError: its configuration files are not to be had, or of another kind of model.
     """
     from sdpo.models.base import ModelSource
+    from sdpo.models.kind import kind_of_base
+    from sdpo.models.noise import Times
 
-    base = Base(get_family(config.model.sdxl), ModelSource.of(config))
+    method, kind = config.method, kind_of_base(config.model, config.data.cache_dir)
+    times = Times(
+        method.time_sampling or "logit-normal",
+        method.time_mean or 0.0,
+        1.0 if method.time_std is None else method.time_std,
+        method.time_shift,
+    )
+    base = Base(get_family(kind.family, times), ModelSource.of(config))
     base.family.check(base.source)
     return base

@@ -13,16 +13,17 @@ from torch import Tensor
 
 from sdpo.common.captions import for_tokenizer
 from sdpo.common.errors import UserError, first_line
-from sdpo.config.families import FAMILIES
+from sdpo.config.families import FAMILIES, FamilyFacts
 from sdpo.models.checks import (
     BASE_FLAG,
     VAE_FLAG,
-    Config,
-    Reader,
     check_base,
+    check_flow,
     check_schedule,
     check_start,
+    text_parts,
 )
+from sdpo.models.kind import place_of_base, weights_alone
 from sdpo.models.loading import (
     ADVICE,
     from_pretrained,
@@ -30,11 +31,12 @@ from sdpo.models.loading import (
     load_strictly,
     read_state_dict,
 )
-from sdpo.models.locations import check_family, read_config, reader
+from sdpo.models.locations import check_family, reader_of
 from sdpo.models.lora_file import merge_lora
 from sdpo.models.lora_text import merge_text_lora
-from sdpo.models.noise import Diffusion, NoiseProcess
+from sdpo.models.noise import Diffusion, NoiseProcess, RectifiedFlow, Times, base_shift
 from sdpo.models.single_file import load_part, unet_weights
+from sdpo.models.text import fit_tokenizer
 
 if TYPE_CHECKING:
     from sdpo.config import TrainConfig
@@ -47,7 +49,8 @@ class Frozen:
     vae: Any  # AutoencoderKL
     text_encoders: list[Any]
     tokenizers: list[Any]
-    scheduler: Any  # DDPMScheduler: the training noise schedule
+    scheduler: Any  # DDPMScheduler: the training noise schedule; of a flow the base's own
+    denoiser: Mapping[str, Any]  # configuration of the model that is trained
 
     def to(self, device: torch.device, dtype: torch.dtype, vae_dtype: torch.dtype) -> Frozen:
         """Move to a device; in place, returns self."""
@@ -112,55 +115,55 @@ class ModelSource:
         )
 
 
-def place_of_base(name: str, config: str | None, sdxl: bool) -> tuple[str, str | None]:
-    """Say where a base's configurations are, and the single file of its weights, if it is one.
-
-    Args:
-        name: of the base: a hub id, a directory or a file.
-        config: of --single_file_config.
-        sdxl: its family.
-    """
-    if not (is_weights_file(name) and Path(name).is_file()):
-        return name, None
-    return config or FAMILIES["sdxl" if sdxl else "sd15"].base, name
-
-
 class Family(ABC):
-    """One kind of base model. Subclasses hold what differs, as data or a method."""
+    """One kind of base model. Subclasses hold what differs, as a method; `FAMILIES` what does as
+    data. `times` says how a rectified flow's times are drawn."""
 
     name: ClassVar[str]
-    sdxl: ClassVar[bool]
-    default_resolution: ClassVar[int]
-    sample_guidance: ClassVar[float]
+
+    def __init__(self, times: Times | None = None) -> None:
+        self.times = times or Times()
+
+    @property
+    def facts(self) -> FamilyFacts:
+        """The family's entry of `FAMILIES`."""
+        return FAMILIES[self.name]
+
+    @property
+    def sdxl(self) -> bool:
+        """Whether the family is SDXL."""
+        return self.name == "sdxl"
+
+    def model_class(self) -> Any:
+        """Give the denoiser's class in diffusers."""
+        return _of_diffusers(self.facts.model)
+
+    def pipeline_class(self) -> Any:
+        """Give the family's pipeline in diffusers."""
+        return _of_diffusers(self.facts.pipeline)
 
     def load_unet_config(self, source: ModelSource) -> dict[str, Any]:
-        """Read the base's UNet config, checked to be of this family.
+        """Read the configuration of the base's denoiser, checked to be of this family.
 
         Raises:
-            UserError: not to be had, of another family, or not trained to predict noise.
+            UserError: not to be had, or of another family.
         """
-        from diffusers import UNet2DConditionModel
-
+        part = self.facts.part
         try:
-            config = UNet2DConditionModel.load_config(
+            config: dict[str, Any] = self.model_class().load_config(
                 source.base,
-                subfolder="unet",
+                subfolder=part,
                 revision=source.revision,
                 cache_dir=source.cache_dir,
             )
         except Exception as error:
             if source.weights:
-                raise UserError(
-                    f"{BASE_FLAG}: {source.weights} holds weights alone, and the configurations "
-                    f"and tokenizers of {source.base} cannot be had ({first_line(error)}); give "
-                    "--single_file_config DIR_OR_ID of a base of its family in diffusers layout"
-                ) from error
+                raise weights_alone(source.weights, source.base) from error
             raise UserError(
-                f"{BASE_FLAG}: cannot load unet/config.json of {source.base} "
-                f"({first_line(error)}); give a hub id this machine can reach or has in "
-                "--cache_dir, or a local directory in diffusers layout"
+                f"{BASE_FLAG}: cannot load {part}/config.json of {source.base} "
+                f"({first_line(error)}); {ADVICE}"
             ) from error
-        check_family(config, self.sdxl, f"{BASE_FLAG} {source.base}")
+        check_family(config, self.name, f"{BASE_FLAG} {source.base}")
         return config
 
     def check(self, source: ModelSource) -> None:
@@ -171,12 +174,15 @@ class Family(ABC):
             UserError: a file is not to be had, or says that the base is another kind of model.
         """
         self.load_unet_config(source)
-        read = _file_reader(source.base, source.revision, source.cache_dir)
         vae = None
         if source.vae:
             # {} where it is not to be had: loading it says why.
-            vae = _file_reader(source.vae, None, source.cache_dir)("config.json") or {}
-        check_base(read, self.sdxl, source.base, vae, f"{VAE_FLAG}: {source.vae}/config.json")
+            vae = reader_of(source.vae, None, source.cache_dir)("config.json") or {}
+        read = reader_of(source.base, source.revision, source.cache_dir)
+        check_base(read, self.name, source.base, vae, f"{VAE_FLAG}: {source.vae}/config.json")
+        if self.facts.flow:
+            self.load_sampler(source)
+            return
         trained, sampled = self.load_scheduler(source), self.load_sampler(source)
         ours, own = trained.alphas_cumprod, sampled.alphas_cumprod
         # Zero is kept as 2^-24 by some.
@@ -189,8 +195,8 @@ class Family(ABC):
             )
 
     def load_unet(self, source: ModelSource) -> Any:
-        """Load the UNet that a run starts from, float32: `unet_init` where given, else the base's,
-        with `lora` added.
+        """Load the denoiser that a run starts from, float32: `unet_init` where given, else the
+        base's, with `lora` added.
 
         Raises:
             UserError: not to be had, or of another family.
@@ -201,33 +207,45 @@ class Family(ABC):
         return unet
 
     def _plain_unet(self, source: ModelSource) -> Any:
-        from diffusers import UNet2DConditionModel
-
         config = self.load_unet_config(source)
-        init, flag = source.unet_init, source.unet_flag
+        init, flag, part = source.unet_init, source.unet_flag, self.facts.part
         if init is None and source.weights:
             init, flag = source.weights, BASE_FLAG
         if init is None:
-            return self._unet_from_pretrained(BASE_FLAG, source.base, "unet", source)
+            return self._unet_from_pretrained(BASE_FLAG, source.base, part, source)
         if is_weights_file(init):
-            unet = UNet2DConditionModel.from_config(config)
+            unet = self.model_class().from_config(config)
             where = f"{flag} {init}"
-            load_strictly(unet, unet_weights(read_state_dict(Path(init)), config, where), where)
+            self._load_file(unet, Path(init), config, source, where)
             return unet
         plain = (Path(init) / "config.json").is_file()
-        subfolder = None if plain else "unet"
-        unet = self._unet_from_pretrained(flag, init, subfolder, source)
-        check_family(dict(unet.config), self.sdxl, f"{flag} {init}")
-        check_start(dict(unet.config), config, f"{flag} {init}")
+        unet = self._unet_from_pretrained(flag, init, None if plain else part, source)
+        check_family(dict(unet.config), self.name, f"{flag} {init}")
+        if part == "unet":
+            check_start(dict(unet.config), config, f"{flag} {init}")
         return unet
+
+    def _load_file(
+        self, unet: Any, path: Path, config: dict[str, Any], source: ModelSource, where: str
+    ) -> None:
+        state = read_state_dict(path)
+        if self.facts.part == "unet":
+            if "v_pred" in state and self._predicts(source) != "v_prediction":
+                raise UserError(
+                    f"{where} predicts v (it holds v_pred), but the scheduler of {source.base} is "
+                    "of noise prediction; give --single_file_config or a base that predicts v"
+                )
+            state = unet_weights(state, config, where)
+        load_strictly(unet, state, where)
+
+    def _predicts(self, source: ModelSource) -> Any:
+        return _scheduler_config(source).get("prediction_type", "epsilon")
 
     def _unet_from_pretrained(
         self, flag: str, name: str, subfolder: str | None, source: ModelSource
     ) -> Any:
-        from diffusers import UNet2DConditionModel
-
         return from_pretrained(
-            UNet2DConditionModel,
+            self.model_class(),
             flag,
             name,
             subfolder=subfolder,
@@ -239,32 +257,34 @@ class Family(ABC):
         """Load VAE, text encoders, tokenizers and noise schedule, float32, without gradients.
 
         Raises:
-            UserError: one of them is not to be had, or the model does not predict noise.
+            UserError: one of them is not to be had, or the schedule is of another kind.
         """
-        from diffusers import AutoencoderKL
-        from transformers import CLIPTokenizer
+        import transformers
 
         common: Any = {"revision": source.revision, "cache_dir": source.cache_dir}
+        vae_class = _of_diffusers(self.facts.vae_model)
         if source.vae:
-            vae = from_pretrained(AutoencoderKL, VAE_FLAG, source.vae, cache_dir=source.cache_dir)
+            vae = from_pretrained(vae_class, VAE_FLAG, source.vae, cache_dir=source.cache_dir)
         else:
-            vae = self._part(AutoencoderKL, "vae", source)
+            vae = self._part(vae_class, "vae", source)
         scheduler = self.load_scheduler(source)
-        encoders = [
-            self._part(cls, part, source) for part, cls in self._text_encoder_classes().items()
-        ]
-        tokenizers = [
-            from_pretrained(CLIPTokenizer, BASE_FLAG, source.base, subfolder=part, **common)
-            for part in self._tokenizer_parts()
-        ]
-        for tokenizer, encoder in zip(tokenizers, encoders, strict=True):
+        encoders, tokenizers = [], []
+        for folder in self.text_folders(source):
+            part = self.facts.text[folder]
+            encoder = self._part(getattr(transformers, part.encoder), folder, source)
+            tokenizer_class = getattr(transformers, part.tokenizer_class)
+            tokenizer = from_pretrained(
+                tokenizer_class, BASE_FLAG, source.base, subfolder=part.tokenizer, **common
+            )
             fit_tokenizer(tokenizer, encoder.config, f"{BASE_FLAG}: {source.base}")
+            encoders.append(encoder)
+            tokenizers.append(tokenizer)
         # Libraries differ in whether they load a file's dtype, and in the name of that argument.
         for module in (vae, *encoders):
             module.float().requires_grad_(False).eval()
         if source.lora:
             merge_text_lora(encoders, Path(source.lora), source.lora_flag)
-        return Frozen(vae, encoders, tokenizers, scheduler)
+        return Frozen(vae, encoders, tokenizers, scheduler, self.load_unet_config(source))
 
     def _part(self, cls: Any, part: str, source: ModelSource) -> Any:
         where: Any = {"revision": source.revision, "cache_dir": source.cache_dir}
@@ -274,13 +294,17 @@ class Family(ABC):
         return from_pretrained(cls, BASE_FLAG, source.base, subfolder=part, **where)
 
     def load_scheduler(self, source: ModelSource) -> Any:
-        """Load the training noise schedule alone, a `DDPMScheduler`.
+        """Load the training noise schedule alone, a `DDPMScheduler`; of a rectified flow the base's
+        own scheduler.
 
         Raises:
-            UserError: not to be had, or the model does not predict noise.
+            UserError: not to be had, or of a kind that the family does not have.
         """
         from diffusers import DDPMScheduler
 
+        if self.facts.flow:
+            check_flow(_scheduler_config(source), f"{BASE_FLAG}: {source.base}")
+            return self.load_sampler(source)
         check_schedule(_scheduler_config(source), f"{BASE_FLAG}: {source.base}")
         return from_pretrained(
             DDPMScheduler,
@@ -295,17 +319,10 @@ class Family(ABC):
         """Choose the dtype to run the VAE in, given that of the run."""
         return dtype
 
-    @abstractmethod
-    def _text_encoder_classes(self) -> dict[str, Any]:
-        """Subfolder to class, in the order in which their outputs are joined."""
-
-    @abstractmethod
-    def _tokenizer_parts(self) -> tuple[str, ...]:
-        """Subfolders of the tokenizers, in the same order."""
-
-    def text_parts(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Name the subfolders of the text encoders, and of their tokenizers."""
-        return tuple(self._text_encoder_classes()), self._tokenizer_parts()
+    def text_folders(self, source: ModelSource) -> list[str]:
+        """Name the folders of the base's text encoders, in the order of `Frozen.text_encoders`."""
+        read = reader_of(source.base, source.revision, source.cache_dir)
+        return text_parts(self.name, read("model_index.json") or {})
 
     @abstractmethod
     def encode_text(self, frozen: Frozen, captions: list[str]) -> dict[str, Tensor]:
@@ -341,22 +358,44 @@ class Family(ABC):
             Its output, (B, C, h, w), in the direction and scale of the noise process's target.
         """
 
-    def process(self, schedule: Any) -> NoiseProcess:
-        """Give the noise process of a base with this training schedule."""
-        return Diffusion(schedule)
+    def process(self, schedule: Any, latent_shape: Sequence[int]) -> NoiseProcess:
+        """Give the noise process of a base with this training schedule, for latents of a shape
+        (C, r, r)."""
+        if not self.facts.flow:
+            return Diffusion(schedule)
+        if self.times.shift is not None:
+            return RectifiedFlow(self.times.shift, self.times)
+        return RectifiedFlow(base_shift(schedule.config, self.tokens(latent_shape)), self.times)
+
+    def tokens(self, latent_shape: Sequence[int]) -> int:
+        """Count the image tokens of latents (C, h, w): 2 x 2 of them are one."""
+        return latent_shape[1] * latent_shape[2] // 4
 
     def normalise(self, latents: Tensor, vae: Mapping[str, Any]) -> Tensor:
         """Bring the VAE's latents to the scale that the model is trained on.
 
         Args:
             latents: (N, C, r, r).
-            vae: the VAE's configuration, of which scaling_factor and shift_factor count.
+            vae: the VAE's configuration, or what `normalising` chose of it.
         """
         return (latents - (vae["shift_factor"] or 0.0)) * vae["scaling_factor"]
+
+    def normalising(self, vae: Mapping[str, Any]) -> dict[str, Any]:
+        """Choose of a VAE's configuration what `normalise` needs."""
+        return {name: vae[name] for name in ("scaling_factor", "shift_factor")}
 
     def denormalise(self, latents: Tensor, vae: Mapping[str, Any]) -> Tensor:
         """Bring the model's latents, (N, C, r, r), to the VAE's scale: undo `normalise`."""
         return latents / vae["scaling_factor"] + (vae["shift_factor"] or 0)
+
+    def call_options(
+        self, pipeline: Any, prompts: Sequence[str], guidance: float
+    ) -> dict[str, Any]:
+        """Give the arguments by which the base's pipeline is told prompts and guidance."""
+        return {
+            "prompt": for_tokenizer(pipeline.tokenizer, prompts),
+            "guidance_scale": guidance,
+        }
 
     @abstractmethod
     def pipeline(self, unet: Any, frozen: Frozen, source: ModelSource) -> Any:
@@ -418,6 +457,26 @@ class Family(ABC):
             ) from error
 
 
+def _of_diffusers(name: str) -> Any:
+    import diffusers
+
+    try:
+        return getattr(diffusers, name)
+    except AttributeError:
+        raise UserError(
+            f"{BASE_FLAG}: this diffusers ({diffusers.__version__}) has no {name}: "
+            "pip install -U diffusers"
+        ) from None
+
+
+def config_of(model: Any) -> Mapping[str, Any]:
+    """Give the configuration of a denoiser, whatever it is wrapped in."""
+    while not hasattr(model, "config"):
+        model = getattr(model, "module", None) or model.unet
+    config: Mapping[str, Any] = model.config
+    return config
+
+
 def _scheduler_config(source: ModelSource) -> dict[str, Any]:
     from diffusers import DDPMScheduler
 
@@ -435,24 +494,6 @@ def _scheduler_config(source: ModelSource) -> dict[str, Any]:
     return config
 
 
-def _file_reader(name: str, revision: str | None, cache_dir: str | None) -> Reader:
-    """Give what reads the JSON files of a directory or of a repository on the hub."""
-    if Path(name).is_dir():
-        return reader(Path(name))
-
-    def read(file: str) -> Config | None:
-        from huggingface_hub import hf_hub_download
-
-        try:
-            path = hf_hub_download(name, file, revision=revision, cache_dir=cache_dir)
-        # Hub and network errors come in many classes; all mean that the file is not there.
-        except Exception:
-            return None
-        return read_config(Path(path))
-
-    return read
-
-
 def load_frozen_as(
     family: Family, source: ModelSource, device: torch.device, dtype: torch.dtype
 ) -> Frozen:
@@ -463,37 +504,3 @@ def load_frozen_as(
     """
     frozen = family.load_frozen(source)
     return frozen.to(device, dtype, family.vae_dtype(frozen.vae, dtype))
-
-
-def fit_tokenizer(tokenizer: Any, config: Any, where: str) -> None:
-    """Limit a tokenizer, in place, to as many tokens as its text encoder takes.
-
-    Args:
-        config: of the text encoder.
-
-    Raises:
-        UserError: it has no vocabulary, or a larger one than the encoder; begins with `where`.
-    """
-    count = len(tokenizer)
-    # Where it finds no vocabulary the library makes one of the special tokens, without a word.
-    if count <= len(tokenizer.all_special_tokens):
-        raise UserError(f"{where}: its tokenizer has no vocabulary (vocab.json and merges.txt)")
-    if count > config.vocab_size:
-        raise UserError(
-            f"{where}: its tokenizer has {count} tokens, but its text encoder {config.vocab_size}"
-        )
-    # Files without model_max_length mean a number beyond any tensor.
-    if tokenizer.model_max_length > config.max_position_embeddings:
-        tokenizer.model_max_length = config.max_position_embeddings
-
-
-def tokenize(tokenizer: Any, captions: list[str], device: torch.device) -> Tensor:
-    """Tokenize captions, cleaned as CLIP's slow tokenizer does, to padded, truncated ids,
-    (B, model_max_length)."""
-    return tokenizer(
-        for_tokenizer(tokenizer, captions),
-        padding="max_length",
-        max_length=tokenizer.model_max_length,
-        truncation=True,
-        return_tensors="pt",
-    ).input_ids.to(device)

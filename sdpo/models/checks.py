@@ -1,8 +1,7 @@
-"""Check a base by its configuration files, before weights or data are read: pure functions of them.
+"""Check a base by its configuration files, before weights or data are read, by pure functions.
 
-Losses are defined for models that predict the noise of a discrete DDPM schedule on latents that are
-scaled by one factor, conditioned on CLIP's text encoders. Anything else is refused here, so that
-nothing is trained under a schedule, a prediction type or a normalisation that its base has not.
+What no family serves is refused here, so that nothing is trained under a schedule, a prediction
+type or a normalisation that its base has not.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from sdpo.common.errors import UserError
+from sdpo.config.families import FAMILIES, FamilyFacts
 
 BASE_FLAG = "--pretrained_model_name_or_path"
 VAE_FLAG = "--pretrained_vae_model_name_or_path"
@@ -31,6 +31,7 @@ DISCRETE = frozenset(
         *("PNDM", "SASolver", "TCD", "UniPCMultistep"),
     )
 )
+PREDICTIONS = ("epsilon", "v_prediction")
 _SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
 # What of a UNet must fit VAE and text encoders, with diffusers' defaults.
 _FITTING = {
@@ -41,20 +42,16 @@ _FITTING = {
     "addition_time_embed_dim": None,
     "projection_class_embeddings_input_dim": None,
 }
-# Text encoder to its tokenizer.
-_TEXT_PARTS = {
-    "sd15": {"text_encoder": "tokenizer"},
-    "sdxl": {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"},
-}
 
 
 def check_base(
-    read: Reader, sdxl: bool, base: str, vae: Config | None = None, vae_where: str = ""
+    read: Reader, family: str, base: str, vae: Config | None = None, vae_where: str = ""
 ) -> None:
     """Check everything that training, evaluation and export need of a base.
 
     Args:
         read: gives the base's files.
+        family: a name of `FAMILIES`.
         base: names it, for messages.
         vae: configuration of another VAE than the base's own; {} where it is not known yet.
         vae_where: names that, for messages.
@@ -62,7 +59,7 @@ def check_base(
     Raises:
         UserError: naming flag, file and value, and what would be right.
     """
-    where = f"{BASE_FLAG}: {base}"
+    where, facts = f"{BASE_FLAG}: {base}", FAMILIES[family]
 
     def need(file: str) -> Config:
         if (config := read(file)) is None:
@@ -71,20 +68,48 @@ def check_base(
             )
         return config
 
-    read("model_index.json")  # readable, where there is one
-    unet = need("unet/config.json")
-    check_unet(unet, f"{where}/unet/config.json")
-    check_schedule(need(SCHEDULER_FILE), where)
+    index = read("model_index.json") or {}
+    denoiser = need(f"{facts.part}/config.json")
+    if facts.part == "unet":
+        check_unet(denoiser, f"{where}/unet/config.json")
+        check_schedule(need(SCHEDULER_FILE), where)
+    else:
+        check_pipeline(index, facts, f"{where}/model_index.json")
+        check_flow(need(SCHEDULER_FILE), where)
     if vae is None:
         vae, vae_where = need("vae/config.json"), f"{where}/vae/config.json"
     if vae:
-        check_vae(vae, unet, vae_where)
-    check_text({part: need(f"{part}/config.json") for part in text_parts(sdxl)}, unet, where)
+        check_vae(vae, denoiser, facts, vae_where)
+    text = {part: need(f"{part}/config.json") for part in text_parts(family, index)}
+    if facts.part == "unet":
+        check_text(text, denoiser, where)
 
 
-def text_parts(sdxl: bool) -> dict[str, str]:
-    """Name the folders of a family's text encoders, and of their tokenizers."""
-    return _TEXT_PARTS["sdxl" if sdxl else "sd15"]
+def text_parts(family: str, index: Config) -> list[str]:
+    """Name the folders of a base's text encoders, without the optional ones that it has not.
+
+    Args:
+        index: its model_index.json, {} where there is none.
+    """
+    return [
+        folder
+        for folder, part in FAMILIES[family].text.items()
+        if not part.optional or (index.get(folder) or [None])[0] is not None
+    ]
+
+
+def check_pipeline(index: Config, facts: FamilyFacts, where: str) -> None:
+    """Refuse a pipeline of another task than text to image, of which the model may be the same.
+
+    Raises:
+        UserError: beginning with `where`.
+    """
+    kind = index.get("_class_name", facts.pipeline)
+    if kind != facts.pipeline:
+        raise UserError(
+            f"{where} is of a {kind}, which is another task than text to image; a base of "
+            f"{facts.pipeline} is needed"
+        )
 
 
 def check_unet(config: Config, where: str) -> None:
@@ -128,16 +153,23 @@ def check_start(config: Config, base: Config, where: str) -> None:
             raise UserError(f"{where}: {name} is {found}, but {wanted} in the base's UNet")
 
 
-def check_vae(config: Config, unet: Config, where: str) -> None:
-    """Refuse a VAE of another class, of other latents than the UNet takes, or that scales them by
-    more than one factor.
+def check_vae(config: Config, denoiser: Config, facts: FamilyFacts, where: str) -> None:
+    """Refuse a VAE of another class, of other latents than the denoiser takes, or that scales them
+    in a way that the family does not.
 
     Raises:
         UserError: beginning with `where`.
     """
-    kind = config.get("_class_name", "AutoencoderKL")
+    kind = config.get("_class_name", facts.vae_model)
+    if kind != facts.vae_model:
+        raise UserError(f"{where} is of a {kind}; an {facts.vae_model} is needed")
     if kind != "AutoencoderKL":
-        raise UserError(f"{where} is of a {kind}; an AutoencoderKL is needed")
+        if (channels := config.get("z_dim", 16)) != (taken := denoiser.get("in_channels", 64) // 4):
+            raise UserError(
+                f"{where}: z_dim is {channels}, but the transformer takes {taken} channels; give "
+                "the VAE that it was trained with"
+            )
+        return
     for name in ("latents_mean", "latents_std"):
         if config.get(name) is not None:
             raise UserError(
@@ -145,20 +177,27 @@ def check_vae(config: Config, unet: Config, where: str) -> None:
                 "Playground v2.5's VAE does), which is not supported; give a base with a "
                 "scaling_factor alone"
             )
-    if (channels := config.get("latent_channels", 4)) != (ins := unet.get("in_channels", 4)):
+    channels, ins = config.get("latent_channels", 4), denoiser.get("in_channels", 4)
+    taken = ins // 4 if facts.packed else ins
+    if channels != taken:
+        name = "UNet" if facts.part == "unet" else "transformer"
         raise UserError(
-            f"{where}: {channels} latent_channels, but the UNet takes {ins}; give the VAE that it "
-            "was trained with"
+            f"{where}: {channels} latent_channels, but the {name} takes {taken}; give the VAE that "
+            "it was trained with"
         )
     if (colours := config.get("in_channels", 3)) != 3 or config.get("out_channels", 3) != 3:
         raise UserError(f"{where}: takes images of {colours} channels; 3 are needed")
     scale = config.get("scaling_factor", 0.18215)
     if not isinstance(scale, int | float) or not scale > 0:
         raise UserError(f"{where}: scaling_factor is {scale!r}; it must be a number above 0")
+    if facts.flow and not isinstance(shift := config.get("shift_factor"), int | float):
+        raise UserError(
+            f"{where}: shift_factor is {shift!r}; {facts.label}'s pipeline needs a number (0: none)"
+        )
 
 
 def check_schedule(config: Config, where: str) -> None:
-    """Refuse a scheduler of which no discrete schedule of noise prediction can be made.
+    """Refuse a scheduler of which no discrete schedule of a UNet can be made.
 
     Raises:
         UserError: beginning with `where`, which names the base.
@@ -175,10 +214,10 @@ def check_schedule(config: Config, where: str) -> None:
     if kind == "DPMSolverSDEScheduler" and find_spec("torchsde") is None:
         raise UserError(f"{where}: {kind} needs the package torchsde: pip install torchsde")
     prediction = config.get("prediction_type", "epsilon")
-    if prediction != "epsilon":
+    if prediction not in PREDICTIONS:
         raise UserError(
-            f"{base} predicts {prediction}; the losses are defined for models that predict noise "
-            "(epsilon)"
+            f"{base} predicts {prediction}; the losses are defined for UNets that predict noise "
+            "(epsilon) or velocity (v_prediction)"
         )
     if config.get("use_flow_sigmas") or config.get("timestep_type", "discrete") != "discrete":
         name = "use_flow_sigmas" if config.get("use_flow_sigmas") else "timestep_type"
@@ -187,6 +226,33 @@ def check_schedule(config: Config, where: str) -> None:
             "a base that was trained with one"
         )
     _check_betas(config, where)
+
+
+def check_flow(config: Config, where: str) -> None:
+    """Refuse a scheduler that is not one of rectified flow, or without the numbers of its shift.
+
+    Raises:
+        UserError: beginning with `where`, which names the base.
+    """
+    where = f"{where}/{SCHEDULER_FILE}"
+    kind = config.get("_class_name")
+    solver = config.get("use_flow_sigmas") and config.get("prediction_type") == "flow_prediction"
+    if not (solver or str(kind).startswith("FlowMatch")):
+        raise UserError(
+            f"{where}: {kind or 'a scheduler without _class_name'} has no rectified flow; give a "
+            "base with the one that it was trained with, e.g. a FlowMatchEulerDiscreteScheduler"
+        )
+    if config.get("invert_sigmas"):
+        raise UserError(f"{where}: invert_sigmas turns the path around, which is not supported")
+    names = ["flow_shift"] if solver else ["shift"]
+    if config.get("use_dynamic_shifting"):
+        names = ["base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len"]
+    for name in names:
+        value = config.get(name, 1.0 if len(names) == 1 else None)
+        if not isinstance(value, int | float) or not value > 0:
+            raise UserError(f"{where}: {name} is {value!r}; it must be a number above 0")
+    if len(names) > 1 and config["base_image_seq_len"] == config["max_image_seq_len"]:
+        raise UserError(f"{where}: base_image_seq_len and max_image_seq_len must differ")
 
 
 def _check_betas(config: Config, where: str) -> None:

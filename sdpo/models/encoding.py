@@ -48,7 +48,8 @@ class ModelEncoder:
     ) -> None:
         self.family, self.frozen = family, frozen
         self.resolution, self.device = resolution, device
-        self.process = family.process(frozen.scheduler)
+        square = family.latent_shape(frozen, resolution)
+        self.process = family.process(frozen.scheduler, square)
 
     def latent_shape(self, batch: Any) -> tuple[int, int, int]:
         """Give (C, h, w); see `Encoder.latent_shape`."""

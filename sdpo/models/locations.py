@@ -10,10 +10,11 @@ from typing import Any
 
 from sdpo.common.errors import UserError, first_line
 from sdpo.config import ModelConfig
-from sdpo.config.families import FAMILIES, family_of_config
+from sdpo.config.families import FAMILIES, PARTS, FamilyFacts, family_of_config
 from sdpo.models.checks import (
     BASE_FLAG,
     VAE_FLAG,
+    Config,
     Reader,
     check_base,
     check_start,
@@ -21,6 +22,8 @@ from sdpo.models.checks import (
 )
 
 WEIGHT_SUFFIXES = frozenset({".pth", ".pt", ".bin", ".ckpt", ".safetensors"})
+# Files that hold a tokenizer's vocabulary.
+_VOCABULARIES = ({"tokenizer.json"}, {"vocab.json", "merges.txt"}, {"spiece.model"})
 # The half of an adapter that has its rank first, in any naming.
 _LORA_DOWN = re.compile(r"(lora_A(\.default)?|lora_down|lora\.down)\.weight$")
 # kohya's and diffusers' names of the text encoders' adapters, with the number of the encoder.
@@ -40,44 +43,43 @@ def hub_id(name: str | None) -> str | None:
 
 
 def check_model_location(config: ModelConfig) -> None:
-    """A local base must be a diffusers directory of the family that --sdxl (or its absence) names.
+    """Check that what --pretrained_model_name_or_path and the like name on this machine is there,
+    and of one family that is served.
 
     Raises:
-        UserError: otherwise. Hub ids are checked when their config arrives.
+        UserError: otherwise. Hub ids are checked when their configuration arrives.
     """
-    base, flag = Path(config.pretrained_model_name_or_path), "--pretrained_model_name_or_path"
+    base, flag = Path(config.pretrained_model_name_or_path), BASE_FLAG
     if base.is_file() and base.suffix in WEIGHT_SUFFIXES:
         if config.single_file_config:
             base, flag = Path(config.single_file_config), "--single_file_config"
-            check_component_dir(config.single_file_config, flag, "unet/config.json")
+            _check_base_dir(config.single_file_config, flag)
     elif config.single_file_config:
         raise UserError(
             "--single_file_config has no meaning unless --pretrained_model_name_or_path is a "
             "single-file checkpoint"
         )
     else:
-        check_component_dir(config.pretrained_model_name_or_path, flag, "unet/config.json")
-    unet = read_config(base / "unet/config.json") if base.is_dir() else None
-    if unet is not None:
-        check_family(unet, config.sdxl, str(base))
+        _check_base_dir(config.pretrained_model_name_or_path, flag)
+    family = denoiser = None
+    if base.is_dir():
+        family, denoiser = find_family(reader(base), f"{flag}: {base}")
+        check_sdxl(config.sdxl, family, str(base))
     if config.pretrained_vae_model_name_or_path:
-        check_component_dir(
-            config.pretrained_vae_model_name_or_path,
-            "--pretrained_vae_model_name_or_path",
-            "config.json",
-        )
-    if unet is not None:
-        _check_local_base(base, config)
+        check_component_dir(config.pretrained_vae_model_name_or_path, VAE_FLAG, "config.json")
+    if family is not None:
+        _check_local_base(base, family, config)
     if config.unet_init:
         init = Path(config.unet_init)
         is_file_name = init.suffix in WEIGHT_SUFFIXES
         if (is_file_name or looks_local(config.unet_init)) and not init.exists():
             raise UserError(f"--unet_init: there is no file or directory {config.unet_init}")
-        found = next((p for p in unet_configs(init) if p.is_file()), None)
-        if found is not None:
+        found = next((p for p in denoiser_configs(init) if p.is_file()), None)
+        if found is not None and family is not None:
             own = read_config(found)
-            check_family(own, config.sdxl, f"--unet_init {config.unet_init}")
-            check_start(own, unet or own, f"--unet_init: {found}")
+            check_family(own, family, f"--unet_init {config.unet_init}")
+            if FAMILIES[family].part == "unet":
+                check_start(own, denoiser or own, f"--unet_init: {found}")
     if config.lora_init:
         rank = check_lora_file(config.lora_init, "--lora_init", beside_text=False)
         if rank is not None and rank != config.lora_rank:
@@ -133,17 +135,24 @@ def refuse_text_lora(names: Iterable[str], where: str) -> None:
         )
 
 
-def unet_configs(directory: Path) -> tuple[Path, Path]:
-    """Name the places of a UNet's configuration in a directory, the plain one first."""
-    return directory / "config.json", directory / "unet" / "config.json"
+def denoiser_configs(directory: Path) -> list[Path]:
+    """Name the places of a denoiser's configuration in a directory, the plain one first."""
+    return [directory / "config.json", *(directory / part / "config.json" for part in PARTS)]
 
 
-def _check_local_base(base: Path, config: ModelConfig) -> None:
-    for part in text_parts(config.sdxl).values():
-        names = {path.name for path in (base / part).glob("*")}
-        if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= names:
+def _check_base_dir(name: str, flag: str) -> None:
+    part = next((p for p in PARTS if (Path(name) / p / "config.json").is_file()), "unet")
+    check_component_dir(name, flag, f"{part}/config.json")
+
+
+def _check_local_base(base: Path, family: str, config: ModelConfig) -> None:
+    index, read = base / "model_index.json", reader(base)
+    for part in text_parts(family, read_config(index) if index.is_file() else {}):
+        folder = FAMILIES[family].text[part].tokenizer
+        names = {path.name for path in (base / folder).glob("*")}
+        if not any(kind <= names for kind in _VOCABULARIES):
             raise UserError(
-                f"{BASE_FLAG}: {base}/{part} has neither tokenizer.json nor vocab.json with "
+                f"{BASE_FLAG}: {base}/{folder} has neither tokenizer.json nor vocab.json with "
                 "merges.txt, the tokenizer's vocabulary"
             )
     vae, name = None, config.pretrained_vae_model_name_or_path
@@ -152,12 +161,30 @@ def _check_local_base(base: Path, config: ModelConfig) -> None:
         vae = read_config(Path(name) / "config.json")
     elif name:
         vae = {}
-    check_base(reader(base), config.sdxl, str(base), vae, f"{VAE_FLAG}: {name}/config.json")
+    check_base(read, family, str(base), vae, f"{VAE_FLAG}: {name}/config.json")
 
 
 def reader(base: Path) -> Reader:
     """Give what reads the JSON files of a local base; None for those that it has not."""
     return lambda file: read_config(base / file) if (base / file).is_file() else None
+
+
+def reader_of(name: str, revision: str | None, cache_dir: str | None) -> Reader:
+    """Give what reads the JSON files of a directory or of a repository on the hub."""
+    if Path(name).is_dir():
+        return reader(Path(name))
+
+    def read(file: str) -> Config | None:
+        try:
+            from huggingface_hub import hf_hub_download
+
+            path = hf_hub_download(name, file, revision=revision, cache_dir=cache_dir)
+        # Hub and network errors come in many classes; all mean that the file is not there.
+        except Exception:
+            return None
+        return read_config(Path(path))
+
+    return read
 
 
 def check_component_dir(name: str, flag: str, needed: str) -> None:
@@ -191,19 +218,66 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def check_family(unet_config: dict[str, Any], sdxl: bool, where: str) -> None:
-    """Refuse a UNet config that is not of the family asked for.
+def find_family(read: Reader, where: str) -> tuple[str, Config]:
+    """Find a base's family, a name of `FAMILIES`, and its denoiser's configuration.
+
+    Args:
+        read: gives the base's files.
+        where: names it, for messages.
 
     Raises:
-        UserError: naming --sdxl, or what it is conditioned on besides.
+        UserError: it has no denoiser, or one that no family has.
     """
-    extra = unet_config.get("addition_embed_type")
+    for part in PARTS:
+        if (config := read(f"{part}/config.json")) is not None:
+            return _family(config, f"{where}/{part}/config.json"), config
+    raise UserError(
+        f"{where}: cannot load {' or '.join(f'{part}/config.json' for part in PARTS)}; give a hub "
+        "id this machine can reach or has in --cache_dir, or a local directory in diffusers layout"
+    )
+
+
+def _family(config: Config, where: str) -> str:
+    extra = config.get("addition_embed_type")
     if extra not in (None, "text_time"):
         raise UserError(
             f"{where} holds a UNet of another kind: addition_embed_type is {extra!r}; it must be "
             "null (SD1.5) or text_time (SDXL)"
         )
-    wanted = "sdxl" if sdxl else "sd15"
-    found = family_of_config(unet_config)
-    if found != wanted:
-        raise UserError(f"{where} holds an {FAMILIES[found].label} UNet: {FAMILIES[found].advice}")
+    family = family_of_config(config)
+    if family is None:
+        known = ", ".join(dict.fromkeys(facts.model for facts in FAMILIES.values()))
+        raise UserError(f"{where} is of a {config.get('_class_name')}; served are {known}")
+    return family
+
+
+def check_sdxl(sdxl: bool, family: str, where: str) -> None:
+    """Refuse --sdxl for a base of another family.
+
+    Raises:
+        UserError: beginning with `where`.
+    """
+    if sdxl and family != "sdxl":
+        facts = FAMILIES[family]
+        raise UserError(f"{where} holds an {facts.label} {kind_of(facts)}: leave --sdxl out")
+
+
+def check_family(config: Config, family: str, where: str) -> None:
+    """Refuse a denoiser's configuration that is not of the family asked for.
+
+    Raises:
+        UserError: beginning with `where`.
+    """
+    found, wanted = _family(config, where), FAMILIES[family]
+    if found != family:
+        has = FAMILIES[found]
+        advice = f", or {has.advice}" if has.advice and wanted.advice else ""
+        raise UserError(
+            f"{where} holds an {has.label} {kind_of(has)}, but the base is of {wanted.label}: give "
+            f"one of that{advice}"
+        )
+
+
+def kind_of(facts: FamilyFacts) -> str:
+    """Name the kind of a family's denoiser, for messages."""
+    return "UNet" if facts.part == "unet" else "transformer"

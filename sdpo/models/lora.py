@@ -24,7 +24,7 @@ from sdpo.common.errors import UserError
 from sdpo.common.precision import hold_frozen_products
 from sdpo.common.randomness import Key, generator
 from sdpo.models.loading import read_state_dict
-from sdpo.models.lora_file import Layer, added, read_lora
+from sdpo.models.lora_file import Layer, added, facts_of, read_lora
 
 if TYPE_CHECKING:
     from sdpo.config import ModelConfig
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 LORA_FILE = "pytorch_lora_weights.safetensors"
 _ADAPTER = "default"
 _START = "start"  # what --lora_init holds, kept for the reference
-_PREFIX = "unet."
 # Fields that diffusers 0.35 looks for in a file's metadata, whatever their value.
 _ALWAYS_NAMED = ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
 
@@ -273,10 +272,10 @@ def _merged_weight(layer: Any, weight: Tensor) -> Tensor:
 def save_adapters(unet: Any, path: Path) -> None:
     """Write the adapters in diffusers' LoRA layout: `pipeline.load_lora_weights` takes the file, or
     its directory where it is called `LORA_FILE`."""
-    from diffusers import StableDiffusionPipeline
+    import diffusers
     from peft import LoraConfig, get_peft_model_state_dict
 
-    # Both families' pipelines call the UNet's part "unet", so that either class may write it.
+    facts = facts_of(unet)
     state = get_peft_model_state_dict(unet, adapter_name=_ADAPTER)
     # What is as peft has it is left out: an older peft refuses fields that it does not know.
     plain, used = LoraConfig().to_dict(), unet.peft_config[_ADAPTER].to_dict()
@@ -284,11 +283,11 @@ def save_adapters(unet: Any, path: Path) -> None:
         name: value for name, value in used.items() if name in _ALWAYS_NAMED or value != plain[name]
     }
     settings["target_modules"] = sorted(settings["target_modules"])
-    StableDiffusionPipeline.save_lora_weights(
+    layers = {k: v.detach().cpu().contiguous() for k, v in state.items()}
+    getattr(diffusers, facts.pipeline).save_lora_weights(
         path.parent,
-        unet_lora_layers={k: v.detach().cpu().contiguous() for k, v in state.items()},
         weight_name=path.name,
-        unet_lora_adapter_metadata=settings,
+        **{f"{facts.part}_lora_layers": layers, f"{facts.part}_lora_adapter_metadata": settings},
     )
 
 
@@ -300,7 +299,8 @@ def load_adapters(unet: nn.Module, path: Path) -> None:
     """
     from peft import get_peft_model_state_dict
 
-    state = {name.removeprefix(_PREFIX): value for name, value in read_state_dict(path).items()}
+    prefix = f"{facts_of(unet).part}."
+    state = {name.removeprefix(prefix): value for name, value in read_state_dict(path).items()}
     own = get_peft_model_state_dict(unet, adapter_name=_ADAPTER)
     shapes = [{k: v.shape for k, v in tensors.items()} for tensors in (state, own)]
     if shapes[0] != shapes[1]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from sdpo.common.errors import UserError
-from sdpo.config.families import family_of_config
+from sdpo.config.families import FAMILIES, FamilyFacts, family_of_config
 from sdpo.models.loading import read_state_dict
 from sdpo.models.locations import TEXT_LORA, refuse_text_lora
 from sdpo.models.original import unet_blocks, unet_name
@@ -31,6 +31,7 @@ _KINDS = (
     (re.compile(r"(.+)\.lora_magnitude_vector(\.default)?(\.weight)?"), "magnitude"),
     (re.compile(r"(.+)\.alpha"), "alpha"),
 )
+_PART = re.compile(r"^(unet|transformer)\.")
 
 
 @dataclass
@@ -68,7 +69,8 @@ def read_lora(path: Path, unet: Any, flag: str, beside_text: bool = False) -> di
         refuse_text_lora(state, where)
     layers = adaptable(unet)
     own = {_plain(name): value for name, value in state.items() if not TEXT_LORA.match(name)}
-    return adapters(own, layers, _known_names(layers, unet.config), settings(path, "unet."), where)
+    about = settings(path, f"{facts_of(unet).part}.")
+    return adapters(own, layers, _known_names(layers, unet), about, where)
 
 
 def adaptable(module: nn.Module) -> dict[str, Any]:
@@ -117,14 +119,22 @@ def adapters(
     }
 
 
-def _known_names(layers: Iterable[str], config: Any) -> dict[str, str]:
+def facts_of(model: Any) -> FamilyFacts:
+    """Find the family of a denoiser, plain or with adapters."""
+    family = family_of_config({**model.config, "_class_name": type(model).__name__})
+    assert family is not None
+    return FAMILIES[family]
+
+
+def _known_names(layers: Iterable[str], model: Any) -> dict[str, str]:
     """Every way in which a file may name a layer, to the layer's name."""
-    blocks = unet_blocks(config)
     known = {}
     for name in layers:
         known[name] = name
         known[kohya_name(name)] = name
-        known[kohya_name(unet_name(name, blocks))] = name
+    if facts_of(model).part == "unet":
+        blocks = unet_blocks(model.config)
+        known |= {kohya_name(unet_name(name, blocks)): name for name in layers}
     return known
 
 
@@ -134,7 +144,7 @@ def kohya_name(name: str) -> str:
 
 
 def _plain(name: str) -> str:
-    name = name.removeprefix("base_model.model.").removeprefix("unet.")
+    name = _PART.sub("", name.removeprefix("base_model.model."))
     # The first naming of diffusers, of attention processors.
     name = name.replace(".processor.", ".").replace(".to_out_lora.", ".to_out.0.lora.")
     return re.sub(r"\.(to_[qkv])_lora\.", r".\1.lora.", name)

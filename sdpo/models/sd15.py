@@ -7,25 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdpo.config.families import FAMILIES
-from sdpo.models.base import Conditions, Family, Frozen, ModelSource, tokenize
+from sdpo.models.base import Conditions, Family, Frozen, ModelSource
+from sdpo.models.text import tokenize
 
 
 class SD15(Family):
     """UNet conditioned on the text encoder's final, normalised hidden states."""
 
     name = "sd15"
-    sdxl = False
-    default_resolution = FAMILIES["sd15"].resolution
-    sample_guidance = 7.5
-
-    def _text_encoder_classes(self) -> dict[str, Any]:
-        from transformers import CLIPTextModel
-
-        return {"text_encoder": CLIPTextModel}
-
-    def _tokenizer_parts(self) -> tuple[str, ...]:
-        return ("tokenizer",)
 
     @torch.no_grad()
     def encode_text(self, frozen: Frozen, captions: list[str]) -> dict[str, Tensor]:

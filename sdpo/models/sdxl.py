@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdpo.config.families import FAMILIES
-from sdpo.models.base import Conditions, Family, Frozen, ModelSource, tokenize
+from sdpo.models.base import Conditions, Family, Frozen, ModelSource
+from sdpo.models.text import tokenize
 
 
 class SDXL(Family):
@@ -17,17 +17,6 @@ class SDXL(Family):
     which for the square crop are told as (R, R, 0, 0, R, R)."""
 
     name = "sdxl"
-    sdxl = True
-    default_resolution = FAMILIES["sdxl"].resolution
-    sample_guidance = 5.0
-
-    def _text_encoder_classes(self) -> dict[str, Any]:
-        from transformers import CLIPTextModel, CLIPTextModelWithProjection
-
-        return {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
-
-    def _tokenizer_parts(self) -> tuple[str, ...]:
-        return ("tokenizer", "tokenizer_2")
 
     def vae_dtype(self, vae: Any, dtype: torch.dtype) -> torch.dtype:
         """Choose float32 for a VAE that overflows in float16, as SDXL's own does."""

@@ -2,8 +2,9 @@
 
     python -m sdpo.tinyworld.architecture --family sdxl --size micro --out DIR
 
-Same parts, names and files as ``stable-diffusion-v1-5`` and ``stable-diffusion-xl-base-1.0``, only
-smaller: the VAE halves a 64 px image twice (4 x 16 x 16 latents) and prompts hold 24 tokens.
+Same parts, names and files as ``stable-diffusion-v1-5``, ``stable-diffusion-xl-base-1.0`` and
+``stable-diffusion-3.5-medium`` (without its T5), only smaller: the VAE halves a 64 px image twice
+(4 x 16 x 16 latents) and prompts hold 24 tokens.
 """
 
 from __future__ import annotations
@@ -28,20 +29,21 @@ from sdpo.common.text_encoders import name_for_all_versions
 from sdpo.tinyworld import world
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from diffusers import AutoencoderKL, SD3Transformer2DModel, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTokenizer
 
-# diffusers' pipelines of the two families, whose components are attributes that no type names.
+# diffusers' pipelines of the families, whose components are attributes that no type names.
 Pipeline = Any
 PROGRAM = "python -m sdpo.tinyworld.architecture"
-FAMILIES = ("sd15", "sdxl")
+FAMILIES = ("sd15", "sdxl", "sd3")
 PROMPT_LENGTH = 24
 LATENT_SIZE = 16
 
 
 @dataclass(frozen=True)
 class Size:
-    """Widths of one size: channels of the VAE and UNet levels, width of the text encoders."""
+    """Widths of one size: channels of the VAE and UNet levels, width of the text encoders, and the
+    transformer's blocks and width of a head."""
 
     vae_channels: tuple[int, ...]
     unet_channels: tuple[int, ...]
@@ -49,11 +51,13 @@ class Size:
     heads: int
     norm_groups: int
     time_id_width: int
+    blocks: int
+    head_width: int
 
 
 SIZES = {
-    "small": Size((8, 16, 32), (32, 64), 64, 4, 8, 8),
-    "micro": Size((4, 8, 8), (8, 16), 16, 2, 4, 4),
+    "small": Size((8, 16, 32), (32, 64), 64, 4, 8, 8, 4, 32),
+    "micro": Size((4, 8, 8), (8, 16), 16, 2, 4, 4, 2, 8),
 }
 
 
@@ -185,12 +189,31 @@ def _build_unet(family: str, size: Size) -> UNet2DConditionModel:
     )
 
 
+def _build_transformer(size: Size) -> SD3Transformer2DModel:
+    from diffusers import SD3Transformer2DModel
+
+    return SD3Transformer2DModel(
+        sample_size=LATENT_SIZE,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=size.blocks,
+        num_attention_heads=size.heads,
+        attention_head_dim=size.head_width,
+        caption_projection_dim=size.heads * size.head_width,
+        joint_attention_dim=2 * size.text_width,
+        pooled_projection_dim=2 * size.text_width,
+        pos_embed_max_size=2 * LATENT_SIZE,
+        qk_norm="rms_norm",
+    )
+
+
 def build_pipeline(family: str, size: str = "small", seed: int = 0) -> Pipeline:
     """Build a pipeline with random float32 weights, equal for equal arguments; the global RNG stays
     as it was.
 
     Args:
-        family: "sd15" or "sdxl".
+        family: "sd15", "sdxl" or "sd3".
         size: "small" (what ships in ``assets/``) or "micro" (for tests).
 
     Raises:
@@ -203,7 +226,9 @@ def build_pipeline(family: str, size: str = "small", seed: int = 0) -> Pipeline:
     import torch
     from diffusers import (
         EulerDiscreteScheduler,
+        FlowMatchEulerDiscreteScheduler,
         PNDMScheduler,
+        StableDiffusion3Pipeline,
         StableDiffusionPipeline,
         StableDiffusionXLPipeline,
     )
@@ -222,11 +247,15 @@ def build_pipeline(family: str, size: str = "small", seed: int = 0) -> Pipeline:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         parts: dict[str, Any] = {"tokenizer": tokenizer, "vae": build_vae(size)}
-        parts["unet"] = _build_unet(family, widths)
-        # SDXL reads its encoders one layer before the last, so they get one more.
+        if family == "sd3":
+            parts["transformer"] = _build_transformer(widths)
+        else:
+            parts["unet"] = _build_unet(family, widths)
+        # The others read their encoders one layer before the last, so they get one more.
         layers = 2 if family == "sd15" else 3
-        parts["text_encoder"] = CLIPTextModel(_text_config(widths, tokenizer, layers))
-        if family == "sdxl":
+        first: Any = CLIPTextModelWithProjection if family == "sd3" else CLIPTextModel
+        parts["text_encoder"] = first(_text_config(widths, tokenizer, layers))
+        if family != "sd15":
             parts["text_encoder_2"] = CLIPTextModelWithProjection(
                 _text_config(widths, tokenizer, layers)
             )
@@ -240,6 +269,17 @@ def build_pipeline(family: str, size: str = "small", seed: int = 0) -> Pipeline:
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
+        )
+    if family == "sd3":
+        # Without a number there the pipeline cannot decode.
+        parts["vae"].register_to_config(shift_factor=0.0)
+        return StableDiffusion3Pipeline(
+            **parts,
+            tokenizer_2=build_tokenizer(),
+            text_encoder_3=None,
+            tokenizer_3=None,
+            # Images of so few tokens need no shift towards noise.
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
         )
     return StableDiffusionXLPipeline(
         **parts,

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 _MARK = re.compile(r"<!-- sdpo:([0-9a-f]{16})[^\n]*-->\n\n")
 # What the hub calls the families.
-_TAGS = {"sd15": "stable-diffusion", "sdxl": "stable-diffusion-xl"}
+_TAGS = {"sd15": "stable-diffusion", "sdxl": "stable-diffusion-xl", "sd3": "stable-diffusion-3"}
 _TITLES = {"pipeline": "", "single_file": "", "lora": "LoRA on the base", "unet": "A checkpoint"}
 
 
@@ -215,7 +215,7 @@ def _pictures(made: Made) -> list[str]:
 def _uses(made: Made, weights: Sequence[Weights], repo: str | None) -> list[str]:
     config, parts = made.config, []
     for one in weights:
-        program = code(one, config.model, config.data.resolution, repo)
+        program = code(one, config.model, made.family, config.data.resolution, repo, made.absent)
         title = _TITLES[one.kind]
         parts += [f"{title}:"] if title and len(weights) > 1 else []
         parts.append(f"```python\n{program}\n```")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from sdpo.config import ModelConfig
+from sdpo.config.families import FAMILIES
 from sdpo.models.locations import WEIGHT_SUFFIXES, hub_id
 
 PROMPT = "a red bicycle in front of a white wall"
@@ -25,16 +27,32 @@ class Weights:
     ema: str = ""
 
 
-def code(weights: Weights, model: ModelConfig, resolution: int, repo: str | None) -> str:
+def code(
+    weights: Weights,
+    model: ModelConfig,
+    family: str,
+    resolution: int,
+    repo: str | None,
+    absent: Sequence[str] = (),
+) -> str:
     """Write the program that makes an image.
 
     Args:
         model: of the run.
+        family: of its base.
         resolution: pixels.
         repo: hub id that the card lies in; None for a directory, in which the program is then run.
+        absent: parts that the base has not.
     """
     load = {"pipeline": _pipeline, "single_file": _file, "lora": _lora, "unet": _unet}
     lines = load[weights.kind](weights.name, model, repo)
+    if absent:
+        more = "".join(f", {name}=None" for name in absent)
+        lines = [
+            f"{line[:-1]}{more})" if "DiffusionPipeline.from_pretrained(" in line else line
+            for line in lines
+        ]
+    lines = [line.replace("pipeline.unet.", f"pipeline.{FAMILIES[family].part}.") for line in lines]
     prompt = f'image = pipeline("{PROMPT}", height={resolution}, width={resolution}).images[0]'
     return "\n".join([*lines, prompt, 'image.save("image.png")'])
 

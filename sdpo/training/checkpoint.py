@@ -50,7 +50,6 @@ EMA_LORA_FILE = f"{Path(LORA_FILE).stem}{_EMA}.safetensors"
 SAME_RUN = (
     "train_method",
     "dspo_form",
-    "sdxl",
     "seed",
     "use_adafactor",
     "use_8bit_adam",

@@ -12,7 +12,9 @@ import yaml
 
 from sdpo.common.flags import from_flat
 from sdpo.config import TrainConfig
+from sdpo.config.families import FAMILIES
 from sdpo.config.rules import fill_in
+from sdpo.models.checks import text_parts
 from sdpo.models.locations import hub_id
 from sdpo.training.checkpoint_paths import STATE_FILE, step_of
 from sdpo.training.runlog import CONFIG_FILE
@@ -60,6 +62,17 @@ class Made:
         """The name of the base's family."""
         sdxl = "sdxl" if self.config.model.sdxl else "sd15"
         return str(self.about.get("resolved", {}).get("family", sdxl))
+
+    @property
+    def absent(self) -> tuple[str, ...]:
+        """The optional parts that the base has not, which diffusers wants to be told."""
+        index = Path(self.config.model.pretrained_model_name_or_path) / "model_index.json"
+        if not index.is_file():
+            return ()
+        text = FAMILIES[self.family].text
+        there = text_parts(self.family, json.loads(index.read_text(encoding="utf-8")))
+        gone = [(folder, part.tokenizer) for folder, part in text.items() if folder not in there]
+        return tuple(name for names in gone for name in names)
 
     @property
     def step(self) -> int:

@@ -5,18 +5,26 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TypeVar
 
 from sdpo.common.errors import UserError
 from sdpo.config import RunConfig, TrainConfig
 from sdpo.data.local import check_cache_location, check_data_location
+from sdpo.models.kind import settle
 from sdpo.models.locations import check_model_location
 from sdpo.training.checkpoint_paths import check_output_dir
 from sdpo.training.hub_checks import check_hub
 from sdpo.training.sharding import launched_sharding
 
+C = TypeVar("C", bound=TrainConfig)
 
-def check_places(config: TrainConfig) -> None:
+
+def check_places(config: C) -> C:
     """Check all that a run names: base, data, cache, output directory, packages, launcher.
+
+    Returns:
+        The settings with what they leave to the base filled in; with --check_only that of a base
+        on the hub is not asked for.
 
     Raises:
         UserError: naming the flag and what would be right.
@@ -33,6 +41,9 @@ def check_places(config: TrainConfig) -> None:
     check_output_dir(config.run)
     check_hub(config.run, Path(config.run.output_dir))
     launched_sharding(config)
+    if config.run.check_only and not Path(config.model.pretrained_model_name_or_path).exists():
+        return config
+    return settle(config)
 
 
 def _check_tracker(run: RunConfig) -> None:

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from sdpo.common.captions import for_tokenizer
 from sdpo.common.files import written_beside
 from sdpo.common.randomness import generator
 
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from sdpo.config import TrainConfig
+    from sdpo.models.base import Family
     from sdpo.training.state import Models
 
 SAMPLE_STEPS = 25
@@ -27,11 +27,11 @@ SAMPLE_STEPS = 25
 
 @torch.no_grad()
 def sample(
+    family: Family,
     pipeline: Any,
     prompts: Sequence[str],
     seed: int,
     resolution: int,
-    guidance: float,
     steps: int = SAMPLE_STEPS,
     batch_size: int = 8,
 ) -> list[Image.Image]:
@@ -39,13 +39,12 @@ def sample(
     pipeline.set_progress_bar_config(disable=True)
     images: list[Image.Image] = []
     for first in range(0, len(prompts), batch_size):
-        chunk = for_tokenizer(pipeline.tokenizer, prompts[first : first + batch_size])
+        chunk = prompts[first : first + batch_size]
         images += pipeline(
-            chunk,
+            **family.call_options(pipeline, chunk, family.facts.guidance),
             height=resolution,
             width=resolution,
             num_inference_steps=steps,
-            guidance_scale=guidance,
             generator=[generator(seed, first + i, "sample") for i in range(len(chunk))],
         ).images
     return images
@@ -78,11 +77,11 @@ def draw_grid(
     family, source = models.base
     pipeline = family.pipeline(unet, models.encoder.frozen_parts(), source)
     images = sample(
+        family,
         pipeline,
         config.run.validation_prompts,
         config.run.seed,
         config.data.resolution,
-        family.sample_guidance,
     )
     sheet = grid(images, columns=math.ceil(math.sqrt(len(images))))
     path = Path(config.run.output_dir) / "samples" / f"step-{step:06d}.png"

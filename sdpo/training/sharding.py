@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sdpo.common.errors import UserError
+from sdpo.config.families import FAMILIES
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +35,7 @@ _KEYS_NOT_SERVED = {
     "activation_checkpointing": "--gradient_checkpointing does it",
 }
 # What one process holds whole at a time during a pass.
-_UNITS = ("BasicTransformerBlock", "ResnetBlock2D")
+_UNITS = frozenset(unit for facts in FAMILIES.values() for unit in facts.units)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from scripts.parity.small_scorers import write_clip_tokenizer
 from sdpo.common.captions import cleaned, for_tokenizer, mended
 from sdpo.data.latents.store import caption_digest
 from sdpo.models import get_family
-from sdpo.models.base import ModelSource, tokenize
+from sdpo.models.base import ModelSource
+from sdpo.models.text import tokenize
 
 PUBLISHED = Path(__file__).resolve().parents[3] / "shared/prompts"
 WORDS = regex.compile(
@@ -201,7 +202,7 @@ def test_a_tokenizer_that_cleans_is_given_the_captions():
 
 
 def test_training_scoring_and_sampling_clean(tiny_sd15):
-    family, source = get_family(False), ModelSource(str(tiny_sd15))
+    family, source = get_family("sd15"), ModelSource(str(tiny_sd15))
     frozen = family.load_frozen(source)
     curly, straight = "A “red” circle，left", 'a "red" circle,left'
     rows = tokenize(frozen.tokenizers[0], [curly, straight], torch.device("cpu"))
@@ -214,7 +215,7 @@ def test_training_scoring_and_sampling_clean(tiny_sd15):
 
     unet = family.load_unet(source)
     pipeline = family.pipeline(unet, frozen, source)
-    one, other = (sample(pipeline, [p], 0, 32, 7.5, steps=2)[0] for p in (curly, straight))
+    one, other = (sample(family, pipeline, [p], 0, 32, steps=2)[0] for p in (curly, straight))
     assert one.tobytes() == other.tobytes()
     sampling = Sampling(2, 7.5, 0, 32, torch.float32)
     protocol = Diffusers(family, unet, frozen, source, sampling, torch.device("cpu"))

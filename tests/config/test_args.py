@@ -13,6 +13,7 @@ from sdpo.common.errors import UserError
 from sdpo.common.flags import build_parser
 from sdpo.config import TrainConfig, parse_train
 from sdpo.losses import method_names
+from sdpo.training.places import check_places
 
 FLAGS = [
     "--pretrained_model_name_or_path",
@@ -128,8 +129,7 @@ import train
 from sdpo.common.errors import UserError
 from sdpo.config import parse_train
 from sdpo.training.places import check_places
-config = parse_train(json.loads(sys.argv[1]))
-check_places(config)
+config = check_places(parse_train(json.loads(sys.argv[1])))
 try:
     where = ["--pretrained_model_name_or_path", "./none", "--train_data_dir", "x"]
     check_places(parse_train(where))
@@ -144,13 +144,15 @@ print(json.dumps([config.data.resolution, sorted(heavy & set(sys.modules))]))
     argv += ["--train_data_dir", str(pairs_dir), "--output_dir", str(tmp_path)]
     answer = run(repo, "-c", program, json.dumps(argv))
     assert answer.returncode == 0, answer.stderr
-    assert json.loads(answer.stdout) == [1024, []]
+    assert json.loads(answer.stdout) == [64, []]
 
 
 def test_defaults(tiny_sd15, pairs_dir, tmp_path):
     where = ["--pretrained_model_name_or_path", str(tiny_sd15), "--output_dir", str(tmp_path)]
-    config = parse_train([*where, "--train_data_dir", str(pairs_dir)])
-    assert config.data.resolution == 512
+    parsed = parse_train([*where, "--train_data_dir", str(pairs_dir)])
+    assert (parsed.data.resolution, parsed.safeguard.winner_preserving_scope) == (None, None)
+    config = check_places(parsed)
+    assert config.data.resolution == 64
     assert config.optim.max_train_steps == 2000
     assert config.method.train_method == "diffusion-dpo"
     assert (config.safeguard.use_winner_preserving, config.safeguard.winner_preserving_scope) == (
@@ -294,9 +296,7 @@ def test_paths_of_the_wrong_kind(make_config, tmp_path):
         make_config(pretrained_model_name_or_path=broken.parent)
 
 
-def test_family_and_sdxl_flag_must_agree(make_config, tiny_sd15, tiny_sdxl):
-    with pytest.raises(UserError, match=r"SDXL UNet: add --sdxl"):
-        make_config(pretrained_model_name_or_path=tiny_sdxl)
+def test_sdxl_flag_must_fit_the_base(make_config, tiny_sd15):
     with pytest.raises(UserError, match=r"SD1\.5 UNet: leave --sdxl out"):
         make_config(pretrained_model_name_or_path=tiny_sd15, sdxl=True)
     assert make_config(sdxl=True).model.sdxl is True

@@ -24,6 +24,17 @@ RECIPES = {
 }
 
 
+# Starting values for other bases: base, pixels, rank, beta.
+STARTS = {
+    "sd21_v_diffusion_dpo": ("stabilityai/stable-diffusion-2-1", 768, None, 5000),
+    "sdxl_v_diffusion_dpo": ("Laxhar/noobai-XL-Vpred-1.0", 1024, None, 5000),
+    "sd35_medium_diffusion_dpo": ("stabilityai/stable-diffusion-3.5-medium", 1024, 32, 2000),
+    "flux_diffusion_dpo": ("black-forest-labs/FLUX.1-dev", 1024, 32, 2000),
+    "qwen_image_diffusion_dpo": ("Qwen/Qwen-Image", 1024, 32, 2500),
+    "z_image_diffusion_dpo": ("Tongyi-MAI/Z-Image", 1024, 32, 2500),
+}
+
+
 def recipe(repo, name: str, *argv: str) -> TrainConfig:
     file = repo / "scripts" / "recipes" / f"{name}.yaml"
     return parse_train(["--config_file", str(file), *argv])
@@ -54,6 +65,21 @@ def test_published_values(repo, name):
     assert config.run.checkpointing_steps == 500
 
 
+@pytest.mark.parametrize("name", STARTS)
+def test_starting_values(repo, name):
+    base, pixels, rank, beta = STARTS[name]
+    config = recipe(repo, name)
+    assert config.model.pretrained_model_name_or_path == base
+    assert (config.data.resolution, config.model.lora_rank) == (pixels, rank)
+    assert (config.method.train_method, config.method.beta_dpo) == ("diffusion-dpo", beta)
+    guard = config.safeguard
+    assert (guard.use_winner_preserving, guard.winner_preserving_scope) == (True, "pair")
+    assert (config.optim.mixed_precision, config.optim.gradient_checkpointing) == ("bf16", True)
+    assert config.optim.scale_lr is not bool(rank)
+    text = (repo / "scripts" / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
+    assert "not validated" in text
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_run_keeps_its_values_as_json(repo, name):
     config = recipe(repo, name)
@@ -78,9 +104,9 @@ def test_every_value_stands_in_its_section(repo, name):
 
 def test_all_recipes_are_listed_here(repo):
     folder = repo / "scripts" / "recipes"
-    assert {path.stem for path in folder.iterdir()} == set(RECIPES)
-    scripts = (repo / "scripts" / "train").glob("sd*.sh")
-    assert {path.stem for path in scripts} == set(RECIPES)
+    assert {path.stem for path in folder.iterdir()} == {*RECIPES, *STARTS}
+    scripts = (repo / "scripts" / "train").glob("[!_]*.sh")
+    assert {path.stem for path in scripts} == {*RECIPES, *STARTS}
 
 
 def test_flags_win_over_a_recipe(repo, tmp_path):

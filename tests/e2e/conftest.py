@@ -39,10 +39,11 @@ def shaped_pairs(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def train(tiny_sd15, tiny_sdxl, pairs_dir, datasets_cache, tmp_path_factory) -> Trainer:
+def train(tiny_sd15, tiny_sdxl, tiny_sd3, pairs_dir, datasets_cache, tmp_path_factory) -> Trainer:
     """Runs train.py on the tiny models and pairs."""
     scratch = tmp_path_factory.mktemp("stderr")
-    return Trainer({"sd15": tiny_sd15, "sdxl": tiny_sdxl}, pairs_dir, datasets_cache, scratch)
+    models = {"sd15": tiny_sd15, "sdxl": tiny_sdxl, "sd3": tiny_sd3}
+    return Trainer(models, pairs_dir, datasets_cache, scratch)
 
 
 @pytest.fixture(scope="session")

@@ -90,10 +90,11 @@ def flat(value: Any, name: str = "") -> dict[str, Any]:
 
 
 def base_unet(model: Path) -> dict[str, torch.Tensor]:
-    """The UNet's weights in a saved pipeline."""
+    """The denoiser's weights in a saved pipeline."""
     from safetensors.torch import load_file
 
-    return load_file(model / "unet" / "diffusion_pytorch_model.safetensors")
+    part = "unet" if (model / "unet").is_dir() else "transformer"
+    return load_file(model / part / "diffusion_pytorch_model.safetensors")
 
 
 def identical(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:

@@ -41,7 +41,7 @@ def test_a_file_in_the_original_layout_comes_back_to_the_bit(run, kind, train, t
     assert [p.name for p in out.parent.iterdir()] == [out.name]
     assert identical(from_single_file(kind, out, model).unet.state_dict(), run.unet())
     assert not identical(run.unet(), base_unet(model))
-    family = get_family(kind == "sdxl")
+    family = get_family(kind)
     source = ModelSource(str(model), weights=str(out))
     want, found = family.load_frozen(ModelSource(str(model))), family.load_frozen(source)
     for a, b in zip(
@@ -70,7 +70,7 @@ def test_adapters_in_kohyas_naming_do_the_same_in_diffusers(run, kind, train, tm
     state = load_file(out)
     assert all(name.startswith("lora_unet_") for name in state)
     assert {v.item() for k, v in state.items() if k.endswith(".alpha")} == {8.0}
-    family, source = get_family(kind == "sdxl"), ModelSource(str(train.models[kind]))
+    family, source = get_family(kind), ModelSource(str(train.models[kind]))
     pipeline = family.pipeline(family.load_unet(source), family.load_frozen(source), source)
     pipeline.load_lora_weights(out)
     pipeline.fuse_lora()

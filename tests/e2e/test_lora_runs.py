@@ -146,7 +146,7 @@ def prediction(unet):
 def test_diffusers_loads_the_adapters(runs, train, kind, where):
     """On the base, from a directory, the pipeline computes what the exported one does."""
     out = runs(kind).out
-    family, source = get_family(kind == "sdxl"), ModelSource(str(train.models[kind]))
+    family, source = get_family(kind), ModelSource(str(train.models[kind]))
     frozen = family.load_frozen(source)
     pipeline = family.pipeline(family.load_unet(source), frozen, source)
     start = prediction(pipeline.unet)

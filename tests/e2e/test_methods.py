@@ -33,7 +33,11 @@ METRICS = {
 BETA = {"diffusion-dpo": 5000, "dmpo": 2000, "dspo": 20, "sft": 5000}
 SAFEGUARDS = {
     "off": {},
-    "batch": {"use_winner_preserving": True, "winner_preserving_mu": 0.9},
+    "batch": {
+        "use_winner_preserving": True,
+        "winner_preserving_mu": 0.9,
+        "winner_preserving_scope": "batch",
+    },
     "pair": {
         "use_winner_preserving": True,
         "winner_preserving_mu": 0.9,
@@ -45,7 +49,7 @@ FIRST_LOSS = {
     # KL(Bernoulli(1/2) || Bernoulli(0.99))
     "dmpo": 0.5 * math.log(0.5 / 0.99) + 0.5 * math.log(0.5 / 0.01),
 }
-FAMILIES = ("sd15", "sdxl")
+FAMILIES = ("sd15", "sdxl", "sd3")
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +63,7 @@ def runs(train, tmp_path_factory):
         if key not in made:
             made[key] = train(
                 tmp_path_factory.mktemp("run"),
-                sdxl=family == "sdxl",
+                pretrained_model_name_or_path=train.models[family],
                 train_method=method,
                 beta_dpo=5000 if (family, method) == ("sdxl", "dspo") else BETA[method],
                 train_batch_size=4,
@@ -124,7 +128,7 @@ def test_preference_method(runs, train, family, method, safeguard):
     first = run.metrics[0]
     if method in FIRST_LOSS:
         assert first["loss"] == pytest.approx(FIRST_LOSS[method], abs=1e-5)
-    elif family == "sd15":
+    elif family != "sdxl":
         assert first["loss"] == pytest.approx(first["winner_mse"], rel=1e-5)
     else:
         assert first["loss"] == pytest.approx(0.25, abs=1e-5)
@@ -148,7 +152,8 @@ def test_preference_method(runs, train, family, method, safeguard):
     trained = run.unet()
     assert trained.keys() == base.keys()
     moved = [name for name in base if not trained[name].equal(base[name])]
-    assert len(moved) > 0.95 * len(base), sorted(base.keys() - set(moved))
+    # Of a transformer the last block leaves the captions alone, and the positions are fixed.
+    assert len(moved) > 0.94 * len(base), sorted(base.keys() - set(moved))
     assert distance(trained, base) < 10 * 3 * 1e-4
 
     # The reference stays what it was: its errors are those that any other run sees.

@@ -19,9 +19,7 @@ SIZE = 32
 @pytest.fixture(scope="module", params=["sd15", "sdxl"])
 def base(request, tiny_sd15, tiny_sdxl):
     """(family, directory of its tiny model)."""
-    return get_family(request.param == "sdxl"), {"sd15": tiny_sd15, "sdxl": tiny_sdxl}[
-        request.param
-    ]
+    return get_family(request.param), {"sd15": tiny_sd15, "sdxl": tiny_sdxl}[request.param]
 
 
 def build(name, base, dtype="fp32", steps=4, cfg=3.0, seed=0):

@@ -22,7 +22,7 @@ def loaded(request, tiny_sd15, tiny_sdxl):
     """(family, source, frozen, diffusers' own pipeline)."""
     import diffusers
 
-    family = get_family(request.param == "sdxl")
+    family = get_family(request.param)
     source = ModelSource(str(tiny_sdxl if family.sdxl else tiny_sd15))
     name = "StableDiffusionXLPipeline" if family.sdxl else "StableDiffusionPipeline"
     pipeline = getattr(diffusers, name).from_pretrained(source.base)
@@ -30,11 +30,8 @@ def loaded(request, tiny_sd15, tiny_sdxl):
 
 
 def test_get_family():
-    assert (get_family(False).name, get_family(True).name) == ("sd15", "sdxl")
-    assert (get_family(False).default_resolution, get_family(True).default_resolution) == (
-        512,
-        1024,
-    )
+    assert (get_family("sd15").name, get_family("sdxl").name) == ("sd15", "sdxl")
+    assert (get_family("sd15").facts.resolution, get_family("sdxl").facts.resolution) == (512, 1024)
 
 
 def test_captions_are_encoded_as_the_pipeline_does(loaded):
@@ -57,7 +54,7 @@ def test_captions_are_encoded_as_the_pipeline_does(loaded):
 def test_time_ids(tiny_sdxl):
     import diffusers
 
-    family, source = get_family(True), ModelSource(str(tiny_sdxl))
+    family, source = get_family("sdxl"), ModelSource(str(tiny_sdxl))
     frozen = family.load_frozen(source)
     found = family.encode_captions(frozen, CAPTIONS, 1024)["time_ids"]
     assert found.tolist() == [[1024, 1024, 0, 0, 1024, 1024]] * 4
@@ -180,32 +177,36 @@ def edited_copy(source, tmp_path, file, **changes):
     return ModelSource(str(tmp_path / "edited"))
 
 
-@pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
-def test_a_base_that_does_not_predict_noise_is_refused(tiny_sd15, tmp_path, prediction):
+@pytest.mark.parametrize("prediction", ["flow_prediction", "sample"])
+def test_a_base_that_predicts_neither_noise_nor_velocity_is_refused(
+    tiny_sd15, tmp_path, prediction
+):
     source = edited_copy(
         tiny_sd15, tmp_path, "scheduler/scheduler_config.json", prediction_type=prediction
     )
     with pytest.raises(UserError, match=f"predicts {prediction}; .*epsilon"):
-        get_family(False).load_frozen(source)
+        get_family("sd15").load_frozen(source)
 
 
 def test_the_wrong_family_is_refused(tiny_sd15, tiny_sdxl):
-    with pytest.raises(UserError, match=r"SDXL UNet: add --sdxl"):
-        get_family(False).load_unet(ModelSource(str(tiny_sdxl)))
-    with pytest.raises(UserError, match=r"SD1\.5 UNet: leave --sdxl out"):
-        get_family(True).load_unet_config(ModelSource(str(tiny_sd15)))
+    with pytest.raises(UserError, match=r"SDXL UNet, but the base is of SD1\.5.*add --sdxl"):
+        get_family("sd15").load_unet(ModelSource(str(tiny_sdxl)))
+    with pytest.raises(UserError, match=r"SD1\.5 UNet, but.*leave --sdxl out"):
+        get_family("sdxl").load_unet_config(ModelSource(str(tiny_sd15)))
 
 
 def test_family_of_config():
     assert family_of_config({"addition_embed_type": "text_time"}) == "sdxl"
     assert family_of_config({"addition_embed_type": None}) == "sd15"
     assert family_of_config({}) == "sd15"
+    assert family_of_config({"_class_name": "SD3Transformer2DModel"}) == "sd3"
+    assert family_of_config({"_class_name": "SomeTransformer"}) is None
 
 
 def test_a_hub_id_without_a_network_is_one_sentence():
     for load in ("load_unet", "load_frozen", "load_unet_config"):
         with pytest.raises(UserError) as caught:
-            getattr(get_family(False), load)(ModelSource("somebody/no-such-model"))
+            getattr(get_family("sd15"), load)(ModelSource("somebody/no-such-model"))
         assert str(caught.value).startswith("--pretrained_model_name_or_path: cannot load ")
         assert "somebody/no-such-model" in str(caught.value)
         assert "\n" not in str(caught.value)
@@ -218,7 +219,7 @@ def test_another_vae(tiny_sd15, tmp_path):
     with torch.no_grad():
         vae.quant_conv.weight.mul_(2)
     vae.save_pretrained(tmp_path / "vae")
-    family = get_family(False)
+    family = get_family("sd15")
     plain = family.load_frozen(ModelSource(str(tiny_sd15)))
     other = family.load_frozen(ModelSource(str(tiny_sd15), vae=str(tmp_path / "vae")))
     torch.testing.assert_close(other.vae.quant_conv.weight, 2 * plain.vae.quant_conv.weight)

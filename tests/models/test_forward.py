@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module", params=["sd15", "sdxl"])
 def models(request, tiny_sd15, tiny_sdxl):
     """(family, unet, frozen) of either family."""
-    family = get_family(request.param == "sdxl")
+    family = get_family(request.param)
     source = ModelSource(str(tiny_sdxl if family.sdxl else tiny_sd15))
     return family, family.load_unet(source), family.load_frozen(source)
 

@@ -19,7 +19,7 @@ from sdpo.models.loading import is_weights_file, load_strictly, read_state_dict
 @pytest.fixture(scope="module")
 def trained(tiny_sd15):
     """An SD1.5 UNet unlike the base's."""
-    unet = get_family(False).load_unet(ModelSource(str(tiny_sd15)))
+    unet = get_family("sd15").load_unet(ModelSource(str(tiny_sd15)))
     with torch.no_grad():
         for parameter in unet.parameters():
             parameter.add_(0.125)
@@ -27,7 +27,9 @@ def trained(tiny_sd15):
 
 
 def start(tiny, init, sdxl=False):
-    return get_family(sdxl).load_unet(ModelSource(str(tiny), unet_init=str(init)))
+    return get_family("sdxl" if sdxl else "sd15").load_unet(
+        ModelSource(str(tiny), unet_init=str(init))
+    )
 
 
 def save_as(unet, kind, directory):
@@ -50,7 +52,7 @@ def test_unet_init(kind, trained, tiny_sd15, tmp_path):
     want = trained.state_dict()
     assert all(torch.equal(v, want[k]) for k, v in unet.state_dict().items())
     assert all(p.dtype == torch.float32 for p in unet.parameters())
-    base = get_family(False).load_unet(ModelSource(str(tiny_sd15)))
+    base = get_family("sd15").load_unet(ModelSource(str(tiny_sd15)))
     assert not torch.equal(base.conv_in.weight, unet.conv_in.weight)
 
 
@@ -208,7 +210,7 @@ UNET, TEXT = "diffusion_pytorch_model.safetensors", "model.safetensors"
     ],
 )
 def test_a_base_that_lacks_weights_is_refused(tiny_sd15, tmp_path, part, file, drop):
-    family = get_family(False)
+    family = get_family("sd15")
     source = edited(
         tiny_sd15, tmp_path, part, file, lambda s: {k: v for k, v in s.items() if drop not in k}
     )
@@ -222,7 +224,7 @@ def test_a_base_that_lacks_weights_is_refused(tiny_sd15, tmp_path, part, file, d
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
 def test_a_base_with_unknown_weights_is_refused(tiny_sd15, tmp_path, part):
-    family, file = get_family(False), TEXT if part == "text_encoder" else UNET
+    family, file = get_family("sd15"), TEXT if part == "text_encoder" else UNET
     more = {"extra.weight": torch.zeros(2)}
     source = edited(tiny_sd15, tmp_path, part, file, lambda s: {**s, **more})
     with pytest.raises(UserError, match=rf"{part} from .*1 unknown \(e.g. extra.weight\)"):
@@ -232,7 +234,7 @@ def test_a_base_with_unknown_weights_is_refused(tiny_sd15, tmp_path, part):
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "cond_stage_model.transformer."])
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
 def test_a_bases_prefixes_are_taken_off(tiny_sd15, tmp_path, part, prefix):
-    family, file = get_family(False), TEXT if part == "text_encoder" else UNET
+    family, file = get_family("sd15"), TEXT if part == "text_encoder" else UNET
     source = edited(
         tiny_sd15, tmp_path, part, file, lambda s: {f"{prefix}{k}": v for k, v in s.items()}
     )
@@ -254,7 +256,7 @@ def test_weights_of_the_variant_fp16_alone(tiny_sd15, tmp_path):
     shutil.copytree(tiny_sd15, path)
     for file in path.rglob("*.safetensors"):
         file.rename(file.with_name(file.name.replace(".safetensors", ".fp16.safetensors")))
-    family, source = get_family(False), ModelSource(str(path))
+    family, source = get_family("sd15"), ModelSource(str(path))
     family.load_unet(source)
     family.load_frozen(source)
     start(tiny_sd15, path)

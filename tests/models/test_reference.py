@@ -22,7 +22,7 @@ FORMS = [{}, {"offload_reference": True}, {"lora_rank": 2}]
 @pytest.fixture(scope="module", params=["sd15", "sdxl"])
 def base(request, tiny_sd15, tiny_sdxl):
     """(family, UNet, inputs of 2 pairs) of either family."""
-    family = get_family(request.param == "sdxl")
+    family = get_family(request.param)
     source = ModelSource(str(tiny_sdxl if family.sdxl else tiny_sd15))
     pixels = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     batch = PairBatch(pixels, ["a red square", ""], [(0, 0, 0), (0, 0, 1)])

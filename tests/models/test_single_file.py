@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import save_file
 
 from sdpo.common.errors import UserError
-from sdpo.models import get_family
-from sdpo.models.base import ModelSource, place_of_base
+from sdpo.models import get_family, open_base
+from sdpo.models.base import ModelSource
+from sdpo.models.kind import place_of_base
 from sdpo.models.original import text_states, unet_state, vae_state
 
 
@@ -24,7 +25,7 @@ def parts_of(family, source):
 @pytest.fixture(scope="module", params=["sd15", "sdxl"])
 def base(request, tiny_sd15, tiny_sdxl, tmp_path_factory):
     """(family, directory in diffusers layout, its parts, their state dict in one)."""
-    family = get_family(request.param == "sdxl")
+    family = get_family(request.param)
     directory = tiny_sdxl if family.sdxl else tiny_sd15
     parts = parts_of(family, ModelSource(str(directory)))
     encoders = [m.state_dict() for name, m in parts.items() if name.startswith("text")]
@@ -127,7 +128,7 @@ def test_the_other_family_is_refused(base, tmp_path, tiny_sd15, tiny_sdxl):
     other = tiny_sd15 if family.sdxl else tiny_sdxl
     advice = "add --sdxl" if family.sdxl else "leave --sdxl out"
     with pytest.raises(UserError, match=f"UNet: {advice}"):
-        get_family(not family.sdxl).load_unet(
+        get_family("sd15" if family.sdxl else "sdxl").load_unet(
             source(tmp_path / "a.safetensors", other, not family.sdxl)
         )
 
@@ -137,7 +138,7 @@ def test_without_configurations_it_is_said_which(base, tmp_path):
     save_file(state, tmp_path / "a.safetensors")
     place, weights = place_of_base(str(tmp_path / "a.safetensors"), None, family.sdxl)
     with pytest.raises(
-        UserError, match=f"tokenizers of {place} cannot be had .*--single_file_config"
+        UserError, match=f"tokenizers of {place} cannot be had; give --single_file_config"
     ):
         family.load_unet(ModelSource(place, weights=weights))
 
@@ -150,7 +151,9 @@ def test_flags(make_config, tiny_sd15, tiny_sdxl, tmp_path):
     assert (model.base, model.weights) == (str(tiny_sd15), str(file))
     with pytest.raises(UserError, match="--single_file_config has no meaning unless"):
         make_config(single_file_config=tiny_sd15)
-    with pytest.raises(UserError, match="add --sdxl"):
-        make_config(pretrained_model_name_or_path=file, single_file_config=tiny_sdxl)
+    with pytest.raises(UserError, match="leave --sdxl out"):
+        make_config(pretrained_model_name_or_path=file, single_file_config=tiny_sd15, sdxl=True)
+    larger = make_config(pretrained_model_name_or_path=file, single_file_config=tiny_sdxl)
+    assert open_base(larger).family.sdxl
     with pytest.raises(UserError, match=r"--single_file_config: there is no directory \./nowhere"):
         make_config(pretrained_model_name_or_path=file, single_file_config="./nowhere")

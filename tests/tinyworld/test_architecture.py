@@ -19,7 +19,7 @@ def modules(pipeline: DiffusionPipeline) -> dict[str, torch.nn.Module]:
     return {k: m for k, m in pipeline.components.items() if isinstance(m, torch.nn.Module)}
 
 
-@pytest.fixture(scope="module", params=architecture.FAMILIES)
+@pytest.fixture(scope="module", params=CLASSES)
 def family(request: pytest.FixtureRequest) -> str:
     return request.param
 

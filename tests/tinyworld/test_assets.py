@@ -10,13 +10,13 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 
-from sdpo.tinyworld import architecture, autoencoder, oracle, pretrain, world
+from sdpo.tinyworld import autoencoder, oracle, pretrain, world
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
 CLASSES = {"sd15": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
 
 
-@pytest.fixture(scope="module", params=architecture.FAMILIES)
+@pytest.fixture(scope="module", params=CLASSES)
 def family(request: pytest.FixtureRequest) -> str:
     return request.param
 

@@ -19,7 +19,7 @@ PROMPTS = ["a red square", "a blue circle", "a green triangle"]
 
 @pytest.fixture(scope="module")
 def models(tiny_sd15):
-    family, source = get_family(False), ModelSource(str(tiny_sd15))
+    family, source = get_family("sd15"), ModelSource(str(tiny_sd15))
     return SimpleNamespace(
         base=(family, source),
         unet=family.load_unet(source).eval(),
@@ -36,7 +36,7 @@ def test_a_prompts_image_depends_on_seed_and_place_alone(models):
     pipeline = family.pipeline(models.unet, models.encoder.frozen, source)
 
     def images(prompts, seed=0, batch_size=8):
-        return sample(pipeline, prompts, seed, 64, 7.5, steps=2, batch_size=batch_size)
+        return sample(family, pipeline, prompts, seed, 64, steps=2, batch_size=batch_size)
 
     whole = images(PROMPTS)
     assert [image.size for image in whole] == [(64, 64)] * 3

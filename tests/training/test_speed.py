@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module", params=["sd15", "sdxl"])
 def loaded(request, tiny_sd15, tiny_sdxl):
     """(UNet, encoder, UNet's inputs) of either family."""
-    family = get_family(request.param == "sdxl")
+    family = get_family(request.param)
     source = ModelSource(str(tiny_sdxl if family.sdxl else tiny_sd15))
     frozen = family.load_frozen(source)
     conditions = family.encode_captions(frozen, ["a red square", "", "x", "y"], 64)

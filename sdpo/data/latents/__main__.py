@@ -9,11 +9,13 @@ goes on where it was. train.py with the same --cache_dir_latents then finds the 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from sdpo.common.errors import UserError, run_main
 from sdpo.config import TrainConfig, parse_train
 from sdpo.config.data import CACHE_FLAG
 from sdpo.data.local import check_cache_location, check_data_location
+from sdpo.models.kind import settle
 from sdpo.models.locations import check_model_location
 
 
@@ -30,7 +32,9 @@ def parse(argv: list[str]) -> TrainConfig:
     check_cache_location(config.data)
     if config.data.cache_dir_latents is None:
         raise UserError(f"{CACHE_FLAG} is missing: where shall the cache be?")
-    return config
+    if config.run.check_only and not Path(config.model.pretrained_model_name_or_path).exists():
+        return config
+    return settle(config)
 
 
 def main() -> int:

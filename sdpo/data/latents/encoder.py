@@ -68,7 +68,7 @@ def build_encoder(
     return CachedEncoder(
         family=family,
         source=source,
-        process=family.process(family.load_scheduler(source)),
+        process=family.process(family.load_scheduler(source), tuple(cache.about["latent_shape"])),
         vae=cache.about,
         resolution=resolution,
         device=device,

@@ -141,7 +141,8 @@ def text_digest(family: Family, source: ModelSource) -> str:
     Raises:
         UserError: they are not to be had.
     """
-    encoders, tokenizers = family.text_parts()
+    encoders = family.text_folders(source)
+    tokenizers = [family.facts.text[folder].tokenizer for folder in encoders]
     if source.weights:
         digests = [file_sha256(Path(source.weights))]
     else:

@@ -110,8 +110,7 @@ class _Preparation:
         vae: Any = frozen.vae.config
         about = {
             "latent_shape": list(self.family.latent_shape(frozen, self.config.data.resolution)),
-            "scaling_factor": vae.scaling_factor,
-            "shift_factor": vae.shift_factor,
+            **self.family.normalising(vae),
         }
         manifest = read_manifest(self.directory) or start_manifest(self.directory, self.key, about)
         work = self.missing()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ from sdpo.common.files import check_directory
 from sdpo.common.flags import FINITE, Check, at_least, at_most, flag, multiple_of
 from sdpo.config import ModelConfig
 from sdpo.config.families import FAMILIES
+from sdpo.config.rules import BaseKind
 from sdpo.evaluation.generate.suites import BUILT_SUITES, KNOWN_SUITES, read_suite
 from sdpo.evaluation.generate.unets import BASE, check_unet, label_of
 from sdpo.models.checks import SCHEDULER_FILE
+from sdpo.models.kind import kind_of_base
 from sdpo.models.locations import check_lora_file, check_model_location, reader
 
 PROTOCOL_NAMES = ("paper", "diffusers")
@@ -45,12 +48,14 @@ class GenerationConfig:
         f"prompts: {', '.join(KNOWN_SUITES)}, or a JSON, JSONL, CSV, TSV or TXT file",
         metavar="SUITE",
     )
-    sdxl: bool = flag(False, "the model is an SDXL model", shown="SD1.5")
+    sdxl: bool = flag(
+        False, "the model is an SDXL model; of a base that is given the family is read"
+    )
     pretrained_model_name_or_path: str = flag(
         None,
         "base pipeline, for all but the UNet; as train.py's",
         metavar="ID_OR_PATH",
-        shown="the family's official one",
+        shown="SD1.5's official one, with --sdxl SDXL's",
     )
     single_file_config: str | None = flag(
         None,
@@ -76,17 +81,20 @@ class GenerationConfig:
         shown="output/eval/<name of the UNet>",
     )
     protocol: str = flag(
-        "paper",
+        None,
         "paper: as published, one noise for all prompts; diffusers: a plain pipeline with a seed "
         "for every prompt",
         choices=PROTOCOL_NAMES,
+        shown="paper for SD1.5 and SDXL that predict noise, else diffusers",
     )
-    steps: int = flag(50, "sampling steps", check=at_least(1))
+    steps: int = flag(
+        None, "sampling steps", check=at_least(1), shown="the family's: 50 for SD1.5 and SDXL"
+    )
     cfg: float = flag(
         None,
         "guidance c; paper: cond + c (cond - uncond); diffusers: uncond + c (cond - uncond)",
         check=FINITE,
-        shown="7.5; with --protocol diffusers and --sdxl 5.0",
+        shown="7.5; with --protocol diffusers the family's, for SDXL 5.0",
     )
     seed: int = flag(0, "of the noise", check=(at_least(0), LARGEST_SEED))
     resolution: int = flag(
@@ -94,7 +102,7 @@ class GenerationConfig:
         "side of the square images, in pixels",
         metavar="PX",
         check=(at_least(1), at_most(16384), multiple_of(8)),
-        shown="512, with --sdxl 1024",
+        shown="the base's own: 512 of SD1.5, 1024 of SDXL",
     )
     batch_size: int = flag(8, "images at a time", metavar="N", check=at_least(1))
     dtype: str = flag("bf16", "of UNet and text encoders", choices=DTYPE_NAMES)
@@ -102,10 +110,7 @@ class GenerationConfig:
         None, "only the first N prompts of each suite", metavar="N", check=at_least(1)
     )
 
-    @property
-    def family(self) -> str:
-        """The name of the model's family."""
-        return "sdxl" if self.sdxl else "sd15"
+    family: str = "sd15"  # no flag: read from the base
 
 
 def fill_in(config: GenerationConfig) -> GenerationConfig:
@@ -114,29 +119,39 @@ def fill_in(config: GenerationConfig) -> GenerationConfig:
     Raises:
         UserError: naming the flag and what would be right.
     """
-    family, vae = FAMILIES[config.family], config.pretrained_vae_model_name_or_path
-    guidance = 5.0 if config.protocol == "diffusers" and config.sdxl else 7.5
+    vae = config.pretrained_vae_model_name_or_path
+    kind = _kind(config)
+    family = FAMILIES[kind.family]
+    published = kind.family in ("sd15", "sdxl") and kind.predicts == "epsilon"
+    protocol = config.protocol or ("paper" if published else "diffusers")
+    if protocol == "paper" and not published:
+        raise UserError(
+            f"--protocol paper is defined for SD1.5 and SDXL that predict noise, and the base is "
+            f"of {family.label} ({kind.predicts}): give --protocol diffusers"
+        )
+    guidance = family.guidance if protocol == "diffusers" else 7.5
     filled = replace(
         config,
+        family=kind.family,
+        protocol=protocol,
+        steps=config.steps or family.steps,
         cfg=guidance if config.cfg is None else config.cfg,
-        resolution=config.resolution or family.resolution,
+        resolution=config.resolution or kind.resolution,
         pretrained_model_name_or_path=config.pretrained_model_name_or_path or family.base,
         pretrained_vae_model_name_or_path=None if vae == "base" else vae or family.vae,
     )
-    check_model_location(
-        ModelConfig(
-            pretrained_model_name_or_path=filled.pretrained_model_name_or_path,
-            pretrained_vae_model_name_or_path=filled.pretrained_vae_model_name_or_path,
-            single_file_config=filled.single_file_config,
-            sdxl=filled.sdxl,
+    check_model_location(_model(filled))
+    if filled.resolution % family.multiple:
+        raise UserError(
+            f"--resolution must be a multiple of {family.multiple} with a base of {family.label}, "
+            f"got {filled.resolution}"
         )
-    )
     base = Path(filled.pretrained_model_name_or_path)
     read = reader(Path(filled.single_file_config) if filled.single_file_config else base)
-    check_unet(config.unet, config.sdxl, read("unet/config.json"))
-    check_steps(config.steps, read(SCHEDULER_FILE) or {})
-    # The base of either family is called `base`.
-    label = f"{BASE}_{config.family}" if config.unet == BASE else label_of(config.unet)
+    check_unet(config.unet, kind.family, read(f"{family.part}/config.json"))
+    check_steps(filled.steps, read(SCHEDULER_FILE) or {})
+    # The base of any family is called `base`.
+    label = f"{BASE}_{kind.family}" if config.unet == BASE else label_of(config.unet)
     if config.lora:
         check_lora_file(config.lora, "--lora")
         label += f"_{label_of(config.lora)}"
@@ -159,6 +174,27 @@ def check_steps(steps: int, schedule: Mapping[str, Any]) -> None:
         raise UserError(
             f"--steps {steps}: the base's schedule has {timesteps} timesteps, give at most so many"
         )
+
+
+def _model(config: GenerationConfig) -> ModelConfig:
+    return ModelConfig(
+        pretrained_model_name_or_path=config.pretrained_model_name_or_path,
+        pretrained_vae_model_name_or_path=config.pretrained_vae_model_name_or_path,
+        single_file_config=config.single_file_config,
+        revision=config.revision,
+        sdxl=config.sdxl,
+    )
+
+
+def _kind(config: GenerationConfig) -> BaseKind:
+    """The kind of the base that is given; else of the official one, without asking the hub."""
+    name, family = config.pretrained_model_name_or_path, "sdxl" if config.sdxl else "sd15"
+    if not name or (find_spec("huggingface_hub") is None and not Path(name).exists()):
+        return BaseKind(family, "epsilon", FAMILIES[family].resolution)
+    vae = config.pretrained_vae_model_name_or_path
+    model = replace(config, pretrained_vae_model_name_or_path=None if vae == "base" else vae)
+    check_model_location(_model(model))
+    return kind_of_base(_model(model), config.cache_dir)
 
 
 def check_suites(config: GenerationConfig) -> None:

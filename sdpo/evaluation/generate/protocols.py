@@ -15,7 +15,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from sdpo.common.captions import for_tokenizer
 from sdpo.common.errors import UserError
 from sdpo.models.base import Conditions, Family, Frozen, ModelSource, joined, repeat
 
@@ -186,11 +185,10 @@ class Diffusers(Protocol):
             return state
 
         return self.pipeline(
-            for_tokenizer(self.pipeline.tokenizer, prompts),
+            **self.family.call_options(self.pipeline, prompts, self.sampling.cfg),
             height=self.sampling.resolution,
             width=self.sampling.resolution,
             num_inference_steps=self.sampling.steps,
-            guidance_scale=self.sampling.cfg,
             generator=[torch.Generator().manual_seed(self.seed_of(i)) for i in indices],
             callback_on_step_end=check,
         ).images

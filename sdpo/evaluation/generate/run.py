@@ -112,12 +112,13 @@ def build_protocol(
     from sdpo.evaluation.generate.protocols import PROTOCOLS, Sampling
     from sdpo.evaluation.generate.unets import FLAG, digest_of, locate_unet
     from sdpo.models import get_family
-    from sdpo.models.base import ModelSource, place_of_base
+    from sdpo.models.base import ModelSource
+    from sdpo.models.kind import place_of_base
 
     check_precision("--dtype", config.dtype, accelerator.device)
-    family = get_family(config.sdxl)
+    family = get_family(config.family)
     base, weights = place_of_base(
-        config.pretrained_model_name_or_path, config.single_file_config, config.sdxl
+        config.pretrained_model_name_or_path, config.single_file_config, config.family == "sdxl"
     )
     with accelerator.local_main_process_first():
         source = ModelSource(

@@ -8,8 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdpo.common.errors import UserError, first_line
+from sdpo.config.families import FAMILIES, PARTS
 from sdpo.models.checks import Config, check_start
-from sdpo.models.locations import HUB_ID, WEIGHT_SUFFIXES, check_family, read_config
+from sdpo.models.locations import (
+    HUB_ID,
+    WEIGHT_SUFFIXES,
+    check_family,
+    denoiser_configs,
+    read_config,
+)
 from sdpo.training.checkpoint_paths import UNET_FILE, latest_checkpoint
 
 if TYPE_CHECKING:
@@ -20,7 +27,7 @@ BASE = "base"
 _HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+):(.+)")
 
 
-def check_unet(name: str, sdxl: bool, base: Config | None = None) -> None:
+def check_unet(name: str, family: str, base: Config | None = None) -> None:
     """Refuse what can be seen to be wrong without a network and without torch.
 
     Args:
@@ -35,12 +42,12 @@ def check_unet(name: str, sdxl: bool, base: Config | None = None) -> None:
         return
     if path.is_dir():
         found = _inside(path)
-        for config in (found / "unet" / "config.json", found / "config.json"):
-            if config.is_file():
-                own = read_config(config)
-                check_family(own, sdxl, f"{FLAG} {name}")
+        config = next((c for c in reversed(denoiser_configs(found)) if c.is_file()), None)
+        if config is not None:
+            own = read_config(config)
+            check_family(own, family, f"{FLAG} {name}")
+            if FAMILIES[family].part == "unet":
                 check_start(own, base or own, f"{FLAG}: {config}")
-                break
     elif not path.is_file() and (path.suffix in WEIGHT_SUFFIXES or not HUB_ID.fullmatch(name)):
         raise UserError(
             f"{FLAG}: there is no file or directory {name}; give unet.pth, .safetensors, a "
@@ -54,9 +61,8 @@ def _inside(path: Path) -> Path:
     """The UNet in a directory: that of a checkpoint, of a run's newest one, or diffusers'."""
     if (path / UNET_FILE).is_file():
         return path / UNET_FILE
-    configs = (path / "unet" / "config.json", path / "config.json")
     # A run's directory has a config.json too, but that is not a UNet's.
-    if any(c.is_file() for c in configs) and not (path / "metrics.jsonl").is_file():
+    if any(c.is_file() for c in denoiser_configs(path)) and not (path / "metrics.jsonl").is_file():
         return path
     newest = latest_checkpoint(path)
     if newest is None:
@@ -102,7 +108,7 @@ def label_of(name: str) -> str:
     averaged = len(parts) > 1 and not {"unet_ema.pth", "pipeline_ema"}.isdisjoint(parts)
     if len(parts) > 1 and Path(parts[-1]).stem in ("unet", "unet_ema", "diffusion_pytorch_model"):
         parts.pop()
-    if len(parts) > 1 and parts[-1] in ("unet", "pipeline", "pipeline_ema"):
+    if len(parts) > 1 and parts[-1] in (*PARTS, "pipeline", "pipeline_ema"):
         parts.pop()
     suffix = Path(parts[-1]).suffix
     parts[-1] = parts[-1].removesuffix(suffix if suffix in WEIGHT_SUFFIXES else "")

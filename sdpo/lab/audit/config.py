@@ -83,7 +83,7 @@ def parse_config(argv: Sequence[str], about: str | None = None) -> AuditConfig:
     """
     own = {"output_dir": "output/audit", "report_to": "none"}
     config = AuditConfig.from_flags(own | given_flags(AuditConfig, argv, PROGRAM, about))
-    check_places(config)
+    config = check_places(config)
     flags = config.flags()
     for name in NOT_SERVED:
         # 0.0 is a value that a flag can have been given.

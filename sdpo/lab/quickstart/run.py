@@ -23,7 +23,7 @@ from sdpo.common.flags import ABOVE_ZERO, at_least, flag, flat, parse
 from sdpo.common.programs import run_step
 from sdpo.evaluation.heldout import read_heldout
 
-BASE = ROOT / "assets" / "tiny-sd15"
+BASES = {"sd15": ROOT / "assets" / "tiny-sd15", "sd3": ROOT / "assets" / "tiny-sd3"}
 RESOLUTION = 64
 # Found by trying: twice as large a step leaves the first order that the rule speaks of.
 LEARNING_RATE = 5e-5
@@ -43,12 +43,13 @@ class TinyRecipe:
     alpha: float = 0.0
 
 
-# beta, mu and alpha are those of the official SD1.5 recipes.
+# beta, mu and alpha are those of the official SD1.5 recipes; on velocities beta counts for more.
 RECIPES = {
     "diffusion-dpo": TinyRecipe(beta=5000, mu=0.9),
     "dspo": TinyRecipe(beta=0.001, mu=0.2),
     "dmpo": TinyRecipe(beta=2000, mu=0.9, alpha=0.01),
 }
+FLOW_RECIPES = {**RECIPES, "diffusion-dpo": TinyRecipe(beta=2000, mu=0.9)}
 SUMMARY_FILE = "summary.json"
 VARIANTS = ("plain", "safeguard")
 
@@ -58,6 +59,12 @@ class QuickstartConfig:
     """The program's flags."""
 
     out: Path = flag(Path("output/quickstart"), "where everything is written")
+    base: str = flag(
+        "sd15",
+        "tiny model to start from: sd15, a UNet that predicts noise; sd3, a transformer under "
+        "rectified flow",
+        choices=tuple(BASES),
+    )
     method: str = flag("diffusion-dpo", "the loss", choices=sorted(RECIPES))
     steps: int = flag(160, "optimizer steps of each run", check=at_least(1))
     batch: int = flag(32, "pairs a step", check=at_least(1))
@@ -80,9 +87,10 @@ def parse_config(argv: Sequence[str]) -> QuickstartConfig:
     if config.pairs < 2 * config.batch:
         raise UserError(f"--pairs must be at least twice --batch ({2 * config.batch})")
     check_directory(config.out, "--out")
-    if not (BASE / "model_index.json").is_file():
+    base = BASES[config.base]
+    if not (base / "model_index.json").is_file():
         raise UserError(
-            f"{BASE} is missing: get it with the repository, or make it with "
+            f"{base} is missing: get it with the repository, or make it with "
             "bash scripts/pretrain_tinyworld.sh"
         )
     return config
@@ -131,11 +139,11 @@ def run(command: list[str], what: str, *values: object, **flags: Any) -> None:
 
 def train(config: QuickstartConfig, variant: str, pairs: Path) -> None:
     """Run train.py once; it resumes by itself and is over at once when it is done."""
-    recipe = RECIPES[config.method]
+    recipe = (FLOW_RECIPES if config.base == "sd3" else RECIPES)[config.method]
     run(
         program("train.py"),
         f"training ({variant})",
-        pretrained_model_name_or_path=BASE,
+        pretrained_model_name_or_path=BASES[config.base],
         train_data_dir=pairs,
         cache_dir=config.out / "cache",
         output_dir=config.out / variant,
@@ -172,7 +180,7 @@ def generate(config: QuickstartConfig, model: str) -> Path:
         program("eval/generate.py"),
         f"generation ({model})",
         unet="base" if model == "base" else config.out / model / "pipeline",
-        pretrained_model_name_or_path=BASE,
+        pretrained_model_name_or_path=BASES[config.base],
         suites="tinyworld",
         limit=config.prompts,
         outdir=outdir,

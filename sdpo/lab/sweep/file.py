@@ -219,8 +219,7 @@ def _parse_run(argv: list[str]) -> TrainConfig:
     """As train.py checks its command line."""
     config = parse_train(argv)
     check_choice_model(config.data)
-    check_places(config)
-    return config
+    return check_places(config)
 
 
 def _heldout(path: Path, value: Any, runs: list[PlannedRun]) -> dict[str, Any]:

@@ -146,7 +146,7 @@ def pairs_config(make_config, tmp_path):
 
 def test_the_key_of_a_run_is_the_one_it_was(model, pairs_config, tmp_path):
     pairs = open_pairs(pairs_config.data, 0)
-    key = make_key(pairs_config, get_family(False), model, pairs)
+    key = make_key(pairs_config, get_family("sd15"), model, pairs)
     assert {**key, "made_of": KEY["made_of"]} == KEY
     assert list(key) == list(KEY)
     assert key["made_of"] == {

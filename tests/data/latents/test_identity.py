@@ -21,7 +21,7 @@ from sdpo.models.base import ModelSource
 @pytest.fixture(params=["sd15", "sdxl"])
 def model(request, tiny_sd15, tiny_sdxl, tmp_path):
     """(family, a copy of its tiny model)."""
-    family = get_family(request.param == "sdxl")
+    family = get_family(request.param)
     path = tmp_path / "model"
     shutil.copytree(tiny_sdxl if family.sdxl else tiny_sd15, path)
     return family, path
@@ -143,7 +143,7 @@ def test_sharded_and_missing_weights(tiny_sd15, tmp_path):
     weights.unlink()
     index = {"weight_map": {"a": parts[0], "b": parts[1], "c": parts[0]}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    family, source = get_family(False), ModelSource(str(tmp_path / "model"))
+    family, source = get_family("sd15"), ModelSource(str(tmp_path / "model"))
     before = text_digest(family, source)
     changed(folder / parts[1])
     assert text_digest(family, source) != before

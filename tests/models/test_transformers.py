@@ -1,0 +1,329 @@
+"""Every diffusion transformer against diffusers' own pipeline, on micro bases with random weights:
+captions, the denoiser's call, packing, normalisation, the process, gradients of an adapter."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from sdpo.common.errors import UserError
+from sdpo.config.families import FAMILIES
+from sdpo.models import get_family
+from sdpo.models.base import ModelSource, _of_diffusers
+from sdpo.models.noise import RectifiedFlow, base_shift
+from sdpo.models.transformer import pack, unpack
+
+CAPTIONS = ["a red square on a blue background", "", "word " * 60]
+WORDS = ["<pad>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>", "a", "red", "square", "on", "blue"]
+DYNAMIC = {"use_dynamic_shifting": True, "base_image_seq_len": 256, "max_image_seq_len": 4096,
+           "base_shift": 0.5, "max_shift": 1.15}  # fmt: skip
+
+
+def word_tokenizer():
+    """A tokenizer of a few words with a chat template."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, "<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", eos_token="</s>"
+    )
+    made.chat_template = (
+        "{% for m in messages %}<|im_start|> {{ m.content }} <|im_end|>{% endfor %}"
+    )
+    return made
+
+
+def small_vae(channels: int):
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(4, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        norm_num_groups=4,
+        latent_channels=channels,
+        scaling_factor=0.36,
+        shift_factor=0.12,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+
+
+def flux():
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    from transformers import CLIPTextModel, T5Config, T5EncoderModel
+
+    from sdpo.tinyworld.architecture import SIZES, _text_config, build_tokenizer
+
+    clip = build_tokenizer()
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, **DYNAMIC),
+        vae=small_vae(4),
+        text_encoder=CLIPTextModel(_text_config(SIZES["micro"], clip, 2)),
+        tokenizer=clip,
+        text_encoder_2=T5EncoderModel(
+            T5Config(vocab_size=32, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+        ),
+        tokenizer_2=word_tokenizer(),
+        transformer=FluxTransformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            pooled_projection_dim=16,
+            guidance_embeds=True,
+            axes_dims_rope=(4, 4, 8),
+        ),
+    )
+
+
+def qwen_image():
+    from diffusers import (
+        AutoencoderKLQwenImage,
+        FlowMatchEulerDiscreteScheduler,
+        QwenImagePipeline,
+        QwenImageTransformer2DModel,
+    )
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    text = {
+        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 32,
+        "rope_scaling": {"mrope_section": [1, 1, 2], "rope_type": "default", "type": "default"},
+        "rope_theta": 1e6, "max_position_embeddings": 2048,
+    }  # fmt: skip
+    vision = {
+        "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2,
+        "out_hidden_size": 16,
+    }  # fmt: skip
+    config = Qwen2_5_VLConfig(
+        text_config=text, vision_config=vision, vocab_size=32, hidden_size=16,
+        vision_start_token_id=1, vision_end_token_id=2, vision_token_id=3, image_token_id=4,
+    )  # fmt: skip
+    return QwenImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(**DYNAMIC),
+        vae=AutoencoderKLQwenImage(
+            base_dim=4, z_dim=4, dim_mult=[1, 2, 2, 2], num_res_blocks=1,
+            temperal_downsample=[False, True, True],
+            latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.0, 2.0, 0.5, 1.5],
+        ),
+        text_encoder=Qwen2_5_VLForConditionalGeneration(config),
+        tokenizer=word_tokenizer(),
+        transformer=QwenImageTransformer2DModel(
+            in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16,
+            num_attention_heads=2, joint_attention_dim=16, axes_dims_rope=(4, 4, 8),
+        ),
+    )  # fmt: skip
+
+
+def z_image():
+    from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+    from transformers import Qwen3Config, Qwen3Model
+
+    return ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=small_vae(4),
+        text_encoder=Qwen3Model(
+            Qwen3Config(
+                hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+                num_key_value_heads=2, vocab_size=32, max_position_embeddings=2048, head_dim=8,
+            )
+        ),
+        tokenizer=word_tokenizer(),
+        transformer=ZImageTransformer2DModel(
+            in_channels=4, dim=32, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2,
+            cap_feat_dim=16, axes_dims=[4, 4, 8], axes_lens=[1024, 64, 64],
+        ),
+    )  # fmt: skip
+
+
+BUILD = {"flux": flux, "qwen-image": qwen_image, "z-image": z_image}
+# Latents' side of a 64 px image.
+SIDE = {"flux": 16, "qwen-image": 8, "z-image": 16}
+
+
+@pytest.fixture(scope="module", params=BUILD)
+def loaded(request, tmp_path_factory):
+    """(family, source, frozen, diffusers' own pipeline)."""
+    torch.manual_seed(0)
+    pipeline = BUILD[request.param]()
+    for part in pipeline.components.values():
+        if isinstance(part, nn.Module):
+            part.eval()
+            for parameter in part.parameters():  # no layer at zero
+                parameter.data += 0.02 * torch.randn_like(parameter)
+    path = tmp_path_factory.mktemp("base") / request.param
+    pipeline.save_pretrained(path)
+    pipeline = type(pipeline).from_pretrained(path)
+    family, source = get_family(request.param), ModelSource(str(path))
+    family.check(source)
+    return family, source, family.load_frozen(source), pipeline
+
+
+def recorded(loaded, prompts):
+    """What the pipeline's loop asks of its transformer, and what comes of it."""
+    family, _, _, pipeline = loaded
+    # Without guidance, by which the model is asked once a step: 0 is none to Z-Image, 1 to others.
+    unguided = 0.0 if family.name == "z-image" else 1.0
+    calls, forward = [], pipeline.transformer.forward
+
+    def record(*args, **kwargs):
+        calls.append((args, kwargs, forward(*args, **kwargs)[0]))
+        return (calls[-1][2],)
+
+    pipeline.transformer.forward = record
+    try:
+        pipeline(
+            **family.call_options(pipeline, prompts, unguided), height=64, width=64,
+            num_inference_steps=2, generator=torch.Generator().manual_seed(0),
+        )  # fmt: skip
+    finally:
+        pipeline.transformer.forward = forward
+    return calls
+
+
+def of_a_call(family, args, kwargs):
+    """(x_t, sigma) of what a pipeline asked."""
+    side = SIDE[family.name]
+    if family.name == "z-image":
+        return torch.stack(args[0])[:, :, 0], 1 - args[1]
+    return unpack(kwargs["hidden_states"], side, side), kwargs["timestep"]
+
+
+def test_predict_is_the_pipelines_own_call(loaded):
+    family, source, frozen, _ = loaded
+    conditions = family.encode_captions(frozen, CAPTIONS[::2], 64)
+    model = family.load_unet(source).eval()
+    calls = recorded(loaded, CAPTIONS[::2])
+    assert len(calls) == 2
+    for args, kwargs, output in calls:
+        x_t, sigma = of_a_call(family, args, kwargs)
+        with torch.no_grad():
+            found = family.predict(model, x_t, sigma, conditions)
+        if family.name == "z-image":
+            wanted = -torch.stack(list(output))[:, :, 0]
+        else:
+            wanted = unpack(output, SIDE[family.name], SIDE[family.name])
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+        assert found.std() > 0
+
+
+def test_a_caption_does_not_depend_on_its_company(loaded):
+    """Nor does a prediction: captions of other lengths in the batch change nothing."""
+    family, source, frozen, _ = loaded
+    model = family.load_unet(source).eval()
+    side, channels = SIDE[family.name], family.latent_shape(frozen, 64)[0]
+    x_t = torch.randn(3, channels, side, side, generator=torch.Generator().manual_seed(0))
+    sigma = torch.tensor([0.2, 0.5, 0.9])
+    together, alone = (
+        family.encode_captions(frozen, captions, 64) for captions in (CAPTIONS, CAPTIONS[:1])
+    )
+    with torch.no_grad():
+        found = family.predict(model, x_t, sigma, together)[:1]
+        wanted = family.predict(model, x_t[:1], sigma[:1], alone)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_latents_are_the_pipelines(loaded):
+    """Decoded as the pipeline decodes what `normalise` gave, an image is what the VAE makes of
+    it; `denormalise` undoes `normalise`."""
+    family, _, frozen, _ = loaded
+    shape = family.latent_shape(frozen, 64)
+    assert shape[1:] == (SIDE[family.name],) * 2
+    pixels = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    mean, std = family.encode_posterior(frozen, pixels)
+    assert mean.shape == std.shape == (2, *shape)
+    numbers = family.normalising(frozen.vae.config)
+    normal = family.normalise(mean, numbers)
+    json.dumps(numbers)
+    assert torch.equal(normal, family.normalise(mean, frozen.vae.config))
+    torch.testing.assert_close(family.denormalise(normal, numbers), mean)
+    if family.name == "qwen-image":
+        config = frozen.vae.config
+        by_hand = (mean[:, 1] - config.latents_mean[1]) / config.latents_std[1]
+        torch.testing.assert_close(normal[:, 1], by_hand)
+
+
+def test_the_shift_is_the_schedulers(loaded):
+    """Sigmas that the process shifts are those that the base's scheduler makes."""
+    family, source, frozen, _ = loaded
+    scheduler = family.load_scheduler(source)
+    shape = family.latent_shape(frozen, 64)
+    process = family.process(scheduler, shape)
+    assert isinstance(process, RectifiedFlow)
+    plain = torch.tensor([0.9, 0.5, 0.1])
+    more = {}
+    if scheduler.config.use_dynamic_shifting:
+        slope = (1.15 - 0.5) / (4096 - 256)
+        more["mu"] = 0.5 + slope * (family.tokens(shape) - 256)
+    scheduler.set_timesteps(sigmas=plain.tolist(), **more)
+    shifted = process.shift * plain / (1 + (process.shift - 1) * plain)
+    torch.testing.assert_close(scheduler.sigmas[:3], shifted)
+
+
+def test_a_prediction_of_noise_takes_a_euler_step_to_the_image(loaded):
+    family, source, frozen, _ = loaded
+    process = family.process(family.load_scheduler(source), family.latent_shape(frozen, 64))
+    clean, noise = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    for sigma in (0.1, 0.5, 0.99):
+        times = torch.full((3,), sigma)
+        x_t, velocity = (f(clean, noise, times) for f in (process.noised, process.target))
+        torch.testing.assert_close(x_t - sigma * velocity, clean, rtol=1e-4, atol=1e-5)
+
+
+def test_adapters_reach_the_layers_that_are_named(loaded, tmp_path):
+    """Every default target is found, and a file written is read by diffusers."""
+    from sdpo.config import ModelConfig
+    from sdpo.models.lora import add_adapters, save_adapters
+
+    family, source, frozen, pipeline = loaded
+    model = family.load_unet(source)
+    config = ModelConfig(
+        lora_rank=2, lora_alpha=2.0, lora_target_modules=FAMILIES[family.name].lora_targets
+    )
+    add_adapters(model, config, 0, torch.float32, torch.device("cpu"))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                parameter.add_(0.1)
+    save_adapters(model, tmp_path / "pytorch_lora_weights.safetensors")
+    pipeline.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
+    conditions = family.encode_captions(frozen, CAPTIONS[:1], 64)
+    x_t = torch.randn(1, 4, SIDE[family.name], SIDE[family.name])
+    with torch.no_grad():
+        found, wanted = (
+            family.predict(m.eval(), x_t, torch.tensor([0.5]), conditions)
+            for m in (model, pipeline.transformer)
+        )
+    pipeline.unload_lora_weights()
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_packing():
+    latents = torch.arange(2 * 3 * 4 * 6.0).reshape(2, 3, 4, 6)
+    tokens = pack(latents)
+    assert tokens.shape == (2, 6, 12)
+    assert tokens[0, 1].tolist() == [
+        latents[0, c, y, x].item() for c in range(3) for y in (0, 1) for x in (2, 3)
+    ]
+    assert torch.equal(unpack(tokens, 4, 6), latents)
+
+
+def test_base_shift():
+    assert base_shift({"shift": 3.0}, 1024) == 3.0
+    assert base_shift({}, 1024) == 1.0
+    assert base_shift(DYNAMIC, 4096) == pytest.approx(2.718281828**1.15)
+    assert base_shift({**DYNAMIC, "time_shift_type": "linear"}, 256) == 0.5
+
+
+def test_a_model_that_this_diffusers_lacks_is_one_sentence():
+    with pytest.raises(UserError, match="has no NoSuchModel: pip install -U diffusers"):
+        _of_diffusers("NoSuchModel")
