@@ -82,7 +82,7 @@ def pair_loss(config: TrainConfig, run: Run, micro: MicroBatch) -> LossOutput:
         micro.inputs.target,
         beta=method.beta_dpo,
         mu=guard.output_mu,
-        scope=guard.winner_preserving_scope,
+        scope=guard.scope,
         fixed_scale=micro.scale,
         **method.options(family.name),
     )

@@ -38,7 +38,8 @@ def defaults_of_base(values: Mapping[str, Any], base: BaseKind) -> dict[str, Any
     Raises:
         UserError: a flag has no meaning with this base, or a value does not fit it.
     """
-    facts, filled = FAMILIES[base.family], {}
+    facts = FAMILIES[base.family]
+    filled: dict[str, Any] = {}
     if values["resolution"] is None:
         filled["resolution"] = base.resolution
     elif values["resolution"] % facts.multiple:

@@ -42,6 +42,11 @@ class SafeguardConfig:
     )
 
     @property
+    def scope(self) -> Literal["batch", "pair"]:
+        """The scope; as published where nothing was said and no base was asked."""
+        return self.winner_preserving_scope or "batch"
+
+    @property
     def over_parameters(self) -> bool:
         """Whether the scale is taken from gradients over the parameters."""
         return self.use_winner_preserving and self.winner_preserving_space == "parameter"

@@ -148,7 +148,7 @@ class Run(Session):
                 guard.winner_preserving_mu,
                 self.config.model.lora_dropout > 0,
             )
-            self.one_scale_a_step = guard.winner_preserving_scope == "batch"
+            self.one_scale_a_step = guard.scope == "batch"
         if self.resume_from:
             log.info("resuming from %s", self.resume_from)
         if self.accelerator.is_main_process:

@@ -192,7 +192,7 @@ def test_text_pooling_reads_the_end_token(family: str) -> None:
 
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(ValueError, match="family"):
-        architecture.build_pipeline("sd3", "micro")
+        architecture.build_pipeline("sd9", "micro")
     with pytest.raises(ValueError, match="size"):
         architecture.build_pipeline("sd15", "huge")
 

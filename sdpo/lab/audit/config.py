@@ -90,7 +90,7 @@ def parse_config(argv: Sequence[str], about: str | None = None) -> AuditConfig:
         if flags[name] not in (None, False):
             raise UserError(f"--{name}: the audit does not serve it; leave it out")
     if config.safeguard.winner_preserving_space == "parameter" and (
-        config.safeguard.winner_preserving_scope == "pair"
+        config.safeguard.scope == "pair"
     ):
         raise UserError("--winner_preserving_scope pair: the audit serves it at the output alone")
     if config.method.train_method == "sft":

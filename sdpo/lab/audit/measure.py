@@ -195,7 +195,7 @@ def _estimated_moments(subject: Subject, batches: Iterator[Batch]) -> Moments:
     moments = Moments.none(subject.models.trainable)
     mode = "none"
     if guard.use_winner_preserving:
-        mode = "parameter" if guard.over_parameters else guard.winner_preserving_scope
+        mode = "parameter" if guard.over_parameters else guard.scope
     for _ in tqdm(range(config.audit.moment_batches), desc="moments", unit="batch"):
         found = subject.branches(subject.noised(next(batches)))
         treated = modes(found, guard.winner_preserving_mu, [])[mode]
