@@ -42,7 +42,8 @@ _TOKENIZER = (
 )
 # They change whenever a model is saved again, and say nothing about what it computes.
 _BY_THE_WAY = {"transformers_version", "torch_dtype", "dtype", "architectures"}
-SAMPLED_ROWS = 64
+HASHED_WHOLE = 2**30  # bytes of images
+SAMPLED_ROWS = 64  # of larger data sets
 
 
 @dataclass(frozen=True)
@@ -157,29 +158,38 @@ def _base_folder(source: ModelSource, part: str) -> _Folder:
 
 def dataset_digest(pairs: PairSource) -> str:
     """Hash the images of all rows of the dataset as it was given, whatever rows are trained on: the
-    length of each, and the content of those of some rows. Labels and captions play no part."""
+    content of all up to `HASHED_WHOLE` bytes; beyond, the length of each, the time of change of
+    those in files of their own, and the content of those of some rows. Labels and captions play no
+    part."""
     given, base = pairs.given, pairs.base
     digest = hashlib.sha256(str(len(given)).encode())
     columns = (pairs.columns.image_0, pairs.columns.image_1)
-    for name in columns:
-        digest.update(_image_sizes(arrow_column(given, name), base).tobytes())
-    for row in np.unique(np.linspace(0, len(given) - 1, SAMPLED_ROWS).round().astype(int)):
+    found = [_images_on_disk(arrow_column(given, name), base) for name in columns]
+    for sizes, _ in found:
+        digest.update(sizes.tobytes())
+    rows = len(given)
+    if sum(int(sizes.clip(0).sum()) for sizes, _ in found) > HASHED_WHOLE:
+        rows = min(rows, SAMPLED_ROWS)
+        for _, times in found:
+            digest.update(times.tobytes())
+    for row in np.unique(np.linspace(0, len(given) - 1, rows).round().astype(int)):
         values = given[int(row)]
         for name in columns:
             digest.update(_image_content(values[name], base))
     return digest.hexdigest()
 
 
-def _image_sizes(column: pa.ChunkedArray, base: Path | None) -> np.ndarray:
-    """Count the bytes of every image of a column, (rows,) int64; -1 where there is none. Of
-    embedded images no byte is read; of others the file system is asked."""
+def _images_on_disk(column: pa.ChunkedArray, base: Path | None) -> tuple[np.ndarray, np.ndarray]:
+    """Count the bytes of every image of a column, and say when it was changed in nanoseconds, each
+    (rows,) int64; -1 where there is none. Of embedded images no byte is read, and they have no
+    time; of others the file system is asked."""
     is_path = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
     content, paths = (None, column) if is_path else (column, None)
     if pa.types.is_struct(column.type):
         names = {member.name for member in column.type}
         content = pc.struct_field(column, "bytes") if "bytes" in names else None
         paths = pc.struct_field(column, "path") if "path" in names else None
-    sizes = np.full(len(column), -1, dtype=np.int64)
+    sizes, times = np.full((2, len(column)), -1, dtype=np.int64)
     if content is not None and (
         pa.types.is_binary(content.type) or pa.types.is_large_binary(content.type)
     ):
@@ -189,15 +199,16 @@ def _image_sizes(column: pa.ChunkedArray, base: Path | None) -> np.ndarray:
         apart = np.flatnonzero(sizes <= 0)
         for i, path in zip(apart, paths.take(pa.array(apart)).to_pylist(), strict=True):
             if path:
-                sizes[i] = _file_size(base / path if base else Path(path))
-    return sizes
+                sizes[i], times[i] = _size_and_time(base / path if base else Path(path))
+    return sizes, times
 
 
-def _file_size(path: Path) -> int:
+def _size_and_time(path: Path) -> tuple[int, int]:
     try:
-        return path.stat().st_size
+        found = path.stat()
     except OSError:
-        return -1
+        return -1, -1
+    return found.st_size, found.st_mtime_ns
 
 
 def _image_content(value: Any, base: Path | None) -> bytes:

@@ -56,7 +56,8 @@ def test_what_is_read_counts_and_nothing_else(model):
     other = digests(family, path)
     assert other[0] != vae
     assert other[1] == text
-    encoders, tokenizers = family.text_parts()
+    encoders = list(family.facts.text)
+    tokenizers = [family.facts.text[folder].tokenizer for folder in encoders]
     seen = {text}
     for part in encoders:
         changed(path / part / "model.safetensors")
@@ -76,7 +77,7 @@ def test_weights_of_the_variant_fp16_alone(model):
     """They are loaded, so a cache is made of them too."""
     family, path = model
     before = digests(family, path)
-    for part in ("vae", *family.text_parts()[0]):
+    for part in ("vae", *family.facts.text):
         (file,) = (path / part).glob("*.safetensors")
         file.rename(file.with_suffix(".fp16.safetensors"))
     assert digests(family, path) == before
@@ -173,7 +174,9 @@ def digest_of(make_config, tmp_path):
     return digest
 
 
-def test_a_dataset_is_its_images(table, digest_of, monkeypatch):
+@pytest.mark.parametrize("whole", [0, 2**30])
+def test_a_dataset_is_its_images(table, digest_of, monkeypatch, whole):
+    monkeypatch.setattr(identity, "HASHED_WHOLE", whole)
     monkeypatch.setattr(identity, "SAMPLED_ROWS", 2)
     whole = digest_of(table)
     assert digest_of(table) == whole
@@ -189,7 +192,15 @@ def test_a_dataset_is_its_images(table, digest_of, monkeypatch):
     assert len({whole, *map(digest_of, others)}) == 1 + len(others)
 
 
-def test_images_in_files(table, make_config, tmp_path, monkeypatch):
+def test_one_byte_of_any_image_counts_where_all_are_read(table, digest_of):
+    other = [dict(row) for row in table]
+    other[40]["jpg_1"] = other[40]["jpg_1"][:-1] + b"\0"
+    assert digest_of(other) != digest_of(table)
+
+
+@pytest.mark.parametrize("whole", [0, 2**30])
+def test_images_in_files(table, make_config, tmp_path, monkeypatch, whole):
+    monkeypatch.setattr(identity, "HASHED_WHOLE", whole)
     monkeypatch.setattr(identity, "SAMPLED_ROWS", 2)
     rows = []
     for i, row in enumerate(table[:6]):
@@ -202,7 +213,10 @@ def test_images_in_files(table, make_config, tmp_path, monkeypatch):
     pairs = open_pairs(make_config(train_data_dir=tmp_path).data, 0)
     before = dataset_digest(pairs)
     assert dataset_digest(replace(pairs, base=tmp_path / "." / "")) == before
-    (tmp_path / "3-1.png").write_bytes(b"longer" + table[3]["jpg_1"])
+    changed = tmp_path / "3-1.png"
+    changed.write_bytes(table[3]["jpg_1"][:-1] + b"\0")
+    other = dataset_digest(pairs)  # of the same length
+    changed.write_bytes(b"longer" + table[3]["jpg_1"])
     longer = dataset_digest(pairs)
-    (tmp_path / "3-1.png").unlink()
-    assert len({before, longer, dataset_digest(pairs)}) == 3
+    changed.unlink()
+    assert len({before, other, longer, dataset_digest(pairs)}) == 4

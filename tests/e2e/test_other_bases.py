@@ -1,0 +1,128 @@
+"""Bases that do not predict noise, through the programs: SDXL that predicts v under a schedule of
+zero terminal SNR, and SD3 under rectified flow."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import sys
+
+import pytest
+import torch
+
+from .harness import (
+    FLAGS,
+    base_unet,
+    check_close,
+    distance,
+    generation_argv,
+    identical,
+    program,
+    run_here,
+)
+
+SAFE = {"use_winner_preserving": True, "winner_preserving_mu": 0.9}
+
+
+@pytest.fixture(scope="module", params=["v", "sd3"])
+def base(request, tiny_sd3, tiny_sdxl, tmp_path_factory):
+    """The base's directory."""
+    if request.param == "sd3":
+        return tiny_sd3
+    path = tmp_path_factory.mktemp("v") / "base"
+    shutil.copytree(tiny_sdxl, path)
+    file = path / "scheduler/scheduler_config.json"
+    config = json.loads(file.read_text())
+    config |= {
+        "prediction_type": "v_prediction",
+        "rescale_betas_zero_snr": True,
+        "timestep_spacing": "trailing",
+    }
+    file.write_text(json.dumps(config))
+    return path
+
+
+@pytest.fixture(scope="module")
+def flags(base):
+    return {**FLAGS, **SAFE, "pretrained_model_name_or_path": base, "train_batch_size": 4}
+
+
+@pytest.fixture(scope="module")
+def whole(train, flags, tmp_path_factory):
+    """One run of one process that nothing interrupted."""
+    return train(tmp_path_factory.mktemp("whole"), **flags)
+
+
+def test_a_run(train, base, whole):
+    first = whole.metrics[0]
+    assert first["margin"] == pytest.approx(0, abs=1e-6)
+    assert whole.config["args"]["winner_preserving_scope"] == "pair"
+    assert 0 < first["loser_scale_min"] < first["loser_scale"] < 1
+    # Predicting nothing costs about 1 of v, and 2 of a velocity.
+    assert first["ref_winner_mse"] > 0.3
+    assert distance(whole.unet(), base_unet(base)) > 1e-4
+    assert (whole.out / "pipeline/model_index.json").is_file()
+
+
+def test_two_processes_train_the_same(train, base, flags, whole, tmp_path):
+    two = train.processes(tmp_path / "two", 2, **{**flags, "train_batch_size": 2})
+    check_close(two, whole, base_unet(base))
+
+
+def test_killed_it_ends_in_the_same_bits(train, flags, whole, tmp_path):
+    fork = train.fork(tmp_path / "run", **flags)
+    assert fork.send_at_step(signal.SIGKILL, tmp_path / "run", 3) == -signal.SIGKILL
+    run = train(tmp_path / "run", **flags)
+    assert identical(run.unet(), whole.unet())
+    assert run.numbers == whole.numbers
+
+
+def test_from_the_cache(train, flags, whole, tmp_path):
+    cached = train(
+        tmp_path / "run", **flags, cache_dir_latents=tmp_path / "cache", cache_dtype="fp32"
+    )
+    again = train(
+        tmp_path / "again", **flags, cache_dir_latents=tmp_path / "cache", cache_dtype="fp32"
+    )
+    assert identical(cached.unet(), again.unet())
+    for name in ("winner_mse", "ref_winner_mse", "loser_scale"):
+        assert cached.column(name) == pytest.approx(whole.column(name), rel=1e-4, abs=1e-6)
+
+
+def test_adapters_and_held_out_drift(train, base, flags, pairs_dir, tmp_path):
+    run = train(tmp_path / "run", **flags, lora_rank=2, lora_alpha=4)
+    assert run.metrics[0]["margin"] == pytest.approx(0, abs=1e-6)
+    file = run.out / "pytorch_lora_weights.safetensors"
+    from safetensors.torch import load_file
+
+    part = "transformer." if (base / "transformer").is_dir() else "unet."
+    assert all(name.startswith(part) for name in load_file(file))
+    program(
+        sys.executable, "-m", "sdpo.evaluation.heldout", run.out,
+        "--train_data_dir", pairs_dir, "--split", "heldout", "--max_pairs", "4",
+        "--timesteps", "2",
+    )  # fmt: skip
+    lines = [json.loads(line) for line in (run.out / "heldout.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, *run.checkpoints]
+    assert lines[0]["winner_drift"] == 0 != lines[-1]["winner_drift"]
+    assert all(torch.isfinite(torch.tensor(line["winner_mse"])) for line in lines)
+
+
+def test_images(base, whole, tmp_path):
+    """Of a checkpoint and of the exported pipeline, the same; the base's own sampler."""
+    suite = tmp_path / "suite.txt"
+    suite.write_text("a red square\na blue circle\n")
+    found = {}
+    for name in ("checkpoint-4/unet.pth", "pipeline"):
+        out = tmp_path / name.split("/")[0]
+        argv = generation_argv(base, suite, out, "--dtype", "fp32")
+        argv += ["--pretrained_vae_model_name_or_path", "base"]
+        argv[argv.index("--unet") + 1] = str(whole.out / name)
+        assert run_here("eval/generate.py", argv) == 0
+        (manifest,) = out.glob("suite_*.json")
+        entry = json.loads(manifest.read_text())[0]
+        assert entry["metadata"]["protocol"] == "diffusers"
+        found[name] = [path.read_bytes() for path in sorted(out.glob("*/*.png"))]
+        assert len(found[name]) == 2
+    assert found["pipeline"] == found["checkpoint-4/unet.pth"]
