@@ -43,6 +43,11 @@ QUESTIONS = {
         "Ten times the quickstart's optimizer steps, of fewer pairs each, without and with the "
         "safeguard.",
     ),
+    "flow": (
+        "Is the pathology there in a transformer under rectified flow, and does the safeguard cure "
+        "it? Does its scope matter there?",
+        "The same pairs, from a tiny SD3 that predicts velocities, whose two scopes differ.",
+    ),
 }
 AUDITS = {
     "audit-start": "at the start, where model and reference are the same",
