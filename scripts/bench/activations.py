@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from scripts.bench.true_size import build_unet, call_on_meta
 from sdpo.config import ModelConfig
-from sdpo.config.model import LORA_TARGETS
+from sdpo.config.families import FAMILIES
 from sdpo.models.lora import add_adapters
 
 META = torch.device("meta")
@@ -98,7 +98,9 @@ def build_trained(family: str, rank: int | None) -> Any:
         unet = build_unet(family)
     if rank:
         config = ModelConfig(
-            lora_rank=rank, lora_alpha=float(rank), lora_target_modules=LORA_TARGETS
+            lora_rank=rank,
+            lora_alpha=float(rank),
+            lora_target_modules=FAMILIES[family].lora_targets,
         )
         add_adapters(unet, config, 0, torch.bfloat16, META)
     return unet

@@ -120,10 +120,10 @@ def adapters(
 
 
 def facts_of(model: Any) -> FamilyFacts:
-    """Find the family of a denoiser, plain or with adapters."""
-    family = family_of_config({**model.config, "_class_name": type(model).__name__})
-    assert family is not None
-    return FAMILIES[family]
+    """Find the family of a denoiser, plain, with adapters or sharded (a subclass)."""
+    names = (cls.__name__ for cls in type(model).__mro__)
+    found = (family_of_config({**model.config, "_class_name": name}) for name in names)
+    return FAMILIES[next(family for family in found if family)]
 
 
 def _known_names(layers: Iterable[str], model: Any) -> dict[str, str]:

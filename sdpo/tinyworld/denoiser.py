@@ -17,18 +17,19 @@ EMA_DECAY = 0.998
 LEARNING_RATES = {"unet": 1.5e-3, "transformer": 1e-3}
 
 
-def _part(pipeline: Pipeline) -> str:
+def part_of(pipeline: Pipeline) -> str:
+    """Name the denoiser among a pipeline's parts."""
     return "unet" if hasattr(pipeline, "unet") else "transformer"
 
 
 def denoiser_of(pipeline: Pipeline) -> Any:
     """Give a pipeline's UNet or transformer."""
-    return getattr(pipeline, _part(pipeline))
+    return getattr(pipeline, part_of(pipeline))
 
 
 def sampling_options(pipeline: Pipeline) -> dict[str, Any]:
     """Give what a pipeline's call needs so that captions are as long as in training."""
-    if _part(pipeline) == "unet":
+    if part_of(pipeline) == "unet":
         return {}
     return {"max_sequence_length": pipeline.tokenizer_max_length}
 
@@ -48,7 +49,7 @@ def predict(pipeline: Pipeline, noisy: Tensor, times: Tensor, token_ids: Tensor)
         return model(noisy, times, encoder_hidden_states=first[0], return_dict=False)[0]
     second = pipeline.text_encoder_2(token_ids, output_hidden_states=True)
     states = torch.cat((first.hidden_states[-2], second.hidden_states[-2]), dim=-1)
-    if _part(pipeline) == "transformer":
+    if part_of(pipeline) == "transformer":
         return model(
             noisy,
             timestep=times,
@@ -76,7 +77,7 @@ def _noised(
     import torch
 
     noise = torch.randn(clean.shape, generator=generator)
-    if _part(pipeline) == "unet":
+    if part_of(pipeline) == "unet":
         times = torch.randint(1000, (len(clean),), generator=generator)
         return schedule.add_noise(clean, noise, times), times, noise
     sigma = torch.sigmoid(torch.randn(len(clean), generator=generator))
@@ -110,7 +111,7 @@ def train_denoiser(
     from sdpo.tinyworld.autoencoder import cosine_optimizer
 
     generator = torch.Generator().manual_seed(seed)
-    part = _part(pipeline)
+    part = part_of(pipeline)
     schedule = DDPMScheduler.from_config(pipeline.scheduler.config) if part == "unet" else None
     tokenize = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
     token_ids = pipeline.tokenizer(captions, **tokenize).input_ids
