@@ -49,6 +49,20 @@ def test_both_runs_are_the_same_but_for_the_safeguard(quickstart):
     assert 0 < held["loser_scale"] < 1
 
 
+def test_on_the_tiny_sd3(repo, tmp_path):
+    out = tmp_path / "out"
+    tiny = ["--steps", "2", "--batch", "2", "--pairs", "8", "--heldout", "4", "--prompts", "2"]
+    done = bash(repo, "quickstart.sh", *tiny, "--base", "sd3", "--out", out)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((out / "safeguard" / "config.json").read_text())
+    assert found["resolved"]["family"] == "sd3"
+    assert found["args"]["winner_preserving_scope"] == "pair"
+    assert 0 < lines(out / "safeguard" / "metrics.jsonl")[0]["loser_scale"] < 1
+    rows = json.loads((out / "summary.json").read_text())["rows"]
+    assert [row["model"] for row in rows] == ["base", "plain", "safeguard"]
+    assert (out / "compare" / "report.html").is_file()
+
+
 def test_summary_says_what_was_measured(quickstart):
     text, out = quickstart
     summary = json.loads((out / "summary.json").read_text())
