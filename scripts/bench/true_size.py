@@ -92,7 +92,7 @@ def build_frozen(family: str) -> Frozen:
     )
     for module in (vae, *encoders):
         module.requires_grad_(False).eval()
-    return Frozen(vae, encoders, [], scheduler)
+    return Frozen(vae, encoders, [], scheduler, UNETS[family])
 
 
 def call_on_meta(

@@ -44,7 +44,6 @@ def written(directory, rows, name="train.parquet"):
     [
         ({"pretrained_model_name_or_path": "./nowhere"}, "--pretrained_model_name_or_path"),
         ({"sdxl": True, "pretrained_model_name_or_path": "SD15"}, "leave --sdxl out"),
-        ({"pretrained_model_name_or_path": "SDXL"}, "add --sdxl"),
         ({"pretrained_vae_model_name_or_path": "./nowhere"}, "--pretrained_vae_model_name_or_path"),
         ({"train_data_dir": "./nowhere"}, "--train_data_dir"),
         ({"dataset_name": "./nowhere"}, "--dataset_name"),

@@ -19,7 +19,7 @@ TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 @pytest.fixture(scope="module")
 def start(train, tmp_path_factory):
     """(the file, the UNet's weights that it makes of the base)."""
-    family, base = get_family(False), str(train.models["sd15"])
+    family, base = get_family("sd15"), str(train.models["sd15"])
     rng, state = torch.Generator().manual_seed(0), {}
     unet = family.load_unet(ModelSource(base))
     layers = [(n, m) for n, m in unet.named_modules() if n.endswith(TARGETS)]

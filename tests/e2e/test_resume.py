@@ -166,8 +166,9 @@ def test_checkpoints_total_limit(train, tmp_path):
 
 
 def test_finished_run_stays_as_it_is(train, whole, tmp_path):
-    out = tmp_path / "run"
-    shutil.copytree(whole("adamw").out, out)
+    done = whole("adamw").out
+    out = tmp_path / done.name  # which is the card's title
+    shutil.copytree(done, out)
     flags = {**FLAGS, "output_dir": out}
     before = files(out)
     fork = train.fork(out, **flags)

@@ -47,7 +47,7 @@ def test_a_hub_file_comes_from_the_cache(tmp_path):
     (home / "refs").mkdir()
     (home / "refs" / "main").write_text(commit)
     name = "AIDC-AI/Diffusion-SDPO:sd1.5/dmpo/unet.pth"
-    check_unet(name, sdxl=False)
+    check_unet(name, "sd15")
     assert locate_unet(name, str(tmp_path)) == str(file)
 
 

@@ -186,7 +186,6 @@ def test_saving_the_same_step_again_keeps_the_first(run):
         ("seed", 1),
         ("use_adafactor", True),
         ("streaming", True),
-        ("sdxl", True),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(run, make_config, flag, value):

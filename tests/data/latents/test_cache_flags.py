@@ -42,4 +42,4 @@ def test_the_program_takes_a_training_runs_flags(tiny_sd15, pairs_dir, tmp_path)
         parse(list(map(str, flags)))
     config = parse([*map(str, flags), "--cache_dir_latents", "here", "--check_only"])
     assert config.run.check_only
-    assert config.data.resolution == 512
+    assert config.data.resolution == 64  # the base's own
