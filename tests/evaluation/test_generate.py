@@ -211,7 +211,7 @@ def test_sdxl(flags, tmp_path, tiny_sdxl):
         (("--unet", "FOREIGN"), "does not fit this UNet"),
         (("--unet", "EMPTY"), "--unet: .* holds no unet.pth"),
         (("--unet", "TEXT"), "--unet: .*notes.txt is none of"),
-        (("--unet", "SDXL"), "--unet .*SDXL UNet: add --sdxl"),
+        (("--unet", "SDXL"), "--unet .*SDXL UNet, but the base is of SD1.5: .*add --sdxl"),
         (("--unet", "org/repo:a/unet.pth"), "--unet: cannot get a/unet.pth from org/repo .*PATH"),
         (("--pretrained_model_name_or_path", "org/repo"), "--pretrained_model_name_or_path"),
         (("--sdxl",), "leave --sdxl out"),

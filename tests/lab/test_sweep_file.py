@@ -122,7 +122,7 @@ def test_images_are_of_the_model_that_is_trained(content, written, tiny_sd15):
         ({"images": {"scorers": "orakel"}}, "images: --scorers: there is no scorer 'orakel'"),
         ({"images": {"checkpoints": "some"}}, "images, checkpoints: must be last or all"),
         (
-            {"images": {"scorers": "oracle"}, "variants": {"a": {}, "b": {"resolution": 64}}},
+            {"images": {"scorers": "oracle"}, "variants": {"a": {}, "b": {"resolution": 32}}},
             "images: all runs must start from one model, but a_seed-0 and b_seed-0 differ in",
         ),
         ({"name": "//"}, "name: must hold a letter"),
