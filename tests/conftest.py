@@ -5,7 +5,9 @@ Nothing here needs a network or an accelerator; every path is a temporary one.
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -62,6 +64,21 @@ def tiny_sdxl(tmp_path_factory) -> Path:
 def tiny_sd3(tmp_path_factory) -> Path:
     """A saved SD3 pipeline, without T5, with micro random weights."""
     return _saved(tmp_path_factory, "sd3")
+
+
+@pytest.fixture(scope="session")
+def tiny_v(tiny_sdxl, tmp_path_factory) -> Path:
+    """A copy of the SDXL pipeline that says that it predicts v, with zero terminal SNR."""
+    path = tmp_path_factory.mktemp("models") / "v"
+    shutil.copytree(tiny_sdxl, path)
+    file = path / "scheduler/scheduler_config.json"
+    changes = {
+        "prediction_type": "v_prediction",
+        "rescale_betas_zero_snr": True,
+        "timestep_spacing": "trailing",
+    }
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    return path
 
 
 @pytest.fixture(scope="session")

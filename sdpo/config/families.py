@@ -46,6 +46,11 @@ class FamilyFacts:
     advice: str = ""  # how to say so by flags
     steps: int = 50  # of a sampler
 
+    @property
+    def kind(self) -> str:
+        """What people call its denoiser."""
+        return "UNet" if self.part == "unet" else "transformer"
+
 
 _CLIP = TextPart("CLIPTextModel", "tokenizer", "CLIPTokenizer")
 _CLIP_PROJECTED = _CLIP._replace(encoder="CLIPTextModelWithProjection")

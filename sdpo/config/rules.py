@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from sdpo.common.errors import UserError
 from sdpo.config.data import CACHE_FLAG, COLUMN_EXAMPLE, DataConfig, SourceConfig
-from sdpo.config.families import FAMILIES
+from sdpo.config.families import FAMILIES, FamilyFacts
 from sdpo.config.method import MethodConfig
 from sdpo.config.model import ModelConfig
 from sdpo.config.optim import OptimConfig
@@ -32,6 +32,19 @@ def fill_in(values: dict[str, Any]) -> dict[str, Any]:
     return filled
 
 
+def check_resolution(resolution: int, facts: FamilyFacts) -> None:
+    """Refuse a side that a family's denoiser cannot be given.
+
+    Raises:
+        UserError: saying what it must be a multiple of.
+    """
+    if resolution % facts.multiple:
+        raise UserError(
+            f"--resolution must be a multiple of {facts.multiple} with a base of {facts.label}, "
+            f"got {resolution}"
+        )
+
+
 def defaults_of_base(values: Mapping[str, Any], base: BaseKind) -> dict[str, Any]:
     """Give the flags that a run's values leave to its base, and check those that depend on it.
 
@@ -42,11 +55,8 @@ def defaults_of_base(values: Mapping[str, Any], base: BaseKind) -> dict[str, Any
     filled: dict[str, Any] = {}
     if values["resolution"] is None:
         filled["resolution"] = base.resolution
-    elif values["resolution"] % facts.multiple:
-        raise UserError(
-            f"--resolution must be a multiple of {facts.multiple} with a base of {facts.label}, "
-            f"got {values['resolution']}"
-        )
+    else:
+        check_resolution(values["resolution"], facts)
     if values["winner_preserving_scope"] is None:
         # One scale for all pairs depends on the parametrisation where targets differ in a pair.
         filled["winner_preserving_scope"] = "batch" if base.predicts == "epsilon" else "pair"

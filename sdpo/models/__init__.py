@@ -4,7 +4,7 @@ file, its line in `_CLASSES` and its entry in `sdpo/config/families.py`."""
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from sdpo.config import TrainConfig
@@ -47,12 +47,13 @@ def open_base(config: TrainConfig) -> Base:
     from sdpo.models.noise import Times
 
     method, kind = config.method, kind_of_base(config.model, config.data.cache_dir)
-    times = Times(
-        method.time_sampling or "logit-normal",
-        method.time_mean or 0.0,
-        1.0 if method.time_std is None else method.time_std,
-        method.time_shift,
-    )
-    base = Base(get_family(kind.family, times), ModelSource.of(config))
+    times = {
+        "sampling": method.time_sampling,
+        "mean": method.time_mean,
+        "std": method.time_std,
+        "shift": method.time_shift,
+    }
+    given: dict[str, Any] = {name: value for name, value in times.items() if value is not None}
+    base = Base(get_family(kind.family, Times(**given)), ModelSource.of(config))
     base.family.check(base.source)
     return base

@@ -180,10 +180,9 @@ def check_vae(config: Config, denoiser: Config, facts: FamilyFacts, where: str) 
     channels, ins = config.get("latent_channels", 4), denoiser.get("in_channels", 4)
     taken = ins // 4 if facts.packed else ins
     if channels != taken:
-        name = "UNet" if facts.part == "unet" else "transformer"
         raise UserError(
-            f"{where}: {channels} latent_channels, but the {name} takes {taken}; give the VAE that "
-            "it was trained with"
+            f"{where}: {channels} latent_channels, but the {facts.kind} takes {taken}; give the "
+            "VAE that it was trained with"
         )
     if (colours := config.get("in_channels", 3)) != 3 or config.get("out_channels", 3) != 3:
         raise UserError(f"{where}: takes images of {colours} channels; 3 are needed")

@@ -11,7 +11,13 @@ from sdpo.common.flags import flag_names
 from sdpo.config.families import FAMILIES
 from sdpo.config.rules import BaseKind, defaults_of_base
 from sdpo.models.checks import BASE_FLAG, SCHEDULER_FILE, Config, Reader
-from sdpo.models.locations import WEIGHT_SUFFIXES, check_sdxl, find_family, reader_of
+from sdpo.models.locations import (
+    WEIGHT_SUFFIXES,
+    check_base_location,
+    check_sdxl,
+    find_family,
+    reader_of,
+)
 
 if TYPE_CHECKING:
     from sdpo.config import ModelConfig, TrainConfig
@@ -62,6 +68,7 @@ def kind_of_base(model: ModelConfig, cache_dir: str | None) -> BaseKind:
         UserError: its configurations are not to be had, it is of no family that is served, or not
             of the one that --sdxl says.
     """
+    check_base_location(model)
     name = model.pretrained_model_name_or_path
     place, weights = place_of_base(name, model.single_file_config, model.sdxl)
     read = reader_of(place, model.revision, cache_dir)
@@ -91,11 +98,14 @@ def _resolution(family: str, denoiser: Config, read: Reader) -> int:
 
 
 def settle(config: C) -> C:
-    """Fill in what a run's settings leave to its base: resolution, layers to adapt, scope.
+    """Fill in what a run's settings leave to its base: resolution, layers to adapt, scope. With
+    --check_only a base on the hub is not asked.
 
     Raises:
         UserError: see `kind_of_base`; or a flag does not fit the base.
     """
+    if config.run.check_only and not Path(config.model.pretrained_model_name_or_path).exists():
+        return config
     base = kind_of_base(config.model, config.data.cache_dir)
     defaults = defaults_of_base(config.flags(), base)
     sections = flag_names(type(config))

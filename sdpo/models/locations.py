@@ -10,7 +10,7 @@ from typing import Any
 
 from sdpo.common.errors import UserError, first_line
 from sdpo.config import ModelConfig
-from sdpo.config.families import FAMILIES, PARTS, FamilyFacts, family_of_config
+from sdpo.config.families import FAMILIES, PARTS, family_of_config
 from sdpo.models.checks import (
     BASE_FLAG,
     VAE_FLAG,
@@ -49,18 +49,7 @@ def check_model_location(config: ModelConfig) -> None:
     Raises:
         UserError: otherwise. Hub ids are checked when their configuration arrives.
     """
-    base, flag = Path(config.pretrained_model_name_or_path), BASE_FLAG
-    if base.is_file() and base.suffix in WEIGHT_SUFFIXES:
-        if config.single_file_config:
-            base, flag = Path(config.single_file_config), "--single_file_config"
-            _check_base_dir(config.single_file_config, flag)
-    elif config.single_file_config:
-        raise UserError(
-            "--single_file_config has no meaning unless --pretrained_model_name_or_path is a "
-            "single-file checkpoint"
-        )
-    else:
-        _check_base_dir(config.pretrained_model_name_or_path, flag)
+    base, flag = check_base_location(config)
     family = denoiser = None
     if base.is_dir():
         family, denoiser = find_family(reader(base), f"{flag}: {base}")
@@ -87,6 +76,28 @@ def check_model_location(config: ModelConfig) -> None:
                 f"--lora_init {config.lora_init} has rank {rank}, and --lora_rank is "
                 f"{config.lora_rank}: give --lora_rank {rank}"
             )
+
+
+def check_base_location(config: ModelConfig) -> tuple[Path, str]:
+    """Check that what names a base on this machine is there; returns where its configurations are,
+    which need be no directory, and the flag that says so.
+
+    Raises:
+        UserError: otherwise.
+    """
+    base, flag = Path(config.pretrained_model_name_or_path), BASE_FLAG
+    if base.is_file() and base.suffix in WEIGHT_SUFFIXES:
+        if config.single_file_config:
+            base, flag = Path(config.single_file_config), "--single_file_config"
+            _check_base_dir(config.single_file_config, flag)
+    elif config.single_file_config:
+        raise UserError(
+            "--single_file_config has no meaning unless --pretrained_model_name_or_path is a "
+            "single-file checkpoint"
+        )
+    else:
+        _check_base_dir(config.pretrained_model_name_or_path, flag)
+    return base, flag
 
 
 def check_lora_file(name: str, flag: str, beside_text: bool = True) -> int | None:
@@ -259,7 +270,7 @@ def check_sdxl(sdxl: bool, family: str, where: str) -> None:
     """
     if sdxl and family != "sdxl":
         facts = FAMILIES[family]
-        raise UserError(f"{where} holds an {facts.label} {kind_of(facts)}: leave --sdxl out")
+        raise UserError(f"{where} holds an {facts.label} {facts.kind}: leave --sdxl out")
 
 
 def check_family(config: Config, family: str, where: str) -> None:
@@ -273,11 +284,6 @@ def check_family(config: Config, family: str, where: str) -> None:
         has = FAMILIES[found]
         advice = f", or {has.advice}" if has.advice and wanted.advice else ""
         raise UserError(
-            f"{where} holds an {has.label} {kind_of(has)}, but the base is of {wanted.label}: give "
+            f"{where} holds an {has.label} {has.kind}, but the base is of {wanted.label}: give "
             f"one of that{advice}"
         )
-
-
-def kind_of(facts: FamilyFacts) -> str:
-    """Name the kind of a family's denoiser, for messages."""
-    return "UNet" if facts.part == "unet" else "transformer"

@@ -41,8 +41,6 @@ def check_places(config: C) -> C:
     check_output_dir(config.run)
     check_hub(config.run, Path(config.run.output_dir))
     launched_sharding(config)
-    if config.run.check_only and not Path(config.model.pretrained_model_name_or_path).exists():
-        return config
     return settle(config)
 
 

@@ -4,7 +4,6 @@ zero terminal SNR, and SD3 under rectified flow."""
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 import sys
 
@@ -26,21 +25,9 @@ SAFE = {"use_winner_preserving": True, "winner_preserving_mu": 0.9}
 
 
 @pytest.fixture(scope="module", params=["v", "sd3"])
-def base(request, tiny_sd3, tiny_sdxl, tmp_path_factory):
+def base(request, tiny_sd3, tiny_v):
     """The base's directory."""
-    if request.param == "sd3":
-        return tiny_sd3
-    path = tmp_path_factory.mktemp("v") / "base"
-    shutil.copytree(tiny_sdxl, path)
-    file = path / "scheduler/scheduler_config.json"
-    config = json.loads(file.read_text())
-    config |= {
-        "prediction_type": "v_prediction",
-        "rescale_betas_zero_snr": True,
-        "timestep_spacing": "trailing",
-    }
-    file.write_text(json.dumps(config))
-    return path
+    return {"sd3": tiny_sd3, "v": tiny_v}[request.param]
 
 
 @pytest.fixture(scope="module")

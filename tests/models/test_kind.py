@@ -14,19 +14,6 @@ from sdpo.models.base import ModelSource
 from sdpo.models.noise import Times
 
 
-@pytest.fixture
-def v_base(tiny_sdxl, tmp_path):
-    """A micro SDXL that says that it predicts v, with zero terminal SNR."""
-    path = tmp_path / "v"
-    shutil.copytree(tiny_sdxl, path)
-    file = path / "scheduler/scheduler_config.json"
-    config = json.loads(file.read_text())
-    config |= {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True,
-               "timestep_spacing": "trailing"}  # fmt: skip
-    file.write_text(json.dumps(config))
-    return path
-
-
 def test_the_family_needs_no_flag(make_config, tiny_sd15, tiny_sdxl, tiny_sd3):
     for name, path in (("sd15", tiny_sd15), ("sdxl", tiny_sdxl), ("sd3", tiny_sd3)):
         config = make_config(pretrained_model_name_or_path=path)
@@ -39,13 +26,13 @@ def test_sdxl_is_a_check(make_config, tiny_sd15, tiny_sd3):
             make_config(pretrained_model_name_or_path=path, sdxl=True)
 
 
-def test_the_scope_is_pair_where_noise_is_not_predicted(make_config, tiny_sd3, v_base):
+def test_the_scope_is_pair_where_noise_is_not_predicted(make_config, tiny_sd3, tiny_v):
     def scope(**flags):
         return make_config(**flags).safeguard.winner_preserving_scope
 
     assert scope() == "batch"
     assert scope(pretrained_model_name_or_path=tiny_sd3) == "pair"
-    assert scope(pretrained_model_name_or_path=v_base) == "pair"
+    assert scope(pretrained_model_name_or_path=tiny_v) == "pair"
     flags = {"pretrained_model_name_or_path": tiny_sd3, "winner_preserving_scope": "batch"}
     assert scope(**flags) == "batch"
 
@@ -80,8 +67,8 @@ def test_flags_of_time(make_config, tiny_sd3):
         make_config(pretrained_model_name_or_path=tiny_sd3, time_sampling="uniform", time_mean=1.0)
 
 
-def test_velocity_is_trained_on(v_base):
-    family, source = get_family("sdxl"), ModelSource(str(v_base))
+def test_velocity_is_trained_on(tiny_v):
+    family, source = get_family("sdxl"), ModelSource(str(tiny_v))
     family.check(source)
     schedule = family.load_scheduler(source)
     assert schedule.alphas_cumprod[-1] < 1e-6
@@ -91,7 +78,7 @@ def test_velocity_is_trained_on(v_base):
     torch.testing.assert_close(process.target(clean, noise, last), -clean, rtol=1e-2, atol=1e-2)
 
 
-def test_a_single_file_that_predicts_v_needs_a_base_that_does(tiny_sdxl, v_base, tmp_path):
+def test_a_single_file_that_predicts_v_needs_a_base_that_does(tiny_sdxl, tiny_v, tmp_path):
     from safetensors.torch import save_file
 
     unet = get_family("sdxl").load_unet(ModelSource(str(tiny_sdxl)))

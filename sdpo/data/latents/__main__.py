@@ -9,7 +9,6 @@ goes on where it was. train.py with the same --cache_dir_latents then finds the 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from sdpo.common.errors import UserError, run_main
 from sdpo.config import TrainConfig, parse_train
@@ -32,8 +31,6 @@ def parse(argv: list[str]) -> TrainConfig:
     check_cache_location(config.data)
     if config.data.cache_dir_latents is None:
         raise UserError(f"{CACHE_FLAG} is missing: where shall the cache be?")
-    if config.run.check_only and not Path(config.model.pretrained_model_name_or_path).exists():
-        return config
     return settle(config)
 
 

@@ -13,7 +13,7 @@ from sdpo.common.files import check_directory
 from sdpo.common.flags import FINITE, Check, at_least, at_most, flag, multiple_of
 from sdpo.config import ModelConfig
 from sdpo.config.families import FAMILIES
-from sdpo.config.rules import BaseKind
+from sdpo.config.rules import BaseKind, check_resolution
 from sdpo.evaluation.generate.suites import BUILT_SUITES, KNOWN_SUITES, read_suite
 from sdpo.evaluation.generate.unets import BASE, check_unet, label_of
 from sdpo.models.checks import SCHEDULER_FILE
@@ -141,11 +141,7 @@ def fill_in(config: GenerationConfig) -> GenerationConfig:
         pretrained_vae_model_name_or_path=None if vae == "base" else vae or family.vae,
     )
     check_model_location(_model(filled))
-    if filled.resolution % family.multiple:
-        raise UserError(
-            f"--resolution must be a multiple of {family.multiple} with a base of {family.label}, "
-            f"got {filled.resolution}"
-        )
+    check_resolution(filled.resolution, family)
     base = Path(filled.pretrained_model_name_or_path)
     read = reader(Path(filled.single_file_config) if filled.single_file_config else base)
     check_unet(config.unet, kind.family, read(f"{family.part}/config.json"))
@@ -191,10 +187,7 @@ def _kind(config: GenerationConfig) -> BaseKind:
     name, family = config.pretrained_model_name_or_path, "sdxl" if config.sdxl else "sd15"
     if not name or (find_spec("huggingface_hub") is None and not Path(name).exists()):
         return BaseKind(family, "epsilon", FAMILIES[family].resolution)
-    vae = config.pretrained_vae_model_name_or_path
-    model = replace(config, pretrained_vae_model_name_or_path=None if vae == "base" else vae)
-    check_model_location(_model(model))
-    return kind_of_base(_model(model), config.cache_dir)
+    return kind_of_base(_model(config), config.cache_dir)
 
 
 def check_suites(config: GenerationConfig) -> None:
