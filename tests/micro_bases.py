@@ -1,0 +1,160 @@
+"""Micro bases of the transformer families: real classes, random weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from sdpo.config.families import FAMILIES
+
+WORDS = ["<pad>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>", "a", "red", "square", "on", "blue"]
+DYNAMIC = {"use_dynamic_shifting": True, "base_image_seq_len": 256, "max_image_seq_len": 4096,
+           "base_shift": 0.5, "max_shift": 1.15}  # fmt: skip
+
+
+def word_tokenizer():
+    """A tokenizer of a few words with a chat template."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, "<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", eos_token="</s>"
+    )
+    made.chat_template = (
+        "{% for m in messages %}<|im_start|> {{ m.content }} <|im_end|>{% endfor %}"
+    )
+    return made
+
+
+def small_vae(channels: int):
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(4, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        norm_num_groups=4,
+        latent_channels=channels,
+        scaling_factor=0.36,
+        shift_factor=0.12,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+
+
+def flux():
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    from transformers import CLIPTextModel, T5Config, T5EncoderModel
+
+    from sdpo.tinyworld.architecture import SIZES, _text_config, build_tokenizer
+
+    clip = build_tokenizer()
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, **DYNAMIC),
+        vae=small_vae(4),
+        text_encoder=CLIPTextModel(_text_config(SIZES["micro"], clip, 2)),
+        tokenizer=clip,
+        text_encoder_2=T5EncoderModel(
+            T5Config(vocab_size=32, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+        ),
+        tokenizer_2=word_tokenizer(),
+        transformer=FluxTransformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            pooled_projection_dim=16,
+            guidance_embeds=True,
+            axes_dims_rope=(4, 4, 8),
+        ),
+    )
+
+
+def qwen_image():
+    from diffusers import (
+        AutoencoderKLQwenImage,
+        FlowMatchEulerDiscreteScheduler,
+        QwenImagePipeline,
+        QwenImageTransformer2DModel,
+    )
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    text = {
+        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 32,
+        "rope_scaling": {"mrope_section": [1, 1, 2], "rope_type": "default", "type": "default"},
+        "rope_theta": 1e6, "max_position_embeddings": 2048,
+    }  # fmt: skip
+    vision = {
+        "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2,
+        "out_hidden_size": 16,
+    }  # fmt: skip
+    config = Qwen2_5_VLConfig(
+        text_config=text, vision_config=vision, vocab_size=32, hidden_size=16,
+        vision_start_token_id=1, vision_end_token_id=2, vision_token_id=3, image_token_id=4,
+    )  # fmt: skip
+    return QwenImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(**DYNAMIC),
+        vae=AutoencoderKLQwenImage(
+            base_dim=4, z_dim=4, dim_mult=[1, 2, 2, 2], num_res_blocks=1,
+            temperal_downsample=[False, True, True],
+            latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.0, 2.0, 0.5, 1.5],
+        ),
+        text_encoder=Qwen2_5_VLForConditionalGeneration(config),
+        tokenizer=word_tokenizer(),
+        transformer=QwenImageTransformer2DModel(
+            in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16,
+            num_attention_heads=2, joint_attention_dim=16, axes_dims_rope=(4, 4, 8),
+        ),
+    )  # fmt: skip
+
+
+def z_image():
+    from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+    from transformers import Qwen3Config, Qwen3Model
+
+    return ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=small_vae(4),
+        text_encoder=Qwen3Model(
+            Qwen3Config(
+                hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+                num_key_value_heads=2, vocab_size=32, max_position_embeddings=2048, head_dim=8,
+            )
+        ),
+        tokenizer=word_tokenizer(),
+        transformer=ZImageTransformer2DModel(
+            in_channels=4, dim=32, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2,
+            cap_feat_dim=16, axes_dims=[4, 4, 8], axes_lens=[1024, 64, 64],
+        ),
+    )  # fmt: skip
+
+
+BUILD = {"flux": flux, "qwen-image": qwen_image, "z-image": z_image}
+
+
+def save_base(family: str, path: Path):
+    """Save a micro base of a family, no layer of which is at zero; returns its diffusers pipeline.
+    The test is skipped where this diffusers lacks the family's model."""
+    import diffusers
+
+    model = FAMILIES[family].model
+    if not hasattr(diffusers, model):
+        pytest.skip(f"diffusers {diffusers.__version__} has no {model}")
+    torch.manual_seed(0)
+    pipeline = BUILD[family]()
+    for part in pipeline.components.values():
+        if isinstance(part, nn.Module):
+            part.eval()
+            for parameter in part.parameters():
+                parameter.data += 0.02 * torch.randn_like(parameter)
+    pipeline.save_pretrained(path)
+    return type(pipeline).from_pretrained(path)
