@@ -70,8 +70,8 @@ class OptimConfig:
         False,
         "torch.compile UNet and reference: minutes at the start, faster steps afterwards",
     )
-    fused_optimizer: bool = flag(
-        False, "AdamW in one kernel over all weights, where the device has one"
+    fused_optimizer: bool | None = flag(
+        None, "AdamW in one kernel over all weights", shown="where torch has one for the weights"
     )
     use_8bit_adam: bool = flag(
         False,

@@ -52,7 +52,8 @@ def _adafactor_class(parameters: list[nn.Parameter]) -> Any:
 def build_adamw(
     parameters: list[nn.Parameter], config: OptimConfig, learning_rate: float
 ) -> torch.optim.Optimizer:
-    """Build AdamW: torch's own, its fused kernel, or bitsandbytes' 8-bit one.
+    """Build AdamW: torch's fused kernel unless --no-fused_optimizer or there is none for the
+    weights' device and dtype, then its plain one; or bitsandbytes' 8-bit one.
 
     Raises:
         UserError: bitsandbytes cannot be imported, or cannot train on this device.
@@ -65,11 +66,12 @@ def build_adamw(
     }
     if config.use_8bit_adam:
         return _adamw_8bit(parameters, settings)
-    if config.fused_optimizer:
+    if config.fused_optimizer is not False:
         try:
             return torch.optim.AdamW(parameters, fused=True, **settings)
         except RuntimeError as error:
-            log.warning("--fused_optimizer: AdamW without it (%s)", first_line(error))
+            level = logging.WARNING if config.fused_optimizer else logging.INFO
+            log.log(level, "--fused_optimizer: AdamW without it (%s)", first_line(error))
     return torch.optim.AdamW(parameters, **settings)
 
 

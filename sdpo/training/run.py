@@ -180,6 +180,7 @@ class Run(Session):
             "pairs": None if config.data.streaming else len(loader.source),
             "pairs_per_step": loader.stride * config.optim.gradient_accumulation_steps,
             "learning_rate": self.update.learning_rate,
+            "fused_optimizer": bool(self.update.optimizer.param_groups[0].get("fused")),
             "max_train_steps": loader.max_train_steps,
             "unet_parameters": models.parameters,
             "trainable_parameters": sum(p.numel() for p in self.update.parameters),

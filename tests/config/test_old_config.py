@@ -60,5 +60,9 @@ def test_its_checkpoints_are_of_the_same_run(tmp_path, caplog):
     config = TrainConfig.from_flags(ARGS)
     assert read_progress(tmp_path, config).step == 144
     assert caplog.text == ""
+    # The same command today leaves the kernel to torch: it goes on, and says so.
+    today = replace(config, optim=replace(config.optim, fused_optimizer=None))
+    assert read_progress(tmp_path, today).step == 144
+    assert "--fused_optimizer False -> None" in caplog.text
     longer = replace(config, optim=replace(config.optim, max_train_steps=200))
     assert read_progress(tmp_path, longer).place == (1, 724)

@@ -7,14 +7,17 @@ import importlib.util
 import pytest
 
 from sdpo.common.errors import UserError
+from sdpo.config import parse_train
 from sdpo.training import places
 
 NAMES = ("channels_last", "compile", "fused_optimizer", "use_8bit_adam")
 
 
-def test_all_are_off_by_default_and_can_be_taken_back(make_config, monkeypatch):
+def test_defaults_and_taking_them_back(make_config):
     optim = make_config().optim
-    assert [getattr(optim, name) for name in NAMES] == [False] * len(NAMES)
+    assert [getattr(optim, name) for name in NAMES] == [False, False, None, False]
+    argv = ["--pretrained_model_name_or_path", "m", "--train_data_dir", "d", "--no-fused_optimizer"]
+    assert parse_train(argv).optim.fused_optimizer is False
     optim = make_config(**{name: True for name in NAMES[:3]}).optim
     assert [getattr(optim, name) for name in NAMES[:3]] == [True] * 3
 
@@ -23,6 +26,10 @@ def test_all_are_off_by_default_and_can_be_taken_back(make_config, monkeypatch):
 def test_adafactor_is_another_optimizer(make_config, name):
     with pytest.raises(UserError, match=f"--{name} .* --use_adafactor"):
         make_config(use_adafactor=True, **{name: True})
+
+
+def test_where_adamw_is_not_torch_s_the_default_asks_nothing(make_config):
+    assert make_config(use_adafactor=True).optim.fused_optimizer is None
 
 
 def test_eight_bit_is_fused_already(make_config):

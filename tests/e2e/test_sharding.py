@@ -44,6 +44,7 @@ def two(train, tmp_path_factory):
 
 def test_two_processes_train_the_same(train, one, two):
     assert two.config["resolved"]["processes"] == 2
+    assert two.config["resolved"]["fused_optimizer"] is True
     assert two.config["resolved"]["unet_parameters"] == one.config["resolved"]["unet_parameters"]
     check_close(two, one, base_unet(train.models["sd15"]))
 

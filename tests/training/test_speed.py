@@ -147,10 +147,16 @@ def run(optimizer, parameters, first, last):
         optimizer.step()
 
 
-def test_fused_adamw_is_adamw(make_config):
+def with_kernel(make_config, fused):
+    return dataclasses.replace(make_config().optim, fused_optimizer=fused)
+
+
+def test_fused_adamw_is_the_default_and_is_adamw(make_config):
     plain, fused = weights(), weights()
-    run(build_adamw(plain, make_config().optim, 1e-2), plain, 0, 10)
-    optimizer = build_adamw(fused, make_config(fused_optimizer=True).optim, 1e-2)
+    optimizer = build_adamw(plain, with_kernel(make_config, False), 1e-2)
+    assert not optimizer.defaults["fused"]
+    run(optimizer, plain, 0, 10)
+    optimizer = build_adamw(fused, make_config().optim, 1e-2)
     assert optimizer.defaults["fused"] is True
     run(optimizer, fused, 0, 10)
     for a, b in zip(plain, fused, strict=True):
@@ -158,7 +164,11 @@ def test_fused_adamw_is_adamw(make_config):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
 
-def test_without_a_fused_kernel_the_plain_one_is_used(make_config, monkeypatch, caplog):
+@pytest.mark.parametrize(("asked", "told"), [(None, "INFO"), (True, "WARNING")])
+def test_without_a_fused_kernel_the_plain_one_is_used(
+    make_config, monkeypatch, caplog, asked, told
+):
+    caplog.set_level("INFO")
     adamw = torch.optim.AdamW
 
     def refuses(parameters, fused=False, **settings):
@@ -167,20 +177,22 @@ def test_without_a_fused_kernel_the_plain_one_is_used(make_config, monkeypatch, 
         return adamw(parameters, **settings)
 
     monkeypatch.setattr(torch.optim, "AdamW", refuses)
-    optimizer = build_adamw(weights(), make_config(fused_optimizer=True).optim, 1e-2)
+    optimizer = build_adamw(weights(), with_kernel(make_config, asked), 1e-2)
     assert type(optimizer) is adamw and not optimizer.defaults["fused"]
-    assert "--fused_optimizer: AdamW without it" in caplog.text
+    (record,) = caplog.records
+    assert record.levelname == told
+    assert "--fused_optimizer: AdamW without it" in record.getMessage()
 
 
 def scheduler_of(optimizer):
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
 
 
+@pytest.mark.parametrize("before", [False, True])
 @pytest.mark.parametrize("fused", [False, True])
-def test_resuming_in_another_memory_order(make_config, fused):
-    config = make_config(fused_optimizer=fused).optim
-    whole = weights()
-    optimizer = build_optimizer(whole, config, 1e-2)
+def test_resuming_in_another_memory_order_or_kernel(make_config, before, fused):
+    whole, config = weights(), with_kernel(make_config, fused)
+    optimizer = build_optimizer(whole, with_kernel(make_config, before), 1e-2)
     run(optimizer, whole, 0, 3)
     saved = {
         "optimizer": copy.deepcopy(optimizer.state_dict()),
@@ -192,6 +204,7 @@ def test_resuming_in_another_memory_order(make_config, fused):
     restore(again, scheduler_of(again), saved)
     for parameter, state in again.state.items():
         assert state["exp_avg"].stride() == parameter.stride()
+    assert {bool(group["fused"]) for group in again.param_groups} == {fused}
     run(optimizer, whole, 3, 6)
     run(again, resumed, 3, 6)
     for a, b in zip(whole, resumed, strict=True):
