@@ -31,7 +31,7 @@ def word_tokenizer():
     return made
 
 
-def small_vae(channels: int):
+def small_vae(channels: int, shift: float | None = 0.12):
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
@@ -42,15 +42,23 @@ def small_vae(channels: int):
         norm_num_groups=4,
         latent_channels=channels,
         scaling_factor=0.36,
-        shift_factor=0.12,
+        shift_factor=shift,
         use_quant_conv=False,
         use_post_quant_conv=False,
     )
 
 
+def small_t5():
+    from transformers import T5Config, T5EncoderModel
+
+    return T5EncoderModel(
+        T5Config(vocab_size=32, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    )
+
+
 def flux():
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-    from transformers import CLIPTextModel, T5Config, T5EncoderModel
+    from transformers import CLIPTextModel
 
     from sdpo.tinyworld.architecture import SIZES, _text_config, build_tokenizer
 
@@ -60,9 +68,7 @@ def flux():
         vae=small_vae(4),
         text_encoder=CLIPTextModel(_text_config(SIZES["micro"], clip, 2)),
         tokenizer=clip,
-        text_encoder_2=T5EncoderModel(
-            T5Config(vocab_size=32, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
-        ),
+        text_encoder_2=small_t5(),
         tokenizer_2=word_tokenizer(),
         transformer=FluxTransformer2DModel(
             in_channels=16,
@@ -138,7 +144,31 @@ def z_image():
     )  # fmt: skip
 
 
-BUILD = {"flux": flux, "qwen-image": qwen_image, "z-image": z_image}
+def pixart_sigma():
+    from diffusers import (
+        DPMSolverMultistepScheduler,
+        PixArtSigmaPipeline,
+        PixArtTransformer2DModel,
+    )
+
+    return PixArtSigmaPipeline(
+        scheduler=DPMSolverMultistepScheduler(beta_schedule="linear", beta_end=0.02),
+        vae=small_vae(4, shift=None),
+        text_encoder=small_t5(),
+        tokenizer=word_tokenizer(),
+        transformer=PixArtTransformer2DModel(
+            num_attention_heads=2, attention_head_dim=8, num_layers=1, cross_attention_dim=16,
+            caption_channels=32, sample_size=16, norm_num_groups=4,
+        ),
+    )  # fmt: skip
+
+
+BUILD = {
+    "flux": flux,
+    "qwen-image": qwen_image,
+    "z-image": z_image,
+    "pixart-sigma": pixart_sigma,
+}
 
 
 def save_base(family: str, path: Path):

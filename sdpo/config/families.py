@@ -38,10 +38,14 @@ class FamilyFacts:
     model: str = "UNet2DConditionModel"  # its class in diffusers
     vae_model: str = "AutoencoderKL"
     pipeline: str = ""  # class in diffusers; also the one that model_index.json must name
+    aliases: tuple[str, ...] = ()  # other names of model and pipeline, in files of older diffusers
+    untold: tuple[str, ...] = ()  # settings of models that must be told more than time and caption
+    upcast: bool = False  # a VAE with force_upcast overflows in float16
     multiple: int = 8  # sides of images are multiples of it
     units: tuple[str, ...] = ("BasicTransformerBlock", "ResnetBlock2D")  # whole at a time in FSDP
-    lora_targets: tuple[str, ...] = _ATTENTION
+    lora_targets: tuple[str, ...] = _ATTENTION  # none: diffusers reads no LoRA of it
     packed: bool = False  # 2 x 2 latents are one token's channels
+    patch: int = 2  # latents to a side of a token
     flow: bool = False  # rectified flow; else a discrete schedule of betas
     advice: str = ""  # how to say so by flags
     steps: int = 50  # of a sampler
@@ -80,6 +84,7 @@ FAMILIES: dict[str, FamilyFacts] = {
         guidance=5.0,
         text={"text_encoder": _CLIP, "text_encoder_2": _second(_CLIP_PROJECTED, 2)},
         pipeline="StableDiffusionXLPipeline",
+        upcast=True,
         advice="add --sdxl",
     ),
     "sd3": FamilyFacts(
@@ -155,6 +160,23 @@ FAMILIES: dict[str, FamilyFacts] = {
         units=("ZImageTransformerBlock",),
         flow=True,
     ),
+    "pixart-sigma": FamilyFacts(
+        label="PixArt-Sigma",
+        base="PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",
+        resolution=1024,
+        guidance=4.5,
+        text={"text_encoder": _T5},
+        part="transformer",
+        model="PixArtTransformer2DModel",
+        pipeline="PixArtSigmaPipeline",
+        aliases=("Transformer2DModel",),
+        untold=("use_additional_conditions",),
+        upcast=True,
+        multiple=16,
+        units=("BasicTransformerBlock",),
+        lora_targets=(),
+        steps=20,
+    ),
 }
 PARTS = tuple(dict.fromkeys(facts.part for facts in FAMILIES.values()))
 
@@ -165,4 +187,6 @@ def family_of_config(config: Mapping[str, Any]) -> str | None:
     model = config.get("_class_name", "UNet2DConditionModel")
     if model == "UNet2DConditionModel":
         return "sdxl" if config.get("addition_embed_type") == "text_time" else "sd15"
-    return next((name for name, facts in FAMILIES.items() if facts.model == model), None)
+    return next(
+        (name for name, facts in FAMILIES.items() if model in (facts.model, *facts.aliases)), None
+    )

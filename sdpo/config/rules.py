@@ -60,6 +60,11 @@ def defaults_of_base(values: Mapping[str, Any], base: BaseKind) -> dict[str, Any
     if values["winner_preserving_scope"] is None:
         # One scale for all pairs depends on the parametrisation where targets differ in a pair.
         filled["winner_preserving_scope"] = "batch" if base.predicts == "epsilon" else "pair"
+    if values["lora_rank"] and not facts.lora_targets:
+        raise UserError(
+            f"--lora_rank: diffusers reads no LoRA of {facts.label}: leave it out, and all weights "
+            "are trained"
+        )
     if values["lora_rank"] and not values["lora_target_modules"]:
         filled["lora_target_modules"] = facts.lora_targets
     for name in ("time_sampling", "time_mean", "time_std", "time_shift"):

@@ -19,6 +19,7 @@ _CLASSES = {
     "flux": ("flux", "Flux"),
     "qwen-image": ("qwen_image", "QwenImage"),
     "z-image": ("z_image", "ZImage"),
+    "pixart-sigma": ("pixart_sigma", "PixArtSigma"),
 }
 
 

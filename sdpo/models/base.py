@@ -221,8 +221,7 @@ class Family(ABC):
         plain = (Path(init) / "config.json").is_file()
         unet = self._unet_from_pretrained(flag, init, None if plain else part, source)
         check_family(dict(unet.config), self.name, f"{flag} {init}")
-        if part == "unet":
-            check_start(dict(unet.config), config, f"{flag} {init}")
+        check_start(dict(unet.config), config, self.facts, f"{flag} {init}")
         return unet
 
     def _load_file(
@@ -316,8 +315,10 @@ class Family(ABC):
         )
 
     def vae_dtype(self, vae: Any, dtype: torch.dtype) -> torch.dtype:
-        """Choose the dtype to run the VAE in, given that of the run."""
-        return dtype
+        """Choose the dtype to run the VAE in, given that of the run: float32 for one that overflows
+        in float16, as SDXL's own does."""
+        overflows = self.facts.upcast and dtype == torch.float16 and vae.config.force_upcast
+        return torch.float32 if overflows else dtype
 
     def text_folders(self, source: ModelSource) -> list[str]:
         """Name the folders of the base's text encoders, in the order of `Frozen.text_encoders`."""
@@ -368,8 +369,8 @@ class Family(ABC):
         return RectifiedFlow(base_shift(schedule.config, self.tokens(latent_shape)), self.times)
 
     def tokens(self, latent_shape: Sequence[int]) -> int:
-        """Count the image tokens of latents (C, h, w): 2 x 2 of them are one."""
-        return latent_shape[1] * latent_shape[2] // 4
+        """Count the image tokens of latents (C, h, w)."""
+        return latent_shape[1] * latent_shape[2] // self.facts.patch**2
 
     def normalise(self, latents: Tensor, vae: Mapping[str, Any]) -> Tensor:
         """Bring the VAE's latents to the scale that the model is trained on.

@@ -72,10 +72,10 @@ def check_base(
     denoiser = need(f"{facts.part}/config.json")
     if facts.part == "unet":
         check_unet(denoiser, f"{where}/unet/config.json")
-        check_schedule(need(SCHEDULER_FILE), where)
     else:
         check_pipeline(index, facts, f"{where}/model_index.json")
-        check_flow(need(SCHEDULER_FILE), where)
+        check_transformer(denoiser, facts, f"{where}/{facts.part}/config.json")
+    (check_flow if facts.flow else check_schedule)(need(SCHEDULER_FILE), where)
     if vae is None:
         vae, vae_where = need("vae/config.json"), f"{where}/vae/config.json"
     if vae:
@@ -99,17 +99,32 @@ def text_parts(family: str, index: Config) -> list[str]:
 
 
 def check_pipeline(index: Config, facts: FamilyFacts, where: str) -> None:
-    """Refuse a pipeline of another task than text to image, of which the model may be the same.
+    """Refuse a pipeline of another task than text to image, or one that tells its model more; the
+    model's class may be the same.
 
     Raises:
         UserError: beginning with `where`.
     """
     kind = index.get("_class_name", facts.pipeline)
-    if kind != facts.pipeline:
+    if kind not in (facts.pipeline, *facts.aliases):
         raise UserError(
-            f"{where} is of a {kind}, which is another task than text to image; a base of "
-            f"{facts.pipeline} is needed"
+            f"{where} is of a {kind}, which is of another task than text to image or of another "
+            f"kind of model; a base of {facts.pipeline} is needed"
         )
+
+
+def check_transformer(config: Config, facts: FamilyFacts, where: str) -> None:
+    """Refuse a transformer that must be told more than its family tells.
+
+    Raises:
+        UserError: beginning with `where`.
+    """
+    for name in facts.untold:
+        if config.get(name):
+            raise UserError(
+                f"{where}: {name} is {config[name]!r}, so the model must be told more than time "
+                f"and caption, which {facts.label} is not; it must be false"
+            )
 
 
 def check_unet(config: Config, where: str) -> None:
@@ -140,12 +155,15 @@ def check_unet(config: Config, where: str) -> None:
         )
 
 
-def check_start(config: Config, base: Config, where: str) -> None:
-    """Refuse a UNet to start from that does not fit the base's other parts.
+def check_start(config: Config, base: Config, facts: FamilyFacts, where: str) -> None:
+    """Refuse a denoiser to start from that does not fit the base's other parts.
 
     Raises:
         UserError: beginning with `where`.
     """
+    if facts.part != "unet":
+        check_transformer(config, facts, where)
+        return
     check_unet(config, where)
     for name, default in _FITTING.items():
         found, wanted = config.get(name, default), base.get(name, default)

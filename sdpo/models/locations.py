@@ -67,8 +67,7 @@ def check_model_location(config: ModelConfig) -> None:
         if found is not None and family is not None:
             own = read_config(found)
             check_family(own, family, f"--unet_init {config.unet_init}")
-            if FAMILIES[family].part == "unet":
-                check_start(own, denoiser or own, f"--unet_init: {found}")
+            check_start(own, denoiser or own, FAMILIES[family], f"--unet_init: {found}")
     if config.lora_init:
         rank = check_lora_file(config.lora_init, "--lora_init", beside_text=False)
         if rank is not None and rank != config.lora_rank:

@@ -18,11 +18,6 @@ class SDXL(Family):
 
     name = "sdxl"
 
-    def vae_dtype(self, vae: Any, dtype: torch.dtype) -> torch.dtype:
-        """Choose float32 for a VAE that overflows in float16, as SDXL's own does."""
-        overflows = dtype == torch.float16 and vae.config.force_upcast
-        return torch.float32 if overflows else dtype
-
     @torch.no_grad()
     def encode_text(self, frozen: Frozen, captions: list[str]) -> dict[str, Tensor]:
         """Run both text encoders: `hidden` (B, tokens, width 1 + width 2), `pooled` (B, width)."""

@@ -42,7 +42,7 @@ class TransformerFamily(Family):
         tokens); sizes play no part."""
         if "mask" not in text:
             return dict(text)
-        longest = int(text["mask"].sum(1).max())
+        longest = int(text["mask"].bool().sum(1).max())  # half precision does not count so far
         return {"hidden": text["hidden"][:, :longest], "mask": text["mask"][:, :longest]}
 
 

@@ -32,6 +32,7 @@ STARTS = {
     "flux_diffusion_dpo": ("black-forest-labs/FLUX.1-dev", 1024, 32, 2000),
     "qwen_image_diffusion_dpo": ("Qwen/Qwen-Image", 1024, 32, 2500),
     "z_image_diffusion_dpo": ("Tongyi-MAI/Z-Image", 1024, 32, 2500),
+    "pixart_sigma_diffusion_dpo": ("PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", 1024, None, 5000),
 }
 
 

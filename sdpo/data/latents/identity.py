@@ -39,6 +39,7 @@ _TOKENIZER = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "spiece.model",
 )
 # They change whenever a model is saved again, and say nothing about what it computes.
 _BY_THE_WAY = {"transformers_version", "torch_dtype", "dtype", "architectures"}

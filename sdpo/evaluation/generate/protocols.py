@@ -178,32 +178,28 @@ class Diffusers(Protocol):
 
     def __call__(self, prompts: Sequence[str], indices: Sequence[int]) -> list[Image.Image]:
         """Make an image of every prompt, its noise drawn on the CPU, whatever the device."""
-
-        def check(pipe: Any, step: int, timestep: Any, state: dict[str, Any]) -> dict[str, Any]:
-            if step == self.sampling.steps - 1:
-                check_finite(state["latents"], indices)
-            return state
-
-        return self.pipeline(
+        pixels = self.pipeline(
             **self.family.call_options(self.pipeline, prompts, self.sampling.cfg),
             height=self.sampling.resolution,
             width=self.sampling.resolution,
             num_inference_steps=self.sampling.steps,
             generator=[torch.Generator().manual_seed(self.seed_of(i)) for i in indices],
-            callback_on_step_end=check,
+            output_type="np",
         ).images
+        check_finite(torch.from_numpy(pixels), indices)
+        return self.pipeline.image_processor.numpy_to_pil(pixels)
 
 
-def check_finite(latents: Tensor, indices: Sequence[int]) -> None:
-    """Refuse latents (B, C, r, r) that would decode to black images.
+def check_finite(made: Tensor, indices: Sequence[int]) -> None:
+    """Refuse latents or pixels, (B, ...), that would be black images.
 
     Raises:
         UserError: some are not finite.
     """
-    bad = [i for i, one in zip(indices, latents, strict=True) if not one.isfinite().all()]
+    bad = [i for i, one in zip(indices, made, strict=True) if not one.isfinite().all()]
     if bad:
         raise UserError(
-            f"--unet: its latents of prompt {bad[0]} are not finite; is the UNet broken, or does "
+            f"--unet: what it made of prompt {bad[0]} is not finite; is the UNet broken, or does "
             "it overflow in --dtype (fp32 does not)?"
         )
 

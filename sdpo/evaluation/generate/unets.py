@@ -46,8 +46,7 @@ def check_unet(name: str, family: str, base: Config | None = None) -> None:
         if config is not None:
             own = read_config(config)
             check_family(own, family, f"{FLAG} {name}")
-            if FAMILIES[family].part == "unet":
-                check_start(own, base or own, f"{FLAG}: {config}")
+            check_start(own, base or own, FAMILIES[family], f"{FLAG}: {config}")
     elif not path.is_file() and (path.suffix in WEIGHT_SUFFIXES or not HUB_ID.fullmatch(name)):
         raise UserError(
             f"{FLAG}: there is no file or directory {name}; give unet.pth, .safetensors, a "
