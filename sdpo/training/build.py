@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 
 from sdpo.common.files import file_sha256
@@ -85,6 +86,9 @@ def build_models(config: TrainConfig, base: Base, loader: PairLoader, run: Sessi
     if run.sharding:
         _shard(models, run.sharding, device, run.accelerator.num_processes)
     else:
+        if family.facts.idle_weights:
+            # Or processes wait for gradients that do not come.
+            run.accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
         models.unet = run.accelerator.prepare(unet)
     return models
 

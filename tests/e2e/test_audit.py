@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from micro_bases import save_base
 
 from sdpo.common.errors import UserError
 from sdpo.lab.audit import run as audit
@@ -147,14 +148,24 @@ def test_weights_without_moments(train, run, tmp_path):
     assert record(found, "none", "adam")["own"] != record(found, "none", "preconditioned")["own"]
 
 
-def test_sdxl_from_its_base(train, tmp_path):
-    flags = {"sdxl": True, "steps": 1, "moment_batches": 1, "jacobian_pairs": 2}
-    assert audit.main(argv(train, tmp_path, **flags, winner_preserving_space="parameter")) == 0
-    (found,) = lines(tmp_path, "updates")
+@pytest.mark.parametrize("family", ["sdxl", "flux"])
+def test_from_its_base(train, family, tmp_path):
+    flags = {"sdxl": family == "sdxl", "steps": 1, "moment_batches": 1, "jacobian_pairs": 2}
+    if family != "sdxl":
+        save_base(family, tmp_path / "base")
+        flags |= {"pretrained_model_name_or_path": tmp_path / "base"}
+        flags |= {"winner_preserving_scope": "batch"}
+    out = tmp_path / "audit"
+    assert audit.main(argv(train, out, **flags, winner_preserving_space="parameter")) == 0
+    (found,) = lines(out, "updates")
     assert record(found, "batch", "gradient")["scale"] < 1
     # Model and reference are the same, and all pairs have one weight: the two demands are one.
     scales = [record(found, mode, "gradient")["scale"] for mode in ("parameter", "weighted")]
     assert scales[0] == pytest.approx(scales[1], rel=1e-4)
+    longest = 1000 if family == "sdxl" else 1
+    pairs = lines(out, "jacobian")
+    assert [pair["bin"] for pair in pairs] == [int(p["timestep"] / longest * 10) for p in pairs]
+    assert 0 < pairs[0]["timestep"] < pairs[1]["timestep"] < longest
 
 
 @pytest.mark.parametrize(

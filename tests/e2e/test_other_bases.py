@@ -1,14 +1,14 @@
 """Bases that do not predict noise, through the programs: SDXL that predicts v under a schedule of
-zero terminal SNR, and SD3 under rectified flow."""
+zero terminal SNR, and the transformers under rectified flow."""
 
 from __future__ import annotations
 
 import json
 import signal
-import sys
 
 import pytest
 import torch
+from micro_bases import BUILD, save_base
 
 from .harness import (
     FLAGS,
@@ -17,17 +17,21 @@ from .harness import (
     distance,
     generation_argv,
     identical,
-    program,
     run_here,
 )
 
 SAFE = {"use_winner_preserving": True, "winner_preserving_mu": 0.9}
 
 
-@pytest.fixture(scope="module", params=["v", "sd3"])
-def base(request, tiny_sd3, tiny_v):
+@pytest.fixture(scope="module", params=["v", "sd3", *BUILD])
+def base(request, tiny_sd3, tiny_v, tmp_path_factory):
     """The base's directory."""
-    return {"sd3": tiny_sd3, "v": tiny_v}[request.param]
+    made = {"sd3": tiny_sd3, "v": tiny_v}
+    if request.param in made:
+        return made[request.param]
+    path = tmp_path_factory.mktemp("base") / request.param
+    save_base(request.param, path)
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +54,29 @@ def test_a_run(train, base, whole):
     assert first["ref_winner_mse"] > 0.3
     assert distance(whole.unet(), base_unet(base)) > 1e-4
     assert (whole.out / "pipeline/model_index.json").is_file()
+
+
+@pytest.mark.parametrize("method", ["diffusion-dpo", "dmpo", "dspo"])
+def test_methods(train, base, method, tmp_path):
+    """With the safeguard a run begins with the same errors and ends elsewhere."""
+    plain, guarded = (
+        train(
+            tmp_path / name,
+            pretrained_model_name_or_path=base,
+            train_method=method,
+            beta_dpo=20 if method == "dspo" else 5000,
+            **safeguard,
+        )
+        for name, safeguard in (("plain", {}), ("guarded", SAFE))
+    )
+    for run in (plain, guarded):
+        assert run.metrics[0]["margin"] == pytest.approx(0, abs=1e-6)
+        assert all(torch.tensor(run.column("grad_norm")) > 0)
+    assert plain.column("loser_scale") == [1.0] * 3
+    assert max(guarded.column("loser_scale")) < 1
+    for name in ("winner_mse", "ref_loser_mse"):
+        assert plain.metrics[0][name] == guarded.metrics[0][name]
+    assert not identical(plain.unet(), guarded.unet())
 
 
 def test_two_processes_train_the_same(train, base, flags, whole, tmp_path):
@@ -77,19 +104,37 @@ def test_from_the_cache(train, flags, whole, tmp_path):
         assert cached.column(name) == pytest.approx(whole.column(name), rel=1e-4, abs=1e-6)
 
 
-def test_adapters_and_held_out_drift(train, base, flags, pairs_dir, tmp_path):
-    run = train(tmp_path / "run", **flags, lora_rank=2, lora_alpha=4)
+@pytest.fixture(scope="module")
+def adapters(train, flags, tmp_path_factory):
+    """As `whole`, of adapters."""
+    return train(tmp_path_factory.mktemp("adapters"), **flags, lora_rank=2, lora_alpha=4)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_divided_between_two_processes(train, base, flags, whole, adapters, lora, tmp_path):
+    """FSDP2, whose units are the family's blocks."""
+    if (base / "unet").is_dir():
+        pytest.skip("UNets are divided in test_sharding.py")
+    asked = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    flags = {**flags, "train_batch_size": 2}
+    if lora:
+        flags |= {"lora_rank": 2, "lora_alpha": 4}
+    two = train.processes(tmp_path / "two", 2, asked, **flags)
+    assert two.config["resolved"]["sharding"] == "FSDP2"
+    check_close(two, adapters if lora else whole, base_unet(base))
+
+
+def test_adapters_and_held_out_drift(base, adapters, pairs_dir):
+    run = adapters
     assert run.metrics[0]["margin"] == pytest.approx(0, abs=1e-6)
     file = run.out / "pytorch_lora_weights.safetensors"
     from safetensors.torch import load_file
 
     part = "transformer." if (base / "transformer").is_dir() else "unet."
     assert all(name.startswith(part) for name in load_file(file))
-    program(
-        sys.executable, "-m", "sdpo.evaluation.heldout", run.out,
-        "--train_data_dir", pairs_dir, "--split", "heldout", "--max_pairs", "4",
-        "--timesteps", "2",
-    )  # fmt: skip
+    argv = ["--split", "heldout", "--max_pairs", 4, "--timesteps", 2]
+    argv += ["--train_data_dir", pairs_dir]
+    assert run_here("sdpo/evaluation/heldout.py", [run.out, *argv]) == 0
     lines = [json.loads(line) for line in (run.out / "heldout.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, *run.checkpoints]
     assert lines[0]["winner_drift"] == 0 != lines[-1]["winner_drift"]

@@ -101,13 +101,13 @@ def test_bad_flags(sweeps, tmp_path, more, sentence):
 def test_the_shipped_sweeps_are_sound(repo, monkeypatch, tmp_path, pairs_dir):
     """Every run's flags pass train.py's own checks, in the place where the script runs them."""
     files = sorted((repo / "scripts" / "lab").glob("*.yaml"))
-    names = ["1-treatments", "2-dmpo", "3-dspo", "4-map", "5-horizon", "6-flow"]
+    names = ["1-treatments", "2-dmpo", "3-dspo", "4-map", "5-horizon", "6-flow", "7-flow-map"]
     assert [f.stem for f in files] == names
     for file in files:
         moved = tmp_path / file.name
         text = file.read_text().replace("output/lab/pairs", str(pairs_dir))
         moved.write_text(text.replace("assets/", f"{repo}/assets/"))
         sweep = read_sweep(moved)
-        assert sweep.name == file.stem.split("-")[1]
+        assert sweep.name == file.stem.split("-", 1)[1]
         json.dumps([run.flags for run in sweep.runs])
     assert len(read_sweep(tmp_path / "4-map.yaml").runs) == 9

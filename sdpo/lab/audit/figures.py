@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from sdpo.lab.audit.jacobian import QUANTILES
-from sdpo.lab.audit.summary import MEASURED_ON, TIMESTEPS, numbers, pair_quantities
+from sdpo.lab.audit.summary import MEASURED_ON, numbers, pair_quantities
 from sdpo.lab.audit.updates import UPDATES
 from sdpo.lab.drawing import BLUE, COLOURS, RED, colour_of, plain, plt, save
 from sdpo.training.distributions import BINS
@@ -18,6 +18,7 @@ TITLES = {
     "preconditioned": "after Adam's preconditioning",
     "adam": "AdamW's whole step",
 }
+TIME = "time, as a share of the longest"
 # Modes that the pictures by timestep show; the others lie between them.
 SHOWN = ("none", "batch", "pair", "parameter", "weighted")
 
@@ -74,7 +75,7 @@ def draw_by_timestep(rows: list[dict[str, Any]], about: str, path: Path) -> None
         for number, row in enumerate(shown):
             values = numbers(row["by_timestep"]["first_order"])
             axis.plot(_centres(), values, "o-", ms=3, color=colour_of(number), label=row["mode"])
-        plain(axis, TITLES[update], xlabel="timestep")
+        plain(axis, TITLES[update], xlabel=TIME)
     axes[0].set_ylabel("first-order change of winners' error, %", fontsize=8)
     axes[0].legend(frameon=False, fontsize=8)
     figure.suptitle(f"One step, {about}")
@@ -91,16 +92,16 @@ def draw_jacobian(found: dict[str, np.ndarray], summary: dict[str, Any], path: P
     }
     for axis, (name, title) in zip(axes, titles.items(), strict=False):
         x, y = found[f"output_{name}"], found[f"parameter_{name}"]
-        points = axis.scatter(x, y, c=found["timestep"], cmap="viridis", s=14, vmin=0, vmax=1000)
+        points = axis.scatter(x, y, c=found["bin"], cmap="viridis", s=14, vmin=0, vmax=BINS - 1)
         ends = [min(x.min(), y.min()), max(x.max(), y.max())]
         axis.plot(ends, ends, color="black", lw=0.8, ls=":")
         plain(axis, title, xlabel="residuals at the output", zero=False)
         axis.set_ylabel("gradients over the parameters", fontsize=8)
-    figure.colorbar(points, ax=axes[2], label="timestep")
+    figure.colorbar(points, ax=axes[2], label="tenth of the times")
     for space, colour in (("output", BLUE), ("parameter", RED)):
         values = numbers(summary["jacobian"]["by_timestep"][f"{space}_cosine"])
         axes[3].plot(_centres(), values, "o-", ms=3, color=colour, label=space)
-    plain(axes[3], "cosine by timestep", xlabel="timestep", zero=False)
+    plain(axes[3], "cosine by timestep", xlabel=TIME, zero=False)
     axes[3].legend(frameon=False, fontsize=8)
     save(figure, path)
 
@@ -110,7 +111,7 @@ def draw_spectrum(pairs: list[dict[str, Any]], path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
     for pair, colour in zip(pairs, plt.cm.viridis(np.linspace(0, 0.9, len(pairs))), strict=True):
         values = np.maximum(numbers(pair["quantiles"]), 1e-12)
-        axes[0].plot(QUANTILES, values, "o-", color=colour, label=f"t = {pair['timestep']}")
+        axes[0].plot(QUANTILES, values, "o-", color=colour, label=f"t = {pair['timestep']:.3g}")
     plain(axes[0], "eigenvalues of J J^T over their mean (dotted: an isometry)", "quantile", False)
     axes[0].axhline(1.0, color="black", lw=0.8, ls=":")
     axes[0].set_yscale("log")
@@ -122,11 +123,11 @@ def draw_spectrum(pairs: list[dict[str, Any]], path: Path) -> None:
     ):
         axes[1].bar(at + side, numbers([p[name] for p in pairs]), 0.38, color=colour, label=label)
     plain(axes[1], "the two branches' Jacobians, Frobenius", "timestep", zero=False)
-    axes[1].set_xticks(at, [str(p["timestep"]) for p in pairs])
+    axes[1].set_xticks(at, [f"{p['timestep']:.3g}" for p in pairs])
     axes[1].set_ylim(0, 1.3)
     axes[1].legend(frameon=False, fontsize=8, ncols=2)
     save(figure, path)
 
 
 def _centres() -> np.ndarray:
-    return (np.arange(BINS) + 0.5) * TIMESTEPS / BINS
+    return (np.arange(BINS) + 0.5) / BINS

@@ -34,6 +34,17 @@ WEIGHTED = "weighted"
 
 
 @dataclass(frozen=True)
+class _Placed:
+    """A model that is called with `parameters` in the place of its own."""
+
+    module: nn.Module
+    parameters: Parameters
+
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        return functional_call(self.module, self.parameters, args, kwargs)
+
+
+@dataclass(frozen=True)
 class Network:
     """One model of a family as a function of its trained parameters."""
 
@@ -59,11 +70,7 @@ class Network:
 
     def predict_at(self, parameters: Parameters, inputs: NoisedPairs) -> Tensor:
         """Call the model with `parameters` in the place of its own."""
-
-        def model(*args: object, **kwargs: object) -> object:
-            return functional_call(self.model, parameters, args, kwargs)
-
-        return predict(self.family, model, inputs)
+        return predict(self.family, _Placed(self.model, parameters), inputs)
 
 
 def derivative(

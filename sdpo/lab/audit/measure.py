@@ -29,6 +29,7 @@ from sdpo.models.loading import load_strictly, read_state_dict
 from sdpo.training.build import build_loader, build_models
 from sdpo.training.checkpoint import load_training, read_progress
 from sdpo.training.checkpoint_paths import UNET_FILE
+from sdpo.training.distributions import BINS
 from sdpo.training.optim import scaled_learning_rate
 from sdpo.training.state import Models, Progress, Session
 
@@ -46,6 +47,7 @@ class Subject:
 
     def __post_init__(self) -> None:
         self.network = Network(self.models.base.family, self.models.unet)
+        self.process = self.models.encoder.process
 
     def branches(self, inputs: NoisedPairs) -> Branches:
         """Take the two branches of one batch apart, at the checkpoint's weights."""
@@ -180,6 +182,7 @@ def _measure_updates(subject: Subject, lines: JsonLines) -> None:
         measured_on = {
             on: {
                 "timesteps": winners.batch.timesteps.tolist(),
+                "bins": subject.process.bin_of(winners.batch.timesteps, BINS).tolist(),
                 "winner_error": winners.before.tolist(),
             }
             for on, winners in errors.items()
@@ -214,8 +217,9 @@ def _measure_pairs(
     """Add what is `measured` on winner and loser of each pair that is not measured yet."""
     with tqdm(total=total, initial=lines.count, desc=what, unit="pair") as bar:
         for winner, loser in _stratified(subject, total, lines.count):
-            timestep = int(winner.inputs.timesteps[0])
-            lines.write({"timestep": timestep, **measured(winner, loser)})
+            time = winner.inputs.timesteps[:1]
+            at = {"timestep": time.item(), "bin": int(subject.process.bin_of(time, BINS))}
+            lines.write({**at, **measured(winner, loser)})
             bar.update()
 
 
@@ -230,7 +234,7 @@ def _stratified(subject: Subject, total: int, done: int) -> Iterator[tuple[Sampl
         if index + size > done:
             draws = [randomness.uniform(*key, "stratum") for key in batch.keys]
             places = [min((index + i + d) / total, 1 - 1e-9) for i, d in enumerate(draws)]
-            inputs = subject.noised(batch, subject.models.encoder.process.times_at(places))
+            inputs = subject.noised(batch, subject.process.times_at(places))
         for i in range(size):
             if index == total:
                 return

@@ -13,7 +13,6 @@ from sdpo.lab.audit.updates import UPDATES
 from sdpo.losses.safeguard import scale_from_products
 from sdpo.training.distributions import BINS
 
-TIMESTEPS = 1000
 _SEED = 0
 MEASURED_ON = {
     "own": "on the batch that the update is made of",
@@ -68,7 +67,7 @@ def _by_timestep(
     batches: list[dict[str, Any]], place: int, on: str
 ) -> dict[str, list[float | None]]:
     """Changes by timestep bin, in percent of the errors in the bin."""
-    bins = bin_of(np.concatenate([b[on]["timesteps"] for b in batches]))
+    bins = np.concatenate([b[on]["bins"] for b in batches])
     error = np.concatenate([numbers(b[on]["winner_error"]) for b in batches])
     result: dict[str, list[float | None]] = {"pairs": np.bincount(bins, minlength=BINS).tolist()}
     for name in ("first_order", "realised"):
@@ -87,16 +86,11 @@ def numbers(values: Sequence[Any]) -> np.ndarray:
     return np.array(values, dtype=float)
 
 
-def bin_of(timesteps: np.ndarray) -> np.ndarray:
-    """Number the tenth of the schedule that each timestep lies in, 0 to 9."""
-    return np.asarray(timesteps) * BINS // TIMESTEPS
-
-
 def pair_quantities(pairs: list[dict[str, Any]], mu: float) -> dict[str, np.ndarray]:
-    """Compute each pair's timestep, cosines, loser/winner norm ratios and safeguard scales, at the
-    output and over the parameters."""
+    """Compute each pair's timestep and its bin, cosines, loser/winner norm ratios and safeguard
+    scales, at the output and over the parameters."""
     columns = {name: numbers([p[name] for p in pairs]) for name in pairs[0]}
-    found = {"timestep": columns["timestep"]}
+    found = {name: columns[name] for name in ("timestep", "bin")}
     for space in ("output", "parameter"):
         inner = columns[f"{space}_inner"]
         winner, loser = columns[f"{space}_winner_sq"], columns[f"{space}_loser_sq"]
@@ -117,10 +111,10 @@ def jacobian_rows(pairs: list[dict[str, Any]], mu: float) -> dict[str, Any]:
     conflict = found["output_scale"] * numbers([p["parameter_inner"] for p in pairs])
     found["share_below_mu"] = 100.0 * (conflict > (1 - mu) * parameter_winner)
     found["share_rising"] = 100.0 * (conflict > parameter_winner)
-    names = [n for n in found if n != "timestep"]
+    names = [n for n in found if n not in ("timestep", "bin")]
     columns = np.stack([found[n] for n in names], axis=1)
     low, high = bootstrap_means(columns, _SEED)
-    bins = bin_of(found["timestep"].astype(int))
+    bins = found["bin"]
     spread = [found[f"{space}_scale"].std() for space in ("output", "parameter")]
     return {
         "pairs": len(pairs),

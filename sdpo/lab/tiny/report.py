@@ -48,10 +48,16 @@ QUESTIONS = {
         "it? Does its scope matter there?",
         "The same pairs, from a tiny SD3 that predicts velocities, whose two scopes differ.",
     ),
+    "flow-map": (
+        "How do mu and beta interact in a transformer under rectified flow?",
+        "Diffusion-DPO with the safeguard per pair, one run a cell.",
+    ),
 }
 AUDITS = {
     "audit-start": "at the start, where model and reference are the same",
     "audit-without": "a quarter through training without the safeguard",
+    "audit-flow-start": "in the transformer, at the start",
+    "audit-flow-without": "in the transformer, a quarter through training without the safeguard",
 }
 PICTURES = {
     "drift.png": "Held-out drift and margin over steps",

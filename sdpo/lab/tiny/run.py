@@ -3,9 +3,9 @@
     python -m sdpo.lab tiny [--out output/lab] [--sweeps scripts/lab]
 
 Writes preference pairs to OUT/pairs, runs every sweep of the directory --sweeps into OUT/NAME,
-audits the base model and, at its first checkpoint, a run of the sweep "treatments" without the
-safeguard, and writes OUT/report.html. What is done is not done again: killed at any
-point, the same command goes on.
+audits the base models of the sweeps "treatments" and "flow" and, at its first checkpoint, a run of
+each without the safeguard, and writes OUT/report.html. What is done is not done again: killed at
+any point, the same command goes on.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from sdpo.lab.sweep.stages import run_dir
 from sdpo.training.checkpoint_paths import list_checkpoints
 
 PROGRAM = "python -m sdpo.lab tiny"
-# The sweep that audits look into, and the variant that they look at.
-AUDITED = "treatments"
+# The sweeps that audits look into, with how the audits' names begin, and the variant of each.
+AUDITED = {"treatments": "audit", "flow": "audit-flow"}
 AUDITED_VARIANT = "none"
 
 
@@ -76,8 +76,8 @@ def main(argv: Sequence[str]) -> int:
         run_step([*_lab("sweep"), str(path), "--out", str(config.out / sweep.name)], sweep.name)
     commands: dict[str, list[str]] = {}
     for _, sweep in sweeps:
-        if sweep.name == AUDITED:
-            commands = audits(sweep, config)
+        if sweep.name in AUDITED:
+            commands |= audits(sweep, config)
     threads = max(1, available_cores() // max(1, len(commands)))
     run_together(commands, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
 
@@ -95,7 +95,8 @@ def audits(sweep: Sweep, config: TinyConfig) -> dict[str, list[str]]:
         return {}
     first_saved = list_checkpoints(run_dir(config.out / sweep.name, planned))[0]
     commands = {}
-    for name, checkpoint in (("audit-start", None), ("audit-without", first_saved)):
+    for at, checkpoint in (("start", None), ("without", first_saved)):
+        name = f"{AUDITED[sweep.name]}-{at}"
         flags: dict[str, Any] = {
             **planned.flags,
             "output_dir": config.out / name,
