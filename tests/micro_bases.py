@@ -15,13 +15,17 @@ DYNAMIC = {"use_dynamic_shifting": True, "base_image_seq_len": 256, "max_image_s
            "base_shift": 0.5, "max_shift": 1.15}  # fmt: skip
 
 
-def word_tokenizer():
-    """A tokenizer of a few words with a chat template."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
+def word_tokenizer(around: str | None = None):
+    """A tokenizer of a few words with a chat template; `around` says where </s> stands, as in
+    "$A </s>"."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, "<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    if around:
+        ends = [("</s>", WORDS.index("</s>"))]
+        tokenizer.post_processor = processors.TemplateProcessing(around, special_tokens=ends)
     made = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", eos_token="</s>"
     )
@@ -155,10 +159,50 @@ def pixart_sigma():
         scheduler=DPMSolverMultistepScheduler(beta_schedule="linear", beta_end=0.02),
         vae=small_vae(4, shift=None),
         text_encoder=small_t5(),
-        tokenizer=word_tokenizer(),
+        tokenizer=word_tokenizer("$A </s>"),
         transformer=PixArtTransformer2DModel(
             num_attention_heads=2, attention_head_dim=8, num_layers=1, cross_attention_dim=16,
             caption_channels=32, sample_size=16, norm_num_groups=4,
+        ),
+    )  # fmt: skip
+
+
+def small_gemma():
+    from transformers import Gemma2Config, Gemma2Model
+
+    return Gemma2Model(
+        Gemma2Config(
+            hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=2, vocab_size=32, max_position_embeddings=2048, head_dim=8,
+        )
+    )  # fmt: skip
+
+
+def sana():
+    from diffusers import (
+        AutoencoderDC,
+        DPMSolverMultistepScheduler,
+        SanaPipeline,
+        SanaTransformer2DModel,
+    )
+
+    return SanaPipeline(
+        scheduler=DPMSolverMultistepScheduler(
+            use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0
+        ),
+        vae=AutoencoderDC(
+            latent_channels=4, attention_head_dim=2, encoder_block_types="ResBlock",
+            decoder_block_types="ResBlock", encoder_block_out_channels=(4, 8, 8),
+            decoder_block_out_channels=(4, 8, 8), encoder_layers_per_block=(1, 1, 1),
+            decoder_layers_per_block=(1, 1, 1), encoder_qkv_multiscales=((), (), ()),
+            decoder_qkv_multiscales=((), (), ()), scaling_factor=0.41,
+        ),
+        text_encoder=small_gemma(),
+        tokenizer=word_tokenizer("</s> $A"),
+        transformer=SanaTransformer2DModel(
+            in_channels=4, out_channels=4, num_layers=1, num_attention_heads=2,
+            attention_head_dim=4, num_cross_attention_heads=2, cross_attention_head_dim=4,
+            cross_attention_dim=8, caption_channels=16, sample_size=16,
         ),
     )  # fmt: skip
 
@@ -168,6 +212,7 @@ BUILD = {
     "qwen-image": qwen_image,
     "z-image": z_image,
     "pixart-sigma": pixart_sigma,
+    "sana": sana,
 }
 
 

@@ -179,6 +179,23 @@ FAMILIES: dict[str, FamilyFacts] = {
         lora_targets=(),
         steps=20,
     ),
+    "sana": FamilyFacts(
+        label="Sana",
+        base="Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers",
+        resolution=1024,
+        guidance=4.5,
+        text={"text_encoder": TextPart("Gemma2Model", "tokenizer", "AutoTokenizer")},
+        part="transformer",
+        model="SanaTransformer2DModel",
+        vae_model="AutoencoderDC",
+        pipeline="SanaPipeline",
+        untold=("guidance_embeds",),
+        multiple=32,
+        units=("SanaTransformerBlock",),
+        patch=1,
+        flow=True,
+        steps=20,
+    ),
 }
 PARTS = tuple(dict.fromkeys(facts.part for facts in FAMILIES.values()))
 

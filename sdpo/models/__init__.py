@@ -20,6 +20,7 @@ _CLASSES = {
     "qwen-image": ("qwen_image", "QwenImage"),
     "z-image": ("z_image", "ZImage"),
     "pixart-sigma": ("pixart_sigma", "PixArtSigma"),
+    "sana": ("sana", "Sana"),
 }
 
 

@@ -379,15 +379,15 @@ class Family(ABC):
             latents: (N, C, r, r).
             vae: the VAE's configuration, or what `normalising` chose of it.
         """
-        return (latents - (vae["shift_factor"] or 0.0)) * vae["scaling_factor"]
+        return (latents - (vae.get("shift_factor") or 0.0)) * vae["scaling_factor"]
 
     def normalising(self, vae: Mapping[str, Any]) -> dict[str, Any]:
         """Choose of a VAE's configuration what `normalise` needs."""
-        return {name: vae[name] for name in ("scaling_factor", "shift_factor")}
+        return {name: vae.get(name) for name in ("scaling_factor", "shift_factor")}
 
     def denormalise(self, latents: Tensor, vae: Mapping[str, Any]) -> Tensor:
         """Bring the model's latents, (N, C, r, r), to the VAE's scale: undo `normalise`."""
-        return latents / vae["scaling_factor"] + (vae["shift_factor"] or 0)
+        return latents / vae["scaling_factor"] + (vae.get("shift_factor") or 0)
 
     def call_options(
         self, pipeline: Any, prompts: Sequence[str], guidance: float
@@ -436,7 +436,8 @@ class Family(ABC):
     ) -> tuple[int, int, int]:
         """Give (C, h, w) of the latents of an image of these pixels, by default of a square one."""
         config = frozen.vae.config
-        factor = 2 ** (len(config.block_out_channels) - 1)
+        levels = config.get("encoder_block_out_channels") or config["block_out_channels"]
+        factor = 2 ** (len(levels) - 1)
         return config.latent_channels, height // factor, (width or height) // factor
 
     def load_sampler(self, source: ModelSource) -> Any:

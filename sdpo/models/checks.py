@@ -33,6 +33,12 @@ DISCRETE = frozenset(
 )
 PREDICTIONS = ("epsilon", "v_prediction")
 _SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
+# By a VAE's class: the setting that counts its latents' channels, and diffusers' default of it.
+_LATENTS = {
+    "AutoencoderKL": ("latent_channels", 4),
+    "AutoencoderKLQwenImage": ("z_dim", 16),
+    "AutoencoderDC": ("latent_channels", 32),
+}
 # What of a UNet must fit VAE and text encoders, with diffusers' defaults.
 _FITTING = {
     "in_channels": 4,
@@ -181,12 +187,15 @@ def check_vae(config: Config, denoiser: Config, facts: FamilyFacts, where: str) 
     kind = config.get("_class_name", facts.vae_model)
     if kind != facts.vae_model:
         raise UserError(f"{where} is of a {kind}; an {facts.vae_model} is needed")
-    if kind != "AutoencoderKL":
-        if (channels := config.get("z_dim", 16)) != (taken := denoiser.get("in_channels", 64) // 4):
-            raise UserError(
-                f"{where}: z_dim is {channels}, but the transformer takes {taken} channels; give "
-                "the VAE that it was trained with"
-            )
+    name, default = _LATENTS[kind]
+    patch = 4 if facts.packed else 1
+    channels = config.get(name, default)
+    if channels != (taken := denoiser.get("in_channels", patch * default) // patch):
+        raise UserError(
+            f"{where}: {channels} {name}, but the {facts.kind} takes {taken}; give the VAE that it "
+            "was trained with"
+        )
+    if kind not in ("AutoencoderKL", "AutoencoderDC"):
         return
     for name in ("latents_mean", "latents_std"):
         if config.get(name) is not None:
@@ -195,19 +204,13 @@ def check_vae(config: Config, denoiser: Config, facts: FamilyFacts, where: str) 
                 "Playground v2.5's VAE does), which is not supported; give a base with a "
                 "scaling_factor alone"
             )
-    channels, ins = config.get("latent_channels", 4), denoiser.get("in_channels", 4)
-    taken = ins // 4 if facts.packed else ins
-    if channels != taken:
-        raise UserError(
-            f"{where}: {channels} latent_channels, but the {facts.kind} takes {taken}; give the "
-            "VAE that it was trained with"
-        )
     if (colours := config.get("in_channels", 3)) != 3 or config.get("out_channels", 3) != 3:
         raise UserError(f"{where}: takes images of {colours} channels; 3 are needed")
     scale = config.get("scaling_factor", 0.18215)
     if not isinstance(scale, int | float) or not scale > 0:
         raise UserError(f"{where}: scaling_factor is {scale!r}; it must be a number above 0")
-    if facts.flow and not isinstance(shift := config.get("shift_factor"), int | float):
+    shift = config.get("shift_factor")
+    if facts.flow and kind == "AutoencoderKL" and not isinstance(shift, int | float):
         raise UserError(
             f"{where}: shift_factor is {shift!r}; {facts.label}'s pipeline needs a number (0: none)"
         )

@@ -91,7 +91,7 @@ def _predicts(family: str, read: Reader) -> str:
 def _resolution(family: str, denoiser: Config, read: Reader) -> int:
     """The sample size in pixels, where the denoiser's configuration has one."""
     size, levels = denoiser.get("sample_size"), (read("vae/config.json") or {})
-    channels = levels.get("block_out_channels")
+    channels = levels.get("block_out_channels") or levels.get("encoder_block_out_channels")
     if isinstance(size, int) and isinstance(channels, list):
         return size * 2 ** (len(channels) - 1)
     return FAMILIES[family].resolution

@@ -23,13 +23,7 @@ class PixArtSigma(TransformerFamily):
     @torch.no_grad()
     def encode_text(self, frozen: Frozen, captions: list[str]) -> dict[str, Tensor]:
         """Run T5 on captions in lower case: `hidden` (B, 300, width), `mask` (B, 300)."""
-        hidden, mask, _, _ = self.text_pipeline(frozen).encode_prompt(
-            list(captions),
-            do_classifier_free_guidance=False,
-            device=frozen.text_encoders[0].device,
-            max_sequence_length=TOKENS,
-        )
-        return {"hidden": hidden, "mask": mask.to(hidden)}
+        return self.encode_prompts(frozen, captions, TOKENS)
 
     def predict(self, model: Any, x_t: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
         """Call the transformer and leave out the variance; see `Family.predict`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sdpo.models.base import Conditions, Family, Frozen, ModelSource
@@ -11,6 +12,11 @@ from sdpo.models.base import Conditions, Family, Frozen, ModelSource
 
 class TransformerFamily(Family):
     """A family whose denoiser is a transformer. A part that a base has not is None to diffusers."""
+
+    def check(self, source: ModelSource) -> None:
+        """Check a base, and that this diffusers has its pipeline; see `Family.check`."""
+        self.pipeline_class()
+        super().check(source)
 
     def _components(self, frozen: Frozen) -> dict[str, Any]:
         parts: dict[str, Any] = {}
@@ -36,6 +42,24 @@ class TransformerFamily(Family):
             vae=frozen.vae,
             scheduler=self.load_sampler(source),
         )
+
+    def encode_prompts(
+        self, frozen: Frozen, captions: list[str], tokens: int, **options: Any
+    ) -> dict[str, Tensor]:
+        """Run the `encode_prompt` of a pipeline that masks: `hidden` (B, tokens, width), `mask` (B,
+        tokens). An empty caption is what guidance takes, which has no instruction before it."""
+        hidden, mask, none, no_mask = self.text_pipeline(frozen).encode_prompt(
+            list(captions),
+            not all(captions),
+            device=frozen.text_encoders[0].device,
+            max_sequence_length=tokens,
+            **options,
+        )
+        if none is not None:
+            empty = torch.tensor([not caption for caption in captions], device=hidden.device)
+            hidden = torch.where(empty[:, None, None], none, hidden)
+            mask = torch.where(empty[:, None], no_mask, mask)
+        return {"hidden": hidden, "mask": mask.to(hidden)}
 
     def conditions(self, text: dict[str, Tensor], sizes: Tensor) -> Conditions:
         """Give `encode_text`'s output, cut to the longest caption where it has a `mask`, (N,

@@ -33,6 +33,12 @@ STARTS = {
     "qwen_image_diffusion_dpo": ("Qwen/Qwen-Image", 1024, 32, 2500),
     "z_image_diffusion_dpo": ("Tongyi-MAI/Z-Image", 1024, 32, 2500),
     "pixart_sigma_diffusion_dpo": ("PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", 1024, None, 5000),
+    "sana_diffusion_dpo": (
+        "Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers",
+        1024,
+        32,
+        2500,
+    ),
 }
 
 

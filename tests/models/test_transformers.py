@@ -20,7 +20,10 @@ from sdpo.models.transformer import pack, unpack
 
 CAPTIONS = ["a red square on a blue background", "", "word " * 60]
 # Latents' side of a 64 px image.
-SIDE = {"flux": 16, "qwen-image": 8, "z-image": 16, "pixart-sigma": 16}
+SIDE = {"flux": 16, "qwen-image": 8, "z-image": 16, "pixart-sigma": 16, "sana": 16}
+
+# What encodes captions by `TransformerFamily.encode_prompts`.
+MASKED = ("pixart-sigma", "sana")
 
 
 @pytest.fixture(scope="module", params=BUILD)
@@ -62,6 +65,8 @@ def of_a_call(family, args, kwargs, output):
         return torch.stack(args[0])[:, :, 0], 1 - args[1], -torch.stack(list(output))[:, :, 0]
     if family.name == "pixart-sigma":
         return args[0], kwargs["timestep"], output[:, :4]
+    if family.name == "sana":
+        return args[0], kwargs["timestep"] / 1000, output
     return (
         unpack(kwargs["hidden_states"], side, side),
         kwargs["timestep"],
@@ -106,6 +111,20 @@ def test_images_are_the_pipelines(loaded):
     pixels = [np.stack(images).astype(int) for images in (found, wanted)]
     assert abs(pixels[0] - pixels[1]).max() <= 1
     assert found[0].tobytes() != found[1].tobytes()
+
+
+def test_an_empty_caption_is_what_guidance_takes(loaded):
+    family, _, frozen, pipeline = loaded
+    if family.name not in MASKED:
+        pytest.skip("its pipeline has no instruction that guidance lacks")
+    found = family.encode_text(frozen, [CAPTIONS[0], ""])
+    tokens = found["hidden"].shape[1]
+    _, _, none, mask = pipeline.encode_prompt(CAPTIONS[0], max_sequence_length=tokens)
+    assert torch.equal(found["hidden"][1:], none)
+    assert torch.equal(found["mask"][1:].bool(), mask.bool())
+    alone = family.encode_text(frozen, [CAPTIONS[0]])
+    torch.testing.assert_close(found["hidden"][:1], alone["hidden"])
+    assert torch.equal(found["mask"][:1], alone["mask"])
 
 
 def test_a_long_caption_is_whole_in_half_precision(loaded):
@@ -161,10 +180,14 @@ def test_the_shift_is_the_schedulers(loaded):
     assert isinstance(process, RectifiedFlow)
     plain = torch.tensor([0.9, 0.5, 0.1])
     more = {}
-    if scheduler.config.use_dynamic_shifting:
+    if scheduler.config.get("use_dynamic_shifting"):
         slope = (1.15 - 0.5) / (4096 - 256)
         more["mu"] = 0.5 + slope * (family.tokens(shape) - 256)
-    scheduler.set_timesteps(sigmas=plain.tolist(), **more)
+    if "flow_shift" in scheduler.config:  # a solver, which takes none of others' choice
+        plain = 1 - torch.linspace(1e-3, 1, 4)[:3]
+        scheduler.set_timesteps(3)
+    else:
+        scheduler.set_timesteps(sigmas=plain.tolist(), **more)
     shifted = process.shift * plain / (1 + (process.shift - 1) * plain)
     torch.testing.assert_close(scheduler.sigmas[:3], shifted)
 
