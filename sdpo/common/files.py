@@ -39,15 +39,17 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def program(path: str) -> list[str]:
-    """Name the command that starts one of the project's programs.
+    """Name the command that starts one of the project's programs; it finds the package where
+    this process did.
 
     Args:
-        path: the program's file in the checkout, e.g. "eval/score.py"; where the package alone is
-            installed, its command (`sdpo score`) is taken.
+        path: the program's file in the checkout, e.g. "eval/score.py".
     """
-    if IN_CHECKOUT:
-        return [sys.executable, str(ROOT / path)]
-    return [sys.executable, "-m", "sdpo.cli", "--here", Path(path).stem]
+    file = ROOT / path
+    if IN_CHECKOUT and file.parent == ROOT:
+        return [sys.executable, str(file)]
+    # Of a file Python searches the directory alone, which of eval/ is not the package's.
+    return [sys.executable, "-m", "sdpo.cli", "--here", file.stem]
 
 
 @contextmanager

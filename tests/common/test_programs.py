@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
 import sys
 import time
 
 import pytest
 
 from sdpo.common.errors import UserError
+from sdpo.common.files import program
 from sdpo.common.programs import run_step, run_together
 
 MARK = "import sys; from pathlib import Path; Path(sys.argv[1]).touch();"
@@ -59,3 +62,13 @@ def test_sigterm_ends_the_programs_first(tmp_path):
     assert b.exists()
     assert time.monotonic() - started < 60
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize("path", ["train.py", "eval/evaluate.py"])
+def test_a_program_of_the_checkout_starts_where_nothing_is_installed(path, repo):
+    """As a child of `python -m sdpo.lab` in a checkout: from its root, without PYTHONPATH."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    command = [*program(path), "--no_such_flag"]
+    done = subprocess.run(command, cwd=repo, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "--no_such_flag" in done.stderr
