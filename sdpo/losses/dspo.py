@@ -21,6 +21,7 @@ from sdpo.losses import FORMS
 from sdpo.losses.terms import PairTerms
 
 SDXL_SWITCH = 0.1
+USES_REFERENCE_OUTPUT = True
 
 
 def loss(terms: PairTerms, *, form: str = "sd15") -> Tensor:

@@ -66,13 +66,14 @@ def _own_options(module: ModuleType, options: dict[str, Any]) -> dict[str, Any]:
 def preference_loss(
     method: str,
     model_pred: Tensor,
-    ref_pred: Tensor,
+    ref_pred: Tensor | None,
     target: Tensor,
     *,
     beta: float,
     mu: float | None = None,
     scope: Scope = "batch",
     fixed_scale: float | Tensor | None = None,
+    ref_errors: Tensor | None = None,
     **options: Any,
 ) -> LossOutput:
     """Compute a preference loss over B pairs, with or without the winner-preserving safeguard.
@@ -81,7 +82,7 @@ def preference_loss(
         method: "diffusion-dpo", "dspo", "dmpo", "sft", or any other file of `sdpo/losses/`.
         model_pred: the trained UNet's output, (2B, C, H, W), the B winners first, then their
             losers, any float dtype; everything is accumulated in float32 or better.
-        ref_pred: the frozen reference's output, same shape.
+        ref_pred: the frozen reference's output, same shape; or None, and `ref_errors`.
         target: what the outputs are compared with (the noise), same shape. Both branches of a pair
             share one timestep and one noise.
         beta: strength of the implicit KL constraint.
@@ -89,6 +90,8 @@ def preference_loss(
         scope: of the safeguard, "batch" or "pair" (see `sdpo.loser_scale`).
         fixed_scale: instead of `mu`, the loser's scale itself, in [0, 1] (a tensor's values are not
             looked at): a number or () for all pairs, (B,) for each.
+        ref_errors: instead of `ref_pred`, its mean squared errors against `target`, (2B,), winners
+            first, for methods that need no more (all but DSPO).
         options: what one method alone takes and the others ignore: DMPO's `alpha` (smoothing of the
             target distribution, default 0), DSPO's `form` ("sd15", the default, or "sdxl").
 
@@ -99,34 +102,46 @@ def preference_loss(
 
     Raises:
         ValueError: shapes that differ or are not pairs, an unknown method, scope or form, mu or
-            a number for fixed_scale outside [0, 1], or both of them given.
+            a number for fixed_scale outside [0, 1], both of them given, both or none of `ref_pred`
+            and `ref_errors`, or errors alone for a method that needs more.
         TypeError: an option that no method takes.
     """
     import torch
 
     from sdpo.losses.safeguard import loser_scale, scale_gradient
-    from sdpo.losses.terms import PairTerms, as_accumulated, per_sample_mse
+    from sdpo.losses.terms import PairTerms, as_accumulated, branch_errors, per_sample_mse
 
     module = get_method(method)
     own = _own_options(module, options)
-    if not model_pred.shape == ref_pred.shape == target.shape:
+    if (ref_pred is None) == (ref_errors is None):
+        raise ValueError("give ref_pred or ref_errors, one of them")
+    shapes = [tuple(t.shape) for t in (model_pred, ref_pred, target) if t is not None]
+    if len(set(shapes)) > 1:
         raise ValueError(
-            "model_pred, ref_pred and target must have equal shapes, got "
-            f"{tuple(model_pred.shape)}, {tuple(ref_pred.shape)}, {tuple(target.shape)}"
+            f"model_pred, ref_pred and target must have equal shapes, got {str(shapes)[1:-1]}"
         )
     if model_pred.ndim < 2 or len(model_pred) == 0 or len(model_pred) % 2:
-        raise ValueError(
-            f"predictions must be (2B, ...), winners then losers, got {tuple(model_pred.shape)}"
-        )
+        raise ValueError(f"predictions must be (2B, ...), winners then losers, got {shapes[0]}")
+    if ref_errors is not None:
+        if getattr(module, "USES_REFERENCE_OUTPUT", False):
+            raise ValueError(f"{method} needs ref_pred: the reference's errors are not enough")
+        if ref_errors.shape != (len(model_pred),):
+            raise ValueError(
+                f"ref_errors must be ({len(model_pred)},), got {tuple(ref_errors.shape)}"
+            )
     if fixed_scale is not None:
         _check_fixed_scale(fixed_scale, mu, len(model_pred) // 2)
 
     pred_w, pred_l = as_accumulated(model_pred).chunk(2)
-    ref_w, ref_l = as_accumulated(ref_pred.detach()).chunk(2)
     target_w, target_l = as_accumulated(target.detach()).chunk(2)
     residual_w, residual_l = pred_w - target_w, pred_l - target_l
     error_w, error_l = per_sample_mse(residual_w), per_sample_mse(residual_l)
-    ref_error_w, ref_error_l = per_sample_mse(ref_w - target_w), per_sample_mse(ref_l - target_l)
+    ref_pred_w = None
+    if ref_pred is not None:
+        ref_pred_w = as_accumulated(ref_pred.detach()).chunk(2)[0]
+        ref_errors = branch_errors(ref_pred.detach(), target.detach())
+    assert ref_errors is not None
+    ref_error_w, ref_error_l = as_accumulated(ref_errors.detach()).chunk(2)
 
     scale = torch.ones((), dtype=error_l.dtype, device=error_l.device)
     if mu is not None:
@@ -138,7 +153,7 @@ def preference_loss(
 
     terms = PairTerms(
         pred_w=pred_w,
-        ref_w=ref_w,
+        ref_pred_w=ref_pred_w,
         residual_w=residual_w,
         error_w=error_w,
         error_l=error_l,

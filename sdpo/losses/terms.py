@@ -17,13 +17,26 @@ class PairTerms:
     """
 
     pred_w: Tensor  # (B, C, H, W), UNet output
-    ref_w: Tensor  # (B, C, H, W), frozen reference's output, no gradient
+    # (B, C, H, W), frozen reference's output, no gradient; None where its errors alone are known
+    ref_pred_w: Tensor | None
     residual_w: Tensor  # (B, C, H, W), pred_w - target
     error_w: Tensor  # (B,), mean of residual_w^2
     error_l: Tensor  # (B,), mean of residual_l^2
     ref_error_w: Tensor  # (B,)
     ref_error_l: Tensor  # (B,)
     beta: float
+
+    @property
+    def ref_w(self) -> Tensor:
+        """The reference's output for the winners, (B, C, H, W). A method whose loss asks for it
+        says so by `USES_REFERENCE_OUTPUT = True`.
+
+        Raises:
+            ValueError: the reference's errors alone are known.
+        """
+        if self.ref_pred_w is None:
+            raise ValueError("this loss needs the reference's output, not its errors alone")
+        return self.ref_pred_w
 
     @property
     def margin(self) -> Tensor:
@@ -39,6 +52,13 @@ class PairTerms:
 def as_accumulated(x: Tensor) -> Tensor:
     """float32 for half types, float32 and float64 as they are."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def branch_errors(pred: Tensor, target: Tensor) -> Tensor:
+    """Compute the errors (2B,) of predictions (2B, ...), winners and losers apart: how a sum over
+    pixels is rounded may depend on the number of samples."""
+    both = zip(as_accumulated(pred).chunk(2), as_accumulated(target).chunk(2), strict=True)
+    return torch.cat([per_sample_mse(branch - wanted) for branch, wanted in both])
 
 
 def per_sample_mse(residual: Tensor) -> Tensor:

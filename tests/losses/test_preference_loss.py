@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from sdpo import loser_scale, preference_loss
+from sdpo.losses import dspo, method_names, needs_reference_output
+from sdpo.losses.terms import PairTerms, branch_errors
 
 # method, form, drift of the reference (a large one is DSPO's other SDXL branch), beta
 CASES = [
@@ -251,6 +253,44 @@ def test_no_gradient_reaches_reference_or_target(method, form, drift, beta):
     assert leaves[2].grad is None
 
 
+@pytest.mark.parametrize("method", ["diffusion-dpo", "dmpo", "sft"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_references_errors_stand_in_for_its_output(method, dtype):
+    """To the bit, and against the formula with errors of one's own choice."""
+    pred, ref, target = reference.tensors(3, dtype=dtype)
+    leaves = [pred.clone().requires_grad_() for _ in range(2)]
+    given = {"beta": 5.0, "mu": 0.6, "alpha": 0.05}
+    errors = branch_errors(ref, target)
+    outputs = [
+        preference_loss(method, leaves[0], ref, target, **given),
+        preference_loss(method, leaves[1], None, target, ref_errors=errors, **given),
+    ]
+    for output in outputs:
+        output.loss.backward()
+    assert torch.equal(leaves[0].grad, leaves[1].grad)
+    assert outputs[0].metrics == outputs[1].metrics
+    assert errors.shape == (6,)
+    exact = [x.double().numpy() for x in (ref, target)]
+    assert errors.tolist() == pytest.approx(reference.errors(*exact), rel=1e-6)
+
+
+def test_which_methods_need_the_references_output():
+    """By their text, as the command line is told, and in fact."""
+    pred, ref, target = reference.tensors(2)
+    needing = []
+    for name in method_names():
+        try:
+            errors = branch_errors(ref, target)
+            preference_loss(name, pred, None, target, beta=1.0, ref_errors=errors)
+        except ValueError as error:
+            assert str(error) == f"{name} needs ref_pred: the reference's errors are not enough"
+            needing.append(name)
+    assert needing == ["dspo"] == [n for n in method_names() if needs_reference_output(n)]
+    terms = PairTerms(pred, None, pred, *torch.ones(4, 2), 1.0)
+    with pytest.raises(ValueError, match="needs the reference's output"):
+        dspo.loss(terms)
+
+
 def test_bad_arguments_are_refused():
     pred, ref, target = reference.tensors(2)
     good = {"beta": 1.0}
@@ -274,6 +314,11 @@ def test_bad_arguments_are_refused():
         preference_loss("dmpo", pred, ref, target, fixed_scale=0.5, mu=0.5, **good)
     with pytest.raises(ValueError, match="equal shapes"):
         preference_loss("dmpo", pred, ref[:2], target, **good)
+    for both in ({}, {"ref_errors": torch.ones(4)}):
+        with pytest.raises(ValueError, match="ref_pred or ref_errors, one of them"):
+            preference_loss("dmpo", pred, ref if both else None, target, **both, **good)
+    with pytest.raises(ValueError, match=r"ref_errors must be \(4,\), got \(2, 2\)"):
+        preference_loss("dmpo", pred, None, target, ref_errors=torch.ones(2, 2), **good)
     with pytest.raises(ValueError, match="equal shapes"):
         preference_loss("dmpo", pred, ref, target[:, :1], **good)
     for count in (0, 3):
