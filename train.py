@@ -63,18 +63,18 @@ def pair_loss(config: TrainConfig, run: Run, micro: MicroBatch) -> LossOutput:
     winner's error to first order (arXiv 2511.03317).
     """
     from sdpo.losses.preference import preference_loss, trains_losers
-    from sdpo.models.forward import predict, predict_reference, predict_winners_only
+    from sdpo.models.forward import predict, predict_winners_only
     from sdpo.models.lora import seed_dropout
+    from sdpo.training.reference_cache.ask import ask_reference
 
-    method, guard, models = config.method, config.safeguard, run.models
-    family, autocast = models.base.family, run.accelerator.autocast
+    method, guard, family = config.method, config.safeguard, run.models.base.family
 
-    reference = predict_reference(family, models.reference, micro.inputs, autocast())
+    reference, errors = ask_reference(run, micro)  # its output, or its errors where they are kept
     if config.model.lora_dropout:
         seed_dropout(micro.keys)
-    with autocast():
+    with run.accelerator.autocast():
         forward = predict if trains_losers(method.train_method) else predict_winners_only
-        prediction = forward(family, models.unet, micro.inputs)
+        prediction = forward(family, run.models.unet, micro.inputs)
     return preference_loss(
         method.train_method,
         prediction,
@@ -84,6 +84,7 @@ def pair_loss(config: TrainConfig, run: Run, micro: MicroBatch) -> LossOutput:
         mu=guard.output_mu,
         scope=guard.scope,
         fixed_scale=micro.scale,
+        ref_errors=errors,
         **method.options(family.name),
     )
 

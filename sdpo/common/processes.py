@@ -90,6 +90,19 @@ def together(work: Callable[[], T]) -> T:
     return value
 
 
+def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """Call `work` on the main process and give its value to all.
+
+    Raises:
+        SharedError: in all, its `UserError`.
+    """
+    from accelerate.utils import broadcast_object_list
+
+    value = together(lambda: work() if accelerator.is_main_process else None)
+    found: T = broadcast_object_list([value])[0]
+    return found
+
+
 def raise_first(error: str | None) -> None:
     """Compare notes with the other processes, each of which calls this with its own error or None.
 

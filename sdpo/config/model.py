@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from sdpo.common.flags import ABOVE_ZERO, BELOW_ONE, at_least, flag
 
+REFERENCE_FLAG = "--cache_reference"
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -85,4 +87,11 @@ class ModelConfig:
     ema_decay: float = flag(0.9999, "decay of that average", metavar="D", check=BELOW_ONE)
     offload_reference: bool = flag(
         False, "keep the reference in the host's memory, on the device only while it is asked"
+    )
+    cache_reference: str | None = flag(
+        None,
+        "keep the reference's errors of every pair trained on in DIR; runs that find all of theirs "
+        "there hold no reference",
+        metavar="DIR",
+        expand=True,
     )

@@ -9,9 +9,10 @@ from sdpo.common.errors import UserError
 from sdpo.config.data import CACHE_FLAG, COLUMN_EXAMPLE, DataConfig, SourceConfig
 from sdpo.config.families import FAMILIES, FamilyFacts
 from sdpo.config.method import MethodConfig
-from sdpo.config.model import ModelConfig
+from sdpo.config.model import REFERENCE_FLAG, ModelConfig
 from sdpo.config.optim import OptimConfig
 from sdpo.config.safeguard import SafeguardConfig
+from sdpo.losses import needs_reference_output
 
 
 class BaseKind(NamedTuple):
@@ -94,6 +95,8 @@ def check_rules(
     _check_cache(data)
     _check_optimizer(optim)
     _check_weights(model)
+    if model.cache_reference is not None:
+        _check_reference_cache(data, method)
 
 
 def _check_steps(data: DataConfig, optim: OptimConfig) -> None:
@@ -211,3 +214,16 @@ def _check_weights(model: ModelConfig) -> None:
     for name in ("lora_alpha", "lora_init", "lora_target_modules", "lora_dropout", "use_dora"):
         if getattr(model, name):
             raise UserError(f"--{name} has no meaning without --lora_rank")
+
+
+def _check_reference_cache(data: DataConfig, method: MethodConfig) -> None:
+    if needs_reference_output(method.train_method):
+        raise UserError(
+            f"{REFERENCE_FLAG} keeps the reference's errors, and the loss of --train_method "
+            f"{method.train_method} takes its whole output: leave {REFERENCE_FLAG} out"
+        )
+    if data.streaming:
+        raise UserError(
+            f"{REFERENCE_FLAG} keeps errors by the places of pairs whose content is known ahead, "
+            "which a stream's is not: leave --streaming out"
+        )

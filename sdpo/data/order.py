@@ -63,6 +63,15 @@ class PairOrder:
         """Tell where a run begins a step that goes on at a place."""
         return place
 
+    def steps(self, place: Place) -> Iterator[Place]:
+        """Tell where each step from a place on begins, without end."""
+        epoch, position = self.start(place)
+        while True:
+            while position + self.stride > self.positions(epoch):
+                epoch, position = epoch + 1, 0
+            yield Place(epoch, position)
+            position += self.stride
+
     def row(self, place: Place) -> int:
         """Tell which pair stands at a place."""
         return int(epoch_permutation(self.size, self.seed, place.epoch)[place.position])
@@ -139,11 +148,6 @@ class PlaceSampler:
         self.order, self.batch_size, self.rank, self.start = order, batch_size, rank, start
 
     def __iter__(self) -> Iterator[list[Place]]:
-        epoch, position = self.order.start(self.start)
-        stride = self.order.stride
-        while True:
-            while position + stride > self.order.positions(epoch):
-                epoch, position = epoch + 1, 0
+        for epoch, position in self.order.steps(self.start):
             first = position + self.rank * self.batch_size
             yield [Place(epoch, first + i) for i in range(self.batch_size)]
-            position += stride

@@ -21,19 +21,28 @@ Reference = Callable[..., Any]
 
 
 def build_reference(
-    unet: nn.Module, config: ModelConfig, seed: int, dtype: torch.dtype, device: torch.device
-) -> Reference:
+    unet: nn.Module,
+    config: ModelConfig,
+    seed: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    needed: bool = True,
+) -> Reference | None:
     """Make a run's reference from the UNet that it starts from; puts `unet` on `device`.
 
     With --lora_rank, `unet` is given its adapters and the reference is itself without them; with
-    --offload_reference it is a copy that lives on the CPU; else a copy on the device.
+    --offload_reference it is a copy that lives on the CPU; else a copy on the device. None where
+    it is not `needed`.
 
     Raises:
         UserError: a name of --lora_target_modules fits no layer.
     """
     if config.lora_rank:
         add_adapters(unet, config, seed, dtype, device)
-        return AdaptersOff(unet)
+        return AdaptersOff(unet) if needed else None
+    if not needed:
+        unet.to(device)
+        return None
     if config.offload_reference:
         reference = Offloaded(make_reference(unet.to("cpu"), dtype), device)
         unet.to(device)

@@ -19,6 +19,7 @@ from sdpo.models.ema import Ema
 from sdpo.models.encoding import Encoder, ModelEncoder
 from sdpo.models.reference import Reference, build_reference, weights_digest
 from sdpo.training.checkpoint import check_reference, load_ema, load_weights
+from sdpo.training.reference_cache.prepare import check_before_models, open_errors
 from sdpo.training.sharding import Sharding, divided, shard
 from sdpo.training.state import Models, Session
 
@@ -60,6 +61,7 @@ def build_models(config: TrainConfig, base: Base, loader: PairLoader, run: Sessi
     """
     model, device, dtype = config.model, run.device, DTYPES[config.optim.mixed_precision]
     family, source = base
+    key = check_before_models(config, base, loader, run) if model.cache_reference else None
     with run.accelerator.local_main_process_first():
         unet = family.load_unet(source)
         encoder = build_encoder(family, source, config.data.resolution, device, dtype, loader.cache)
@@ -71,7 +73,9 @@ def build_models(config: TrainConfig, base: Base, loader: PairLoader, run: Sessi
     if config.optim.channels_last:
         to_channels_last(unet, encoder)
     parameters = sum(p.numel() for p in unet.parameters())
-    reference = build_reference(unet, model, config.run.seed, dtype, device)
+    cached = open_errors(config, {**key, "reference": digest}, loader, run) if key else None
+    needed = cached is None or not cached.complete
+    reference = build_reference(unet, model, config.run.seed, dtype, device, needed)
     if run.resume_from:
         load_weights(run.resume_from, unet)
     if config.optim.gradient_checkpointing:
@@ -81,7 +85,7 @@ def build_models(config: TrainConfig, base: Base, loader: PairLoader, run: Sessi
     ema = Ema(unet, model.ema_decay) if model.use_ema else None
     if run.resume_from and ema is not None:
         load_ema(run.resume_from, run.training, unet, ema)
-    models = Models(base, unet, reference, encoder, ema, parameters=parameters)
+    models = Models(base, unet, reference, encoder, ema, cached, parameters=parameters)
     models.reference_digest = digest
     if run.sharding:
         _shard(models, run.sharding, device, run.accelerator.num_processes)
@@ -112,7 +116,7 @@ def to_channels_last(unet: nn.Module, encoder: Encoder) -> None:
         encoder.frozen.vae.to(memory_format=torch.channels_last)
 
 
-def compile_forward(unet: nn.Module, reference: Reference) -> None:
+def compile_forward(unet: nn.Module, reference: Reference | None) -> None:
     """torch.compile UNet and reference in place; results differ by rounding.
 
     Unlike `torch.compile(module)` this wraps nothing: the names of weights in checkpoints, and what

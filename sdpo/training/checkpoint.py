@@ -64,7 +64,7 @@ SAME_RUN = (
 )
 _MAY_DIFFER = {
     *("resume_from_checkpoint", "max_train_steps", "num_train_epochs", "output_dir"),
-    *("push_to_hub", "hub_model_id", "hub_private_repo"),
+    *("push_to_hub", "hub_model_id", "hub_private_repo", "cache_reference"),
 }
 
 

@@ -33,7 +33,7 @@ _PLACES = (
     *("train_data_dir", "image_root", "cache_dir", "cache_dir_latents", "choice_weights"),
     *("output_dir", "logging_dir", "resume_from_checkpoint", "report_to", "tracker_project_name"),
     *("validation_prompts", "validation_steps", "checkpointing_steps", "checkpoints_total_limit"),
-    *("push_to_hub", "hub_model_id", "hub_private_repo", "lora_init"),
+    *("push_to_hub", "hub_model_id", "hub_private_repo", "lora_init", "cache_reference"),
 )
 # Flags that name a place on the hub or on the machine.
 _NAMES = (

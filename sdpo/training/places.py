@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import TypeVar
 
 from sdpo.common.errors import UserError
+from sdpo.common.files import check_directory
 from sdpo.config import RunConfig, TrainConfig
+from sdpo.config.model import REFERENCE_FLAG
 from sdpo.data.local import check_cache_location, check_data_location
 from sdpo.models.kind import settle
 from sdpo.models.locations import check_model_location
 from sdpo.training.checkpoint_paths import check_output_dir
 from sdpo.training.hub_checks import check_hub
+from sdpo.training.reference_cache.key import check_key, key_of_flags
 from sdpo.training.sharding import launched_sharding
 
 C = TypeVar("C", bound=TrainConfig)
@@ -41,7 +44,18 @@ def check_places(config: C) -> C:
     check_output_dir(config.run)
     check_hub(config.run, Path(config.run.output_dir))
     launched_sharding(config)
-    return settle(config)
+    config = settle(config)
+    _check_reference_cache(config)
+    return config
+
+
+def _check_reference_cache(config: TrainConfig) -> None:
+    if config.model.cache_reference is None:
+        return
+    directory = Path(config.model.cache_reference)
+    check_directory(directory, REFERENCE_FLAG, to_write=False)  # one that is there may be complete
+    if config.data.resolution is not None:  # else that of a base which was not asked
+        check_key(directory, key_of_flags(config))
 
 
 def _check_tracker(run: RunConfig) -> None:

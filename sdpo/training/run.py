@@ -250,6 +250,8 @@ class Run(Session):
 
     def after(self, step: Step) -> None:
         """Log a step that was done, save and draw where it is time to."""
+        if self.models.cached_errors is not None:
+            self.models.cached_errors.write()
         if step.cut_off:
             return
         self.progress, entry = step.progress, step.entry

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from sdpo.models import Base
     from sdpo.models.ema import Ema
     from sdpo.training.parameter_safeguard import BranchGradients
+    from sdpo.training.reference_cache.errors import CachedErrors
     from sdpo.training.sharding import Sharding
 
 
@@ -41,9 +42,10 @@ class Models:
 
     base: Base
     unet: Any  # trained; as `Accelerator.prepare` gave it
-    reference: Reference
+    reference: Reference | None  # None where `cached_errors` has all that is asked of it
     encoder: Encoder
     ema: Ema | None = None
+    cached_errors: CachedErrors | None = None  # of the reference, with --cache_reference
     skeleton: nn.Module | None = None  # what `sharding.shard` gave, where the UNet is sharded
     parameters: int = 0  # numbers in the plain UNet
     reference_digest: str = ""  # by `sdpo.models.reference.weights_digest`

@@ -25,6 +25,7 @@ NOW = {
     "hub_model_id": None,
     "hub_private_repo": False,
     "resize": "crop",
+    "cache_reference": None,
     **dict.fromkeys(("time_sampling", "time_mean", "time_std", "time_shift")),
 }
 

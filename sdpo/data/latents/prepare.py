@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
 from sdpo.common.errors import UserError
 from sdpo.common.files import make_directory
 from sdpo.common.precision import DTYPES
-from sdpo.common.processes import together
+from sdpo.common.processes import on_main, together
 from sdpo.config import TrainConfig
 from sdpo.config.data import CACHE_FLAG
 from sdpo.data.buckets import in_buckets
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LOCK_FILE = "lock"
-T = TypeVar("T")
 
 
 def prepare_cache(
@@ -58,9 +57,9 @@ def prepare_cache(
     from accelerate.utils.memory import clear_device_cache
 
     pairs = in_buckets(pairs, config.data)
-    key = _on_main(accelerator, lambda: make_key(config, family, source, pairs))
+    key = on_main(accelerator, lambda: make_key(config, family, source, pairs))
     preparation = _Preparation(key, pairs, config, family, source, accelerator)
-    if _on_main(accelerator, lambda: bool(preparation.missing())):
+    if on_main(accelerator, lambda: bool(preparation.missing())):
         preparation.build()
         clear_device_cache(garbage_collection=True)
     return preparation.open()
@@ -97,13 +96,13 @@ class _Preparation:
             dtype = DTYPES[self.config.optim.mixed_precision]
             frozen = load_frozen_as(self.family, self.source, device, dtype)
         with _locked(self.directory, accelerator):
-            flips, work = _on_main(accelerator, lambda: self._begin(frozen))
+            flips, work = on_main(accelerator, lambda: self._begin(frozen))
             share = accelerator.process_index, accelerator.num_processes
             builder = Builder(
                 self.directory, self.family, frozen, device, self.config, flips, *share
             )
             together(lambda: builder.build(work, self.pairs))
-            _on_main(accelerator, self._finish)
+            on_main(accelerator, self._finish)
 
     def _begin(self, frozen: Frozen) -> tuple[bool, Work]:
         assert self.config.data.resolution
@@ -136,7 +135,7 @@ class _Preparation:
             return cache
 
         nothing = Manifest({}, {})
-        files = _on_main(accelerator, lambda: (read_manifest(self.directory) or nothing).files)
+        files = on_main(accelerator, lambda: (read_manifest(self.directory) or nothing).files)
         return together(read)
 
     def _apart(self) -> UserError:
@@ -144,14 +143,6 @@ class _Preparation:
             f"{CACHE_FLAG}: the processes do not find the same files in {self.directory}; they "
             "need one directory that all of them can read and write"
         )
-
-
-def _on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
-    """Call `work` on the main process and give its value to all."""
-    from accelerate.utils import broadcast_object_list
-
-    value = together(lambda: work() if accelerator.is_main_process else None)
-    return broadcast_object_list([value])[0]
 
 
 @contextmanager
@@ -170,7 +161,7 @@ def _locked(directory: Path, accelerator: Accelerator) -> Iterator[None]:
         except (OSError, NotImplementedError) as error:
             log.warning("%s cannot be locked (%s): build it by one run alone", directory, error)
 
-    _on_main(accelerator, take)
+    on_main(accelerator, take)
     try:
         yield
     finally:

@@ -51,6 +51,7 @@ class Subject:
 
     def branches(self, inputs: NoisedPairs) -> Branches:
         """Take the two branches of one batch apart, at the checkpoint's weights."""
+        assert self.models.reference is not None
         with torch.no_grad():
             reference = predict(self.network.family, self.models.reference, inputs)
         mu = self.config.safeguard.winner_preserving_mu
@@ -128,7 +129,7 @@ def load(config: AuditConfig) -> Subject:
     session = AuditSession(config)
     plain = replace(
         config,
-        model=replace(config.model, use_ema=False, offload_reference=False),
+        model=replace(config.model, use_ema=False, offload_reference=False, cache_reference=None),
         optim=replace(config.optim, mixed_precision="no", channels_last=False, compile=False),
     )
     base = open_base(config)
