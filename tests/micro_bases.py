@@ -35,13 +35,13 @@ def word_tokenizer(around: str | None = None):
     return made
 
 
-def small_vae(channels: int, shift: float | None = 0.12):
+def small_vae(channels: int, shift: float | None = 0.12, levels: int = 3):
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
-        block_out_channels=(4, 8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(4, *(8,) * (levels - 1)),
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
         layers_per_block=1,
         norm_num_groups=4,
         latent_channels=channels,
@@ -207,23 +207,80 @@ def sana():
     )  # fmt: skip
 
 
+def lumina_2():
+    from diffusers import (
+        FlowMatchEulerDiscreteScheduler,
+        Lumina2Pipeline,
+        Lumina2Transformer2DModel,
+    )
+
+    return Lumina2Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+        vae=small_vae(4, levels=4),  # the pipeline takes eight pixels to a latent for granted
+        text_encoder=small_gemma(),
+        tokenizer=word_tokenizer("</s> $A"),
+        transformer=Lumina2Transformer2DModel(
+            sample_size=8, in_channels=4, hidden_size=24, num_layers=1, num_refiner_layers=1,
+            num_attention_heads=3, num_kv_heads=1, multiple_of=2, axes_dim_rope=(4, 2, 2),
+            axes_lens=(300, 64, 64), cap_feat_dim=16,
+        ),
+    )  # fmt: skip
+
+
+def flux2_klein():
+    from diffusers import (
+        AutoencoderKLFlux2,
+        FlowMatchEulerDiscreteScheduler,
+        Flux2KleinPipeline,
+        Flux2Transformer2DModel,
+    )
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(4, 8, 8), down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3, layers_per_block=1, norm_num_groups=4,
+        latent_channels=4,
+    )  # fmt: skip
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2)
+    return Flux2KleinPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, **DYNAMIC),
+        vae=vae,
+        text_encoder=Qwen3ForCausalLM(
+            Qwen3Config(  # of its layers the 9th, 18th and 27th are asked
+                hidden_size=16, intermediate_size=16, num_hidden_layers=27, num_attention_heads=2,
+                num_key_value_heads=2, vocab_size=32, max_position_embeddings=2048, head_dim=8,
+            )
+        ),
+        tokenizer=word_tokenizer(),
+        transformer=Flux2Transformer2DModel(
+            in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
+            num_attention_heads=2, joint_attention_dim=48, timestep_guidance_channels=16,
+            axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False,
+        ),
+    )  # fmt: skip
+
+
 BUILD = {
     "flux": flux,
     "qwen-image": qwen_image,
     "z-image": z_image,
     "pixart-sigma": pixart_sigma,
     "sana": sana,
+    "lumina-2": lumina_2,
+    "flux2-klein": flux2_klein,
 }
 
 
 def save_base(family: str, path: Path):
     """Save a micro base of a family, no layer of which is at zero; returns its diffusers pipeline.
-    The test is skipped where this diffusers lacks the family's model."""
+    The test is skipped where this diffusers lacks one of the family's classes."""
     import diffusers
 
-    model = FAMILIES[family].model
-    if not hasattr(diffusers, model):
-        pytest.skip(f"diffusers {diffusers.__version__} has no {model}")
+    facts = FAMILIES[family]
+    for name in (facts.model, facts.vae_model, facts.pipeline):
+        if not hasattr(diffusers, name):
+            pytest.skip(f"diffusers {diffusers.__version__} has no {name}")
     torch.manual_seed(0)
     pipeline = BUILD[family]()
     for part in pipeline.components.values():

@@ -61,6 +61,7 @@ _CLIP = TextPart("CLIPTextModel", "tokenizer", "CLIPTokenizer")
 _CLIP_PROJECTED = _CLIP._replace(encoder="CLIPTextModelWithProjection")
 
 _T5 = TextPart("T5EncoderModel", "tokenizer", "AutoTokenizer")
+_GEMMA = _T5._replace(encoder="Gemma2Model")
 
 
 def _second(part: TextPart, number: int) -> TextPart:
@@ -184,7 +185,7 @@ FAMILIES: dict[str, FamilyFacts] = {
         base="Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers",
         resolution=1024,
         guidance=4.5,
-        text={"text_encoder": TextPart("Gemma2Model", "tokenizer", "AutoTokenizer")},
+        text={"text_encoder": _GEMMA},
         part="transformer",
         model="SanaTransformer2DModel",
         vae_model="AutoencoderDC",
@@ -195,6 +196,46 @@ FAMILIES: dict[str, FamilyFacts] = {
         patch=1,
         flow=True,
         steps=20,
+    ),
+    "lumina-2": FamilyFacts(
+        label="Lumina-Image 2.0",
+        base="Alpha-VLLM/Lumina-Image-2.0",
+        resolution=1024,
+        guidance=4.0,
+        text={"text_encoder": _GEMMA},
+        part="transformer",
+        model="Lumina2Transformer2DModel",
+        pipeline="Lumina2Pipeline",
+        aliases=("Lumina2Text2ImgPipeline",),
+        multiple=16,
+        units=("Lumina2TransformerBlock",),
+        flow=True,
+        steps=30,
+    ),
+    "flux2-klein": FamilyFacts(
+        label="FLUX.2 klein",
+        base="black-forest-labs/FLUX.2-klein-base-4B",
+        resolution=1024,
+        guidance=4.0,
+        text={"text_encoder": TextPart("Qwen3ForCausalLM", "tokenizer", "AutoTokenizer")},
+        part="transformer",
+        model="Flux2Transformer2DModel",
+        vae_model="AutoencoderKLFlux2",
+        pipeline="Flux2KleinPipeline",
+        untold=("guidance_embeds",),
+        multiple=16,
+        units=("Flux2TransformerBlock", "Flux2SingleTransformerBlock"),
+        lora_targets=(
+            *_JOINT,
+            "ff.linear_in",
+            "ff.linear_out",
+            "ff_context.linear_in",
+            "ff_context.linear_out",
+            "to_qkv_mlp_proj",
+        ),
+        packed=True,
+        patch=1,
+        flow=True,
     ),
 }
 PARTS = tuple(dict.fromkeys(facts.part for facts in FAMILIES.values()))

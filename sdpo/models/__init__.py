@@ -21,6 +21,8 @@ _CLASSES = {
     "z-image": ("z_image", "ZImage"),
     "pixart-sigma": ("pixart_sigma", "PixArtSigma"),
     "sana": ("sana", "Sana"),
+    "lumina-2": ("lumina2", "Lumina2"),
+    "flux2-klein": ("flux2_klein", "Flux2Klein"),
 }
 
 

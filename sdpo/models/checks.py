@@ -38,6 +38,7 @@ _LATENTS = {
     "AutoencoderKL": ("latent_channels", 4),
     "AutoencoderKLQwenImage": ("z_dim", 16),
     "AutoencoderDC": ("latent_channels", 32),
+    "AutoencoderKLFlux2": ("latent_channels", 32),
 }
 # What of a UNet must fit VAE and text encoders, with diffusers' defaults.
 _FITTING = {

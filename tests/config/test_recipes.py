@@ -39,6 +39,8 @@ STARTS = {
         32,
         2500,
     ),
+    "lumina2_diffusion_dpo": ("Alpha-VLLM/Lumina-Image-2.0", 1024, 32, 5000),
+    "flux2_klein_diffusion_dpo": ("black-forest-labs/FLUX.2-klein-base-4B", 1024, 32, 2000),
 }
 
 

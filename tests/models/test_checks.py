@@ -14,9 +14,11 @@ import torch
 
 from sdpo.common.errors import UserError
 from sdpo.config import ModelConfig
+from sdpo.config.families import FAMILIES
 from sdpo.evaluation.generate.config import GenerationConfig, fill_in
 from sdpo.models import get_family
 from sdpo.models.base import ModelSource
+from sdpo.models.checks import check_pipeline
 from sdpo.models.locations import check_model_location
 from sdpo.models.text import fit_tokenizer
 
@@ -211,6 +213,13 @@ def test_settings_that_the_bases_own_scheduler_does_not_know_are_refused(copy):
     source = ModelSource(str(copy(False, SCHEDULER, {"rescale_betas_zero_snr": True})))
     with pytest.raises(UserError, match="PNDMScheduler makes another schedule"):
         get_family("sd15").check(source)
+
+
+def test_a_pipeline_by_its_older_name():
+    for name in ("Lumina2Pipeline", "Lumina2Text2ImgPipeline"):
+        check_pipeline({"_class_name": name}, FAMILIES["lumina-2"], "base")
+    with pytest.raises(UserError, match=r"^base is of a LuminaPipeline, .* of Lumina2Pipeline is"):
+        check_pipeline({"_class_name": "LuminaPipeline"}, FAMILIES["lumina-2"], "base")
 
 
 @pytest.mark.parametrize("changes", [{"latent_channels": 16}, {"latents_mean": [0.0] * 4}])

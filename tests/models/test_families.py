@@ -200,6 +200,7 @@ def test_family_of_config():
     assert family_of_config({"addition_embed_type": None}) == "sd15"
     assert family_of_config({}) == "sd15"
     assert family_of_config({"_class_name": "SD3Transformer2DModel"}) == "sd3"
+    assert family_of_config({"_class_name": "Transformer2DModel"}) == "pixart-sigma"
     assert family_of_config({"_class_name": "SomeTransformer"}) is None
 
 

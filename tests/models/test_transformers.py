@@ -20,10 +20,9 @@ from sdpo.models.transformer import pack, unpack
 
 CAPTIONS = ["a red square on a blue background", "", "word " * 60]
 # Latents' side of a 64 px image.
-SIDE = {"flux": 16, "qwen-image": 8, "z-image": 16, "pixart-sigma": 16, "sana": 16}
-
+SIDE = dict.fromkeys(BUILD, 16) | dict.fromkeys(("qwen-image", "lumina-2", "flux2-klein"), 8)
 # What encodes captions by `TransformerFamily.encode_prompts`.
-MASKED = ("pixart-sigma", "sana")
+MASKED = ("pixart-sigma", "sana", "lumina-2")
 
 
 @pytest.fixture(scope="module", params=BUILD)
@@ -67,6 +66,14 @@ def of_a_call(family, args, kwargs, output):
         return args[0], kwargs["timestep"], output[:, :4]
     if family.name == "sana":
         return args[0], kwargs["timestep"] / 1000, output
+    if family.name == "lumina-2":
+        return kwargs["hidden_states"], 1 - kwargs["timestep"], -output
+    if family.name == "flux2-klein":
+        x_t, wanted = (
+            tokens.transpose(1, 2).unflatten(2, (side, side))
+            for tokens in (kwargs["hidden_states"], output)
+        )
+        return x_t, kwargs["timestep"], wanted
     return (
         unpack(kwargs["hidden_states"], side, side),
         kwargs["timestep"],
@@ -154,7 +161,7 @@ def test_a_caption_does_not_depend_on_its_company(loaded):
 def test_latents_are_the_pipelines(loaded):
     """Decoded as the pipeline decodes what `normalise` gave, an image is what the VAE makes of
     it; `denormalise` undoes `normalise`."""
-    family, _, frozen, _ = loaded
+    family, _, frozen, pipeline = loaded
     shape = family.latent_shape(frozen, 64)
     assert shape[1:] == (SIDE[family.name],) * 2
     pixels = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -165,6 +172,9 @@ def test_latents_are_the_pipelines(loaded):
     json.dumps(numbers)
     assert torch.equal(normal, family.normalise(mean, frozen.vae.config))
     torch.testing.assert_close(family.denormalise(normal, numbers), mean)
+    if family.name == "flux2-klein":
+        wanted = pipeline._encode_vae_image(pixels, None)
+        torch.testing.assert_close(family.encode_images(frozen, pixels, torch.ones(shape)), wanted)
     if family.name == "qwen-image":
         config = frozen.vae.config
         by_hand = (mean[:, 1] - config.latents_mean[1]) / config.latents_std[1]
@@ -222,7 +232,7 @@ def test_adapters_reach_the_layers_that_are_named(loaded, tmp_path):
     save_adapters(model, tmp_path / "pytorch_lora_weights.safetensors")
     pipeline.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
     conditions = family.encode_captions(frozen, CAPTIONS[:1], 64)
-    x_t = torch.randn(1, 4, SIDE[family.name], SIDE[family.name])
+    x_t = torch.randn(1, *family.latent_shape(frozen, 64))
     with torch.no_grad():
         found, wanted = (
             family.predict(m.eval(), x_t, torch.tensor([0.5]), conditions)
