@@ -80,7 +80,7 @@ def test_flags_exist(text):
     launcher |= {"--main_process_port", "--config", "--recipe"}
     # Of other programs: the quickstart, prompts/build.py, and scripts/bench.
     other = {"--method", "--steps", "--out", "--repeats", "--no-NAME", "--source"}
-    other |= {"--variants", "--size", "--pairs", "--step_json", "--rows", "--batches", "--turns"}
+    other |= {"--variants", "--pairs", "--step_json", "--rows", "--batches", "--turns"}
     other |= {"--images", "--base"}
     named = set(re.findall(r"--[a-zA-Z][\w-]*", text))
     assert len(named) > 100

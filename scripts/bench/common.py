@@ -184,9 +184,9 @@ class Worker:
         assert self._process.stdin and self._process.stdout
         self._input, self._output = self._process.stdin, self._process.stdout
 
-    def ready(self) -> None:
-        """Wait until it has built what it needs."""
-        self.finish_turn()
+    def ready(self) -> dict[str, Any]:
+        """Wait until it has built what it needs; returns what it says of it."""
+        return self.finish_turn()
 
     def turn(self) -> dict[str, Any]:
         """Have it do its thing once; returns its answer."""

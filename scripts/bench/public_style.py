@@ -15,6 +15,7 @@ the random numbers' order. Diffusion-DPO with the safeguard in batch scope.
 
 from __future__ import annotations
 
+import math
 import time
 from typing import TYPE_CHECKING
 
@@ -28,8 +29,8 @@ from sdpo.training.runlog import peak_memory_gib
 from sdpo.training.state import Progress
 
 if TYPE_CHECKING:
-    from sdpo.config import TrainConfig
     from sdpo.data.pairs import PairBatch
+    from sdpo.models.base import Family, Frozen
     from sdpo.training.run import Run
     from sdpo.training.step import Step
 
@@ -37,8 +38,8 @@ if TYPE_CHECKING:
 class PublicStep:
     """Takes the steps of a run that has its models, and so no cache and no adapters."""
 
-    def __init__(self, config: TrainConfig, run: Run) -> None:
-        self.config, self.run = config, run
+    def __init__(self, run: Run) -> None:
+        self.config, self.run = run.config, run
         self.family = run.models.base.family
         self.frozen = run.models.encoder.frozen_parts()
         assert isinstance(run.models.reference, torch.nn.Module)
@@ -52,7 +53,9 @@ class PublicStep:
         loss_sum = 0.0
         for micro in range(accumulation):
             batch = next(step.batches)
-            inputs = self._noised(batch)
+            inputs = noised(
+                self.family, self.frozen, batch, self.config.data.resolution, run.device
+            )
             with accelerator.autocast():
                 prediction = predict(self.family, run.models.unet, inputs)
             loss, averages = self._loss(prediction, inputs)
@@ -66,32 +69,11 @@ class PublicStep:
                 run.update.scheduler.step()
                 run.update.optimizer.zero_grad()
             loss.detach().item()
-        step.progress = Progress(step.number, run.loader.place_after(batch))
-        step.entry = {
-            "step": step.number,
-            "loss": loss_sum,
-            "winner_drift": read[4],
-            "implicit_acc": read[3],
-            "seconds": time.perf_counter() - began,
-            "peak_memory_gib": peak_memory_gib(run.device),
-        }
+        close(step, run, batch, began, loss=loss_sum, winner_drift=read[4], implicit_acc=read[3])
 
     def _gathered(self, value: Tensor) -> float:
         repeated = value.detach().repeat(self.config.optim.train_batch_size)
         return self.run.accelerator.gather(repeated).mean().item()
-
-    @torch.no_grad()
-    def _noised(self, batch: PairBatch) -> NoisedPairs:
-        family, frozen, vae = self.family, self.frozen, self.frozen.vae
-        pixels = batch.pixels.to(self.run.device, vae.dtype)
-        latents = family.normalise(vae.encode(pixels).latent_dist.sample(), vae.config)
-        resolution = self.config.data.resolution
-        conditions = repeat(family.encode_captions(frozen, batch.captions, resolution), 2)
-        noise = torch.randn_like(latents).chunk(2)[0].repeat(2, 1, 1, 1)
-        count = frozen.scheduler.config.num_train_timesteps
-        timesteps = torch.randint(count, (len(latents) // 2,), device=latents.device).repeat(2)
-        noisy = frozen.scheduler.add_noise(latents, noise, timesteps)
-        return NoisedPairs(noisy, timesteps, noise, conditions)
 
     def _loss(self, prediction: Tensor, inputs: NoisedPairs) -> tuple[Tensor, list[Tensor]]:
         """Take the loss, and the seven scalars that are averaged over processes."""
@@ -112,6 +94,42 @@ class PublicStep:
             (error_l - ref_l).mean(),
             scale,
         ]
+
+
+@torch.no_grad()
+def noised(
+    family: Family, frozen: Frozen, batch: PairBatch, resolution: int, device: torch.device
+) -> NoisedPairs:
+    """Encode a batch and noise it by torch's own generator: DDPM's process with the noise as the
+    target, or a rectified flow with times sigmoid(z), z standard normal, and velocities."""
+    vae = frozen.vae
+    pixels = batch.pixels.to(device, vae.dtype)
+    latents = family.normalise(vae.encode(pixels).latent_dist.sample(), vae.config)
+    conditions = repeat(family.encode_captions(frozen, batch.captions, resolution), 2)
+    noise = torch.randn_like(latents).chunk(2)[0].repeat(2, 1, 1, 1)
+    pairs = len(latents) // 2
+    if family.facts.flow:
+        times = torch.sigmoid(torch.randn(pairs, device=device)).repeat(2)
+        sigma = times.reshape(-1, 1, 1, 1).to(latents.dtype)
+        noisy = (1 - sigma) * latents + sigma * noise
+        return NoisedPairs(noisy, times, noise - latents, conditions)
+    count = frozen.scheduler.config.num_train_timesteps
+    times = torch.randint(count, (pairs,), device=device).repeat(2)
+    return NoisedPairs(frozen.scheduler.add_noise(latents, noise, times), times, noise, conditions)
+
+
+def close(step: Step, run: Run, batch: PairBatch, began: float, **measured: float) -> None:
+    """Close a baseline's step: where the run stands, and its entry, with what the progress bar
+    shows."""
+    step.progress = Progress(step.number, run.loader.place_after(batch))
+    step.entry = {
+        "step": step.number,
+        "winner_drift": math.nan,
+        "implicit_acc": math.nan,
+        **measured,
+        "seconds": time.perf_counter() - began,
+        "peak_memory_gib": peak_memory_gib(run.device),
+    }
 
 
 def _errors(prediction: Tensor, target: Tensor) -> tuple[Tensor, ...]:

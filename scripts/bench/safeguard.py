@@ -146,10 +146,10 @@ def measure(options: Options, pairs: int, side: int) -> dict[str, Any]:
     if options.step_json:
         found = json.loads(options.step_json.read_text(encoding="utf-8"))
         settings, variants = found["settings"], found["variants"]
-        factor = 4 if settings["size"] == "tiny" else 8
-        if (settings["batch"], settings["resolution"] // factor) == (pairs, side):
+        # A VAE makes an image's side 4 (the tiny ones) or 8 times smaller.
+        if settings["batch"] == pairs and settings["resolution"] in (4 * side, 8 * side):
             whole = variants.get("no_safeguard") or variants["plain"]
-            steps[f"step.py {settings['size']}"] = whole["seconds"]
+            steps[f"step.py {settings['base']}"] = whole["seconds"]
     rules = {scope: common.spread(seconds[f"rule {scope}"]) for scope in SCOPES}
     return {
         "pairs": pairs,

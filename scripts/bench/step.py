@@ -1,15 +1,17 @@
-"""Time per optimizer step and peak memory: train.py plain, with each option, and a step in the
-manner of the first public code.
+"""Time per optimizer step and peak memory: train.py plain, with each option, and against a step in
+the manner of the first public code (`public`), a bare loop of the same mathematics (`bare`) and
+a LoRA step in the manner of diffusers' example (`example+lora`).
 
     bash scripts/bench/step.sh                                     # the tiny model of assets/
-    bash scripts/bench/step.sh --size sd15 --resolution 256 --variants public cache cache+lora
-    bash scripts/bench/step.sh --size sdxl                         # 1024 px, for a GPU
+    bash scripts/bench/step.sh --base assets/tiny-sd3
+    bash scripts/bench/step.sh --base sd15 --resolution 256 --variants public cache cache+lora
+    bash scripts/bench/step.sh --base sdxl                         # 1024 px, for a GPU
 
 Every variant is train.py's parts under its own flags in a fresh process, random weights where the
-size is a true one. Tiny variants are all alive and take one step each in turn, forwards and
-backwards; larger ones run one after another for --steps steps, in --rounds rounds whose order is
-reversed each time. Ratios are taken turn by turn, so that a machine's drift cancels. The first step
-of a process (allocation, compilation) is not counted.
+base is a name and no directory. Variants of small bases are all alive and take one step each in
+turn, forwards and backwards; larger ones run one after another for --steps steps, in --rounds
+rounds whose order is reversed each time. Ratios are taken turn by turn, so that a machine's drift
+cancels. The first step of a process (allocation, compilation) is not counted.
 """
 
 from __future__ import annotations
@@ -23,21 +25,25 @@ from pathlib import Path
 from typing import Any
 
 from scripts.bench import common
-from scripts.bench.true_size import write_pipeline_apart
+from scripts.bench.true_size import UNETS, write_pipeline_apart
 from sdpo.common.cli import as_argv
 from sdpo.common.errors import UserError, run_main
 from sdpo.common.flags import at_least, flag, flat, parse
 
-PLAIN, PUBLIC = "plain", "public"
+PLAIN, PUBLIC, BARE, EXAMPLE = "plain", "public", "bare", "example"
+# What ratios are taken to.
+BASELINES = (PLAIN, PUBLIC, BARE)
 # The flags of train.py that each part of a variant's name stands for.
 PARTS: dict[str, dict[str, Any]] = {
     PLAIN: {},
     PUBLIC: {},
+    BARE: {},
+    EXAMPLE: {},
     "cache": {},  # its directory is the benchmark's
     "lora": {"lora_rank": 16},
     "checkpointing": {"gradient_checkpointing": True},
     "channels_last": {"channels_last": True},
-    "fused": {"fused_optimizer": True},
+    "unfused": {"no-fused_optimizer": True},
     "compile": {"compile": True},
     "8bit_adam": {"use_8bit_adam": True},
     "adafactor": {"use_adafactor": True},
@@ -51,14 +57,16 @@ COMBINED = (
     "cache+lora",
     "cache+lora+checkpointing",
     "cache+checkpointing",
-    "cache+channels_last+fused",
+    "cache+channels_last",
+    "bare+lora",
+    "example+lora",
     "parameter+pair",
     "public+checkpointing",
 )
 VARIANTS = (*PARTS, *COMBINED)
 # Compiling takes minutes on a CPU, and moving the reference to the host saves nothing there.
-NOT_BY_DEFAULT = ("compile", "offload_reference", "pair", "public+checkpointing")
-RESOLUTION = {"tiny": 64, "sd15": 512, "sdxl": 1024}
+NOT_BY_DEFAULT = ("compile", "offload_reference", "pair", "public+checkpointing", EXAMPLE)
+SMALL = 2**28  # bytes of a base on disk, of which many fit in memory at once
 ONE = at_least(1)
 
 
@@ -66,14 +74,17 @@ ONE = at_least(1)
 class Options:
     """The benchmark's flags."""
 
-    size: str = flag("tiny", "of the model", choices=tuple(RESOLUTION))
-    resolution: int | None = flag(
-        None, "side of the images", metavar="PX", shown="64, 512 or 1024 by the size"
+    base: str = flag(
+        "assets/tiny-sd15",
+        f"directory of a base, or {' or '.join(UNETS)}: random weights at true size",
     )
-    batch: int | None = flag(None, "pairs", metavar="PAIRS", shown="8 tiny, else 1", check=ONE)
+    resolution: int | None = flag(None, "side of the images", metavar="PX", shown="the base's own")
+    batch: int | None = flag(
+        None, "pairs", metavar="PAIRS", shown="8 of a small base, else 1", check=ONE
+    )
     accumulation: int = flag(1, "micro-steps a step", metavar="N", check=ONE)
     mixed_precision: str | None = flag(
-        None, "number format", choices=("no", "fp16", "bf16"), shown="no tiny, else bf16"
+        None, "number format", choices=("no", "fp16", "bf16"), shown="no of a small base, else bf16"
     )
     gradient_checkpointing: bool = flag(False, "in every variant")
     variants: tuple[str, ...] = flag(
@@ -90,7 +101,7 @@ class Options:
 
 
 def parse_options(argv: list[str]) -> Options:
-    """Parse the flags and fill in what depends on the size; the plain variant comes first.
+    """Parse the flags and fill in what depends on the base; the plain variant comes first.
 
     Raises:
         UserError: naming the flag and what would be right.
@@ -99,31 +110,41 @@ def parse_options(argv: list[str]) -> Options:
     for name in given.variants:
         if name not in VARIANTS:
             raise UserError(f"--variants: there is no {name}; there are: {' '.join(VARIANTS)}")
+    if given.base not in UNETS and not Path(given.base).is_dir():
+        raise UserError(
+            f"--base: there is no directory {given.base}; give one, or {' or '.join(UNETS)}"
+        )
     variants = [PLAIN, *(name for name in given.variants if name != PLAIN)]
     if "8bit_adam" in variants and find_spec("bitsandbytes") is None:
         variants.remove("8bit_adam")
         print("left out: 8bit_adam (bitsandbytes is not installed)")
-    tiny = given.size == "tiny"
+    small = is_small(given.base)
     return replace(
         given,
-        resolution=given.resolution or RESOLUTION[given.size],
-        batch=given.batch or (8 if tiny else 1),
-        mixed_precision=given.mixed_precision or ("no" if tiny else "bf16"),
+        batch=given.batch or (8 if small else 1),
+        mixed_precision=given.mixed_precision or ("no" if small else "bf16"),
         variants=tuple(variants),
     )
 
 
+def is_small(base: str) -> bool:
+    """Whether many processes can hold the base at once."""
+    files = () if base in UNETS else Path(base).rglob("*")
+    return base not in UNETS and sum(f.stat().st_size for f in files) < SMALL
+
+
 class Bench:
-    """The model and the pairs on disk, and the processes that train on them."""
+    """The base and the pairs on disk, and the processes that train on them."""
 
     def __init__(self, options: Options, work: Path) -> None:
         from sdpo.tinyworld.pairs import write_pairs
 
-        self.options, self.work, self.model = options, work, common.TINY_MODEL
+        self.options, self.work, self.model = options, work, Path(options.base).absolute()
+        self.resolution = options.resolution
         write_pairs(work / "pairs", options.pairs, 8, 0)
-        if options.size != "tiny":
+        if options.base in UNETS:
             self.model = work / "model"
-            write_pipeline_apart(options.size, self.model)
+            write_pipeline_apart(options.base, self.model)
 
     def start(self, variant: str, number: int) -> common.Worker:
         """Start a process of a variant."""
@@ -137,7 +158,6 @@ class Bench:
             gradient_accumulation_steps=options.accumulation,
             mixed_precision=options.mixed_precision,
             use_winner_preserving=True,
-            sdxl=options.size == "sdxl",
             gradient_checkpointing=options.gradient_checkpointing,
         )
         parts = variant.split("+")
@@ -145,7 +165,7 @@ class Bench:
             flags |= PARTS[part]
         if "cache" in parts:
             flags["cache_dir_latents"] = self.work / "latents"
-        style = "public" if PUBLIC in parts else "own"
+        style = next((part for part in parts if part in (PUBLIC, BARE, EXAMPLE)), "own")
         return common.Worker(variant, ["-m", "scripts.bench.training", style, *as_argv(flags)])
 
 
@@ -156,12 +176,12 @@ def measure(bench: Bench) -> dict[str, list[dict[str, Any]]]:
     for number in range(options.rounds):
         names = options.variants[::-1] if number % 2 else options.variants
         # Larger variants are alone in memory.
-        for group in [names] if options.size == "tiny" else [(name,) for name in names]:
+        for group in [names] if is_small(options.base) else [(name,) for name in names]:
             with ExitStack() as stack:
                 turns = {}
                 for name in group:
                     worker = stack.enter_context(closing(bench.start(name, number)))
-                    worker.ready()
+                    bench.resolution = worker.ready()["resolution"]
                     turns[name] = worker.turn
                 for name, entries in common.take_turns(turns, 1 + options.steps).items():
                     found[name] += entries[1:]
@@ -172,13 +192,13 @@ def measure(bench: Bench) -> dict[str, list[dict[str, Any]]]:
 
 
 def summarise(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Give seconds, memory and ratios of each variant to the plain and the public-style step."""
+    """Give seconds, memory and ratios of each variant to each of `BASELINES`."""
     seconds = {name: [e["seconds"] for e in entries] for name, entries in found.items()}
     memory = {name: max(e["peak_memory_gib"] for e in entries) for name, entries in found.items()}
     result = {}
     for name in found:
         entry = {"seconds": common.spread(seconds[name]), "peak_memory_gib": memory[name]}
-        for base in found.keys() & {PLAIN, PUBLIC}:
+        for base in found.keys() & set(BASELINES):
             entry[f"time_to_{base}"] = common.ratios(seconds[name], seconds[base])
             entry[f"memory_to_{base}"] = memory[name] / memory[base]
         result[name] = entry
@@ -188,7 +208,7 @@ def summarise(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
 def show(result: dict[str, Any]) -> None:
     """Print the table, ratios first."""
     head, rows = ["variant"], {name: [name] for name in result}
-    for base in (PLAIN, PUBLIC):
+    for base in BASELINES:
         if base not in result:
             continue
         head += [f"time/{base}", "quartiles", f"mem/{base}"]
@@ -204,9 +224,11 @@ def main() -> int:
     """Run, print, write."""
     options = parse_options(sys.argv[1:])
     with common.scratch() as work:
-        result = summarise(measure(Bench(options, work)))
+        bench = Bench(options, work)
+        result = summarise(measure(bench))
+        settings = {**flat(options), "resolution": bench.resolution}
     show(result)
-    common.write_result(options.out, "step.py", {"settings": flat(options), "variants": result})
+    common.write_result(options.out, "step.py", {"settings": settings, "variants": result})
     return 0
 
 

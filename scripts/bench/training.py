@@ -46,14 +46,14 @@ def open_run(config: TrainConfig) -> Run:
     return run
 
 
-def own_step(config: TrainConfig, run: Run) -> TakeStep:
-    """Make the step of train.py, under the method and the safeguard of `config`."""
+def own_step(run: Run) -> TakeStep:
+    """Make the step of train.py."""
     from train import pair_loss
 
     def take(step: Step) -> None:
         for micro in step.micro_batches():
             with run.update.accumulating(micro.last):
-                output = pair_loss(config, run, micro)
+                output = pair_loss(run.config, run, micro)
                 run.update.backward(output.loss)
             step.record(output, micro)
         run.update.apply(step)
@@ -61,24 +61,37 @@ def own_step(config: TrainConfig, run: Run) -> TakeStep:
     return take
 
 
-def public_step(config: TrainConfig, run: Run) -> TakeStep:
+def public_step(run: Run) -> TakeStep:
     """Make a step in the manner of the first public code."""
     from scripts.bench.public_style import PublicStep
 
-    return PublicStep(config, run)
+    return PublicStep(run)
 
 
-STYLES = {"own": own_step, "public": public_step}
+def bare_step(run: Run) -> TakeStep:
+    """Make a step of a bare loop."""
+    from scripts.bench.bare import BareStep
+
+    return BareStep(run)
+
+
+def example_step(run: Run) -> TakeStep:
+    """Make a step in the manner of diffusers' LoRA example."""
+    from scripts.bench.example_style import ExampleStep
+
+    return ExampleStep(run)
+
+
+STYLES = {"own": own_step, "public": public_step, "bare": bare_step, "example": example_step}
 
 
 def main() -> int:
     """Train until nobody asks for more."""
     style, *argv = sys.argv[1:]
-    config = parse_train(argv)
-    run = open_run(config)
-    take = STYLES[style](config, run)
+    run = open_run(parse_train(argv))
+    take = STYLES[style](run)
     steps = run.steps()
-    answer({"ready": True})
+    answer({"resolution": run.config.data.resolution})
     for _ in sys.stdin:
         step = next(steps)
         take(step)

@@ -25,7 +25,7 @@ def run(name, out, *argv):
 
 def test_safeguard(tmp_path):
     step = {
-        "settings": {"size": "sd15", "batch": 1, "resolution": 64},
+        "settings": {"base": "sd15", "batch": 1, "resolution": 64},
         "variants": {"plain": {"seconds": {"median": 2.0}}},
     }
     (tmp_path / "step.json").write_text(json.dumps(step))

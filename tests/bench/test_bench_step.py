@@ -1,17 +1,16 @@
-"""The public-style step, and step.py and scaling.py at their smallest."""
+"""The baselines' steps, and step.py and scaling.py at their smallest."""
 
 from __future__ import annotations
 
 import json
-import shutil
 
 import pytest
 import torch
 from e2e.harness import run_here
 
 import sdpo
-from scripts.bench import common, full_size_step, step
-from scripts.bench.public_style import PublicStep, autograd_scale
+from scripts.bench import common, step
+from scripts.bench.public_style import autograd_scale
 from scripts.bench.training import STYLES, open_run
 from sdpo.common.cli import as_argv
 from sdpo.common.errors import UserError
@@ -29,11 +28,9 @@ def test_both_ways_to_the_scale_agree(mu):
         torch.testing.assert_close(autograd_scale(prediction, target, mu), want)
 
 
-def test_public_style_step_trains(tiny_sd15, pairs_dir, tmp_path, monkeypatch):
-    reads = []
-    item = torch.Tensor.item
+def open_tiny(tmp_path, base, pairs_dir, **more):
     flags = {
-        "pretrained_model_name_or_path": tiny_sd15,
+        "pretrained_model_name_or_path": base,
         "train_data_dir": pairs_dir,
         "cache_dir": tmp_path / "cache",
         "output_dir": tmp_path / "run",
@@ -44,22 +41,67 @@ def test_public_style_step_trains(tiny_sd15, pairs_dir, tmp_path, monkeypatch):
         "lr_warmup_steps": 0,
         "report_to": "none",
         "use_winner_preserving": True,
+        **more,
     }
-    config = parse_train(as_argv(flags))
-    run = open_run(config)
-    take = PublicStep(config, run)
+    return open_run(parse_train(as_argv(flags)))
+
+
+def losses(tmp_path):
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("style", "family", "more"),
+    [
+        ("public", "tiny_sd15", {}),
+        ("bare", "tiny_sd15", {}),
+        ("bare", "tiny_sd3", {"lora_rank": 2}),
+        ("example", "tiny_sd15", {"lora_rank": 2}),
+    ],
+)
+def test_baselines_train(request, pairs_dir, tmp_path, monkeypatch, style, family, more):
+    reads = []
+    item = torch.Tensor.item
+    run = open_tiny(tmp_path, request.getfixturevalue(family), pairs_dir, **more)
+    before = [p.detach().clone() for p in run.models.trainable]
+    take = STYLES[style](run)
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "item", lambda tensor: reads.append(1) or item(tensor))
         for one in run.steps():
             take(one)
             run.after(one)
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    first, second = (json.loads(line)["loss"] for line in lines)
+    first, second = losses(tmp_path)
     # Nothing is learnt before the first step: u = 0 and the loss is log 2.
     assert first == pytest.approx(0.6931, abs=1e-3)
     assert second != first
-    # Eight reads in each of four micro-steps, beside the draws of the data.
-    assert len(reads) >= 8 * 4
+    after = run.models.trainable
+    assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    # Of the first public code eight reads in each of four micro-steps, beside the data's draws.
+    assert len(reads) >= {"public": 8 * 4, "example": 3 * 4, "bare": 0}[style]
+
+
+@pytest.mark.parametrize("scope", ["batch", "pair"])
+def test_the_bare_loss_is_the_loss(tiny_sd15, pairs_dir, tmp_path, scope):
+    run = open_tiny(tmp_path, tiny_sd15, pairs_dir, winner_preserving_scope=scope)
+    draw = torch.Generator().manual_seed(0)
+    shape = (3, 6, 4, 8, 8)
+    prediction, reference, target = torch.randn(shape, generator=draw, dtype=torch.float64)
+    # Close enough that no sigmoid is at its end.
+    prediction, reference = target + 0.02 * prediction, target + 0.02 * reference
+    gradients, values = [], []
+    for loss in (
+        STYLES["bare"](run)._loss,
+        lambda *of: sdpo.preference_loss("diffusion-dpo", *of, beta=5000, mu=0.9, scope=scope).loss,
+    ):
+        leaf = prediction.clone().requires_grad_()
+        value = loss(leaf, reference, target)
+        value.backward()
+        values.append(value.detach())
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*values)
+    torch.testing.assert_close(*gradients)
+    run.lock.release()
 
 
 class Stub:
@@ -76,7 +118,7 @@ class Stub:
         self.name, self.turns = name, 0
 
     def ready(self):
-        pass
+        return {"resolution": 1024}
 
     def start_turn(self):
         pass
@@ -121,7 +163,7 @@ def test_larger_sizes_run_one_by_one(stub, tmp_path, monkeypatch, capsys):
         "scripts.bench.true_size.subprocess.run", lambda argv, **_: written.append(argv)
     )
     out = tmp_path / "step.json"
-    argv = ["--size", "sdxl", "--variants", "public", "--rounds", 2, "--steps", 2, "--out", out]
+    argv = ["--base", "sdxl", "--variants", "public", "--rounds", 2, "--steps", 2, "--out", out]
     assert run_here("scripts/bench/step.py", argv) == 0
     assert written[0][1:4] == ["-m", "scripts.bench.true_size", "sdxl"]
     found = json.loads(out.read_text())
@@ -129,7 +171,6 @@ def test_larger_sizes_run_one_by_one(stub, tmp_path, monkeypatch, capsys):
     assert found["settings"]["resolution"] == 1024 and found["settings"]["batch"] == 1
     order = ["public" in argv for argv in stub.started]
     assert order == [False, True, True, False]
-    assert all("--sdxl" in argv for argv in stub.started)
 
 
 def test_scaling_starts_all_ranks(stub, tmp_path):
@@ -146,6 +187,7 @@ def test_scaling_starts_all_ranks(stub, tmp_path):
     ("name", "argv", "sentence"),
     [
         ("step", ["--variants", "faster"], "--variants: there is no faster"),
+        ("step", ["--base", "sd9"], "--base: there is no directory sd9"),
         ("step", ["--steps", 0], "--steps must be at least 1"),
         ("scaling", ["--processes", 1, 0], "--processes must be at least 1"),
     ],
@@ -167,26 +209,3 @@ def test_a_true_worker_takes_a_step_when_it_is_told_to(tmp_path):
     assert entry["loss"] == pytest.approx(0.6931, abs=1e-3)
     assert 0 < entry["seconds"] < 60 and entry["peak_memory_gib"] > 0.1
     assert not list(tmp_path.glob("public-0/checkpoint-*"))
-
-
-def test_full_size_step_with_the_tiny_model(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        full_size_step,
-        "write_pipeline_apart",
-        lambda family, path: shutil.copytree(common.TINY_MODEL, path),
-    )
-    out = tmp_path / "x.json"
-    argv = ["--resolution", 64, "--repeats", 2, "--mixed_precision", "no", "--out", out]
-    assert run_here("scripts/bench/full_size_step.py", argv) == 0
-    found = json.loads(out.read_text())
-    assert found["parameters"] == {"sd15": 859_520_964, "sdxl": 2_567_463_684}
-    assert [entry["step"] for entry in found["first_steps"]] == [1, 2]
-    # Off in the plain steps, as the loser's scale shows.
-    assert found["first_steps"][0]["loser_scale"] == 1.0
-    assert {name: len(taken) for name, taken in found["step_seconds"].items()} == {
-        "plain": 2,
-        "safeguard": 2,
-    }
-    plain, guarded = (found["median_seconds"][name] for name in ("plain", "safeguard"))
-    assert found["overhead_of_medians"] == pytest.approx(guarded / plain - 1)
-    assert found["rule_share_of_step"] == pytest.approx(found["rule_seconds"] / plain)
