@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from scripts.bench.true_size import build_unet, call_on_meta
+from scripts.bench.true_size import BASES, build_denoiser, call_on_meta
 from sdpo.config import ModelConfig
 from sdpo.config.families import FAMILIES
 from sdpo.models.lora import add_adapters
@@ -33,7 +33,7 @@ class _FusedAttention(torch.autograd.Function):
 
 class AsOnGpu(TorchFunctionMode):
     """Does to dtypes what CUDA's autocast to bf16 does, which it does not do on the meta device:
-    norms in float32, matrix products and convolutions in bf16; and fused attention."""
+    norms in float32, matrix products, convolutions and attention in bf16; and fused attention."""
 
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -51,7 +51,7 @@ class AsOnGpu(TorchFunctionMode):
 
 
 def _fused_attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
-    out: Tensor = _FusedAttention.apply(query, key, value)
+    out: Tensor = _FusedAttention.apply(query.bfloat16(), key.bfloat16(), value.bfloat16())
     return out
 
 
@@ -62,15 +62,12 @@ def _wide(value: Any) -> Any:
 class KeptBytes:
     """Adds up the storages that autograd keeps, and the most that one checkpointed block adds."""
 
-    def __init__(self, unet: nn.Module) -> None:
-        from diffusers.models.attention import BasicTransformerBlock
-        from diffusers.models.resnet import ResnetBlock2D
-
-        self.own = {p.untyped_storage()._cdata for p in unet.parameters()}
+    def __init__(self, denoiser: nn.Module, units: tuple[str, ...]) -> None:
+        self.own = {p.untyped_storage()._cdata for p in denoiser.parameters()}
         self.storages: dict[int, Any] = {}
         self.largest_block = 0
-        for module in unet.modules():
-            if isinstance(module, ResnetBlock2D | BasicTransformerBlock):
+        for module in denoiser.modules():
+            if type(module).__name__ in units:
                 module.register_forward_pre_hook(self._enter)
                 module.register_forward_hook(self._leave)
 
@@ -92,40 +89,43 @@ class KeptBytes:
         self.largest_block = max(self.largest_block, self.total() - self._before)
 
 
-def build_trained(family: str, rank: int | None) -> Any:
-    """Build the UNet on the meta device; with a rank, frozen and with train.py's adapters."""
+def build_trained(name: str, rank: int | None) -> Any:
+    """Build a base's denoiser on the meta device; with a rank, frozen and with train.py's
+    adapters."""
     with META:
-        unet = build_unet(family)
+        denoiser = build_denoiser(name)
     if rank:
         config = ModelConfig(
             lora_rank=rank,
             lora_alpha=float(rank),
-            lora_target_modules=FAMILIES[family].lora_targets,
+            lora_target_modules=FAMILIES[BASES[name].family].lora_targets,
         )
-        add_adapters(unet, config, 0, torch.bfloat16, META)
-    return unet
+        add_adapters(denoiser, config, 0, torch.bfloat16, META)
+    return denoiser
 
 
 def activation_bytes(
-    family: str, resolution: int, samples: int, checkpointing: bool, rank: int | None = None
+    name: str, denoiser: Any, resolution: int, samples: int, checkpointing: bool
 ) -> int:
     """Count the bytes of activations at the peak for `samples` images (two a pair), under bf16
     autocast.
 
-    With checkpointing: the inputs of all blocks, and the largest block computed again. With a rank:
-    of adapters alone, so that most layers keep nothing.
+    With checkpointing: the inputs of all blocks, and the largest block computed again.
+
+    Args:
+        denoiser: of `build_trained`; with adapters most layers keep nothing. It is cast to bf16.
     """
-    unet = build_trained(family, rank).bfloat16().train()
+    denoiser.bfloat16().train()
 
     def kept_by_forward() -> KeptBytes:
-        kept = KeptBytes(unet)
+        kept = KeptBytes(denoiser, FAMILIES[BASES[name].family].units)
         hooks = torch.autograd.graph.saved_tensors_hooks(kept.keep, lambda tensor: tensor)
         with AsOnGpu(), hooks:
-            call_on_meta(family, unet, resolution, samples, torch.bfloat16)
+            call_on_meta(name, denoiser, resolution, samples, torch.bfloat16)
         return kept
 
     whole = kept_by_forward()
     if not checkpointing:
         return whole.total()
-    unet.enable_gradient_checkpointing()
+    denoiser.enable_gradient_checkpointing()
     return kept_by_forward().total() + whole.largest_block

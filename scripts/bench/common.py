@@ -142,8 +142,9 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def write_result(out: Path, program: str, results: dict[str, Any]) -> None:
-    """Write `results` as JSON, with the machine, the command, the date and the versions."""
+def write_result(out: Path, program: str, results: dict[str, Any]) -> dict[str, Any]:
+    """Write `results` as JSON, with the machine, the command, the date and the versions, which are
+    returned."""
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -160,6 +161,7 @@ def write_result(out: Path, program: str, results: dict[str, Any]) -> None:
     }
     write_json(out, {**about, **results})
     print(f"wrote {out}")
+    return about
 
 
 class Worker:

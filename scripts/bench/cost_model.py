@@ -1,10 +1,12 @@
-"""Computed, not measured: what the six recipes cost on 8 GPUs of 80 GB, in FLOPs, bytes and hours.
+"""Computed, not measured: what the six recipes cost on 8 GPUs of 80 GB, in FLOPs, bytes and hours,
+and what a pair costs of every base.
 
     python scripts/bench/cost_model.py [--out FILE.json] [--utilisation 0.4]
 
 Every model is built on the meta device at its true size and its forward pass is counted by
 torch.utils.flop_counter (a multiply-add is two FLOPs; convolutions and matrix products only,
-attention included). From those counts:
+attention included; of text encoders two FLOPs a weight of a linear layer and token). From those
+counts:
 
 - a backward pass costs twice the forward pass, or once where weights have no gradient (LoRA: the
   adapters' own products are left out); gradient checkpointing adds one forward pass;
@@ -28,17 +30,17 @@ from pathlib import Path
 from typing import Any
 
 from scripts.bench import common
-from scripts.bench.memory import GIB, bytes_by_part
+from scripts.bench.memory import GIB, Counted, Setting, bytes_by_part
 from scripts.bench.true_size import (
-    PARAMETERS,
-    RESOLUTION,
-    TOKENS,
-    build_frozen,
-    build_unet,
+    BASES,
+    build_denoiser,
+    build_text_encoders,
+    build_vae,
     call_on_meta,
 )
 from sdpo.common.errors import run_main
 from sdpo.common.flags import Check, flag, parse
+from sdpo.config.families import FAMILIES
 
 GPUS = 8
 # Dense bf16 FLOP/s as the vendor gives them.
@@ -47,9 +49,10 @@ STEPS, PAIRS_PER_PROCESS, ACCUMULATION = 2000, 8, 32
 PAIRS = STEPS * PAIRS_PER_PROCESS * ACCUMULATION * GPUS
 # Pick-a-Pic v2: rows with images and their size on disk.
 ROWS, DATASET_BYTES = 959_000, 335e9
+TOKENS = 77
 TEXT_WIDTH = {"sd15": 768, "sdxl": 2048 + 1280 / TOKENS}  # per token; SDXL's pooled output once
 METHODS = ("diffusion-dpo", "dspo", "dmpo")
-RECIPES = {f"{family} {method}": family for family in RESOLUTION for method in METHODS}
+RECIPES = {f"{family} {method}": family for family in TEXT_WIDTH for method in METHODS}
 # Name, with a cache, with LoRA.
 WAYS = (
     ("plain", False, False),
@@ -78,20 +81,31 @@ class Flops:
     text: float
 
 
-def count(family: str) -> Flops:
-    """Count a family's forward passes at its training resolution."""
+def count(name: str) -> Flops:
+    """Count a base's forward passes at its training resolution."""
     import torch
 
-    side = RESOLUTION[family]
+    base = BASES[name]
     with torch.device("meta"):
-        unet, frozen = build_unet(family), build_frozen(family)
-        pixels = torch.empty(1, 3, side, side)
-        ids = torch.zeros(1, TOKENS, dtype=torch.long)
-    encoders = frozen.text_encoders
+        denoiser, vae = build_denoiser(name), build_vae(name)
+        frames = (1,) if name == "qwen-image" else ()
+        pixels = torch.empty(1, 3, *frames, base.resolution, base.resolution)
+        encoders = build_text_encoders(name)
     return Flops(
-        unet=flops_of(lambda: call_on_meta(family, unet, side, 1, torch.float32)),
-        vae=flops_of(lambda: frozen.vae.encode(pixels)),
-        text=flops_of(lambda: [encoder(ids) for encoder in encoders]),
+        unet=flops_of(lambda: call_on_meta(name, denoiser, base.resolution, 1, torch.float32)),
+        vae=flops_of(lambda: vae.encode(pixels)),
+        text=sum(2.0 * base.tokens * linear_weights(encoder) for encoder in encoders),
+    )
+
+
+def linear_weights(encoder: Any) -> int:
+    """Count the weights of linear layers that a caption's tokens go through."""
+    from torch import nn
+
+    return sum(
+        module.weight.numel()
+        for name, module in encoder.named_modules()
+        if isinstance(module, nn.Linear) and "visual" not in name and "lm_head" not in name
     )
 
 
@@ -120,19 +134,22 @@ def cache_flops(f: Flops) -> float:
 def cache_bytes(family: str) -> float:
     """Add up the bytes of the whole dataset's cache: two images in two views as mean and deviation
     in half precision, and a caption's embedding; captions that occur twice are counted twice."""
-    latents = 2 * 2 * 2 * 4 * (RESOLUTION[family] // 8) ** 2 * 2
+    latents = 2 * 2 * 2 * 4 * (BASES[family].resolution // 8) ** 2 * 2
     return ROWS * (latents + TOKENS * TEXT_WIDTH[family] * 2)
 
 
 def gpu_bytes(family: str) -> float:
     """Count what one GPU holds at the peak of the official recipe's micro-step."""
     optimizer = "AdamW" if family == "sd15" else "Adafactor"
-    return sum(bytes_by_part(family, optimizer, PAIRS_PER_PROCESS, family == "sdxl", None))
+    setting = Setting(family, optimizer, PAIRS_PER_PROCESS, family == "sdxl")
+    counted = Counted(family, None)
+    activations = counted.activations(setting.pairs, setting.checkpointing)
+    return sum(bytes_by_part(counted, setting, activations))
 
 
 def sent_bytes(family: str) -> float:
     """Add up what each GPU sends in a run: a ring all-reduce of float32 gradients once a step."""
-    return STEPS * 2 * (GPUS - 1) / GPUS * 4 * PARAMETERS[family]
+    return STEPS * 2 * (GPUS - 1) / GPUS * 4 * BASES[family].parameters
 
 
 def recipe(family: str, f: Flops, utilisation: float) -> dict[str, Any]:
@@ -159,6 +176,31 @@ def recipe(family: str, f: Flops, utilisation: float) -> dict[str, Any]:
 
 def _hours(flops: float, utilisation: float) -> dict[str, float]:
     return {gpu: flops / (GPUS * peak * utilisation) / 3600 for gpu, peak in PEAK.items()}
+
+
+def pair_costs(name: str, f: Flops, utilisation: float) -> dict[str, dict[str, float]]:
+    """Compute what a pair costs with gradient checkpointing: FLOPs, and pairs a GPU's second."""
+    lora = FAMILIES[BASES[name].family].lora_targets
+    found = {}
+    for way, cached, adapters in WAYS:
+        if adapters and not lora:
+            continue
+        flops = pair_flops(f, True, cached, adapters)
+        rates = {gpu: peak * utilisation / flops for gpu, peak in PEAK.items()}
+        found[way] = {"flops": flops, **rates}
+    return found
+
+
+def show_pairs(pairs: dict[str, dict[str, dict[str, float]]]) -> None:
+    """Print the table of all bases."""
+    rows = [
+        [BASES[name].label, way, f"{cost['flops'] / 1e12:.1f}", *(f"{cost[g]:.3g}" for g in PEAK)]
+        for name, ways in pairs.items()
+        for way, cost in ways.items()
+    ]
+    print()
+    head = ["a pair, gradient checkpointing", "way", "TFLOP", *(f"pairs/s, {g}" for g in PEAK)]
+    common.print_table(head, rows)
 
 
 def show(flops: dict[str, Flops], costs: dict[str, Any], utilisation: float) -> None:
@@ -199,15 +241,18 @@ def main() -> int:
     import diffusers
 
     diffusers.utils.logging.set_verbosity_error()
-    flops = {family: count(family) for family in RESOLUTION}
-    costs = {family: recipe(family, f, options.utilisation) for family, f in flops.items()}
+    flops = {name: count(name) for name in BASES}
+    costs = {name: recipe(name, flops[name], options.utilisation) for name in TEXT_WIDTH}
     show(flops, costs, options.utilisation)
+    pairs = {name: pair_costs(name, f, options.utilisation) for name, f in flops.items()}
+    show_pairs(pairs)
     result = {
         "computed": True,
         "assumptions": {"gpus": GPUS, "peak_flops": PEAK, "utilisation": options.utilisation},
         "pairs": PAIRS,
         "forward_flops": {family: asdict(f) for family, f in flops.items()},
         "recipes": {name: costs[family] for name, family in RECIPES.items()},
+        "pair": pairs,
     }
     common.write_result(options.out, "cost_model.py", result)
     return 0

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.bench import common
-from scripts.bench.true_size import UNETS, write_pipeline_apart
+from scripts.bench.true_size import WRITTEN, write_pipeline_apart
 from sdpo.common.cli import as_argv
 from sdpo.common.errors import UserError, run_main
 from sdpo.common.flags import at_least, flag, flat, parse
@@ -76,7 +76,7 @@ class Options:
 
     base: str = flag(
         "assets/tiny-sd15",
-        f"directory of a base, or {' or '.join(UNETS)}: random weights at true size",
+        f"directory of a base, or {' or '.join(WRITTEN)}: random weights at true size",
     )
     resolution: int | None = flag(None, "side of the images", metavar="PX", shown="the base's own")
     batch: int | None = flag(
@@ -110,9 +110,9 @@ def parse_options(argv: list[str]) -> Options:
     for name in given.variants:
         if name not in VARIANTS:
             raise UserError(f"--variants: there is no {name}; there are: {' '.join(VARIANTS)}")
-    if given.base not in UNETS and not Path(given.base).is_dir():
+    if given.base not in WRITTEN and not Path(given.base).is_dir():
         raise UserError(
-            f"--base: there is no directory {given.base}; give one, or {' or '.join(UNETS)}"
+            f"--base: there is no directory {given.base}; give one, or {' or '.join(WRITTEN)}"
         )
     variants = [PLAIN, *(name for name in given.variants if name != PLAIN)]
     if "8bit_adam" in variants and find_spec("bitsandbytes") is None:
@@ -129,8 +129,8 @@ def parse_options(argv: list[str]) -> Options:
 
 def is_small(base: str) -> bool:
     """Whether many processes can hold the base at once."""
-    files = () if base in UNETS else Path(base).rglob("*")
-    return base not in UNETS and sum(f.stat().st_size for f in files) < SMALL
+    files = () if base in WRITTEN else Path(base).rglob("*")
+    return base not in WRITTEN and sum(f.stat().st_size for f in files) < SMALL
 
 
 class Bench:
@@ -142,16 +142,16 @@ class Bench:
         self.options, self.work, self.model = options, work, Path(options.base).absolute()
         self.resolution = options.resolution
         write_pairs(work / "pairs", options.pairs, 8, 0)
-        if options.base in UNETS:
+        if options.base in WRITTEN:
             self.model = work / "model"
             write_pipeline_apart(options.base, self.model)
 
-    def start(self, variant: str, number: int) -> common.Worker:
-        """Start a process of a variant."""
+    def flags(self, variant: str, name: str) -> dict[str, Any]:
+        """Name the flags of train.py of a variant, for a run in the directory `name`."""
         options = self.options
         flags = common.run_flags(
             self.work,
-            f"{variant}-{number}",
+            name,
             pretrained_model_name_or_path=self.model,
             resolution=options.resolution,
             train_batch_size=options.batch,
@@ -160,13 +160,23 @@ class Bench:
             use_winner_preserving=True,
             gradient_checkpointing=options.gradient_checkpointing,
         )
-        parts = variant.split("+")
-        for part in parts:
+        for part in variant.split("+"):
             flags |= PARTS[part]
-        if "cache" in parts:
+        if "cache" in variant.split("+"):
             flags["cache_dir_latents"] = self.work / "latents"
-        style = next((part for part in parts if part in (PUBLIC, BARE, EXAMPLE)), "own")
-        return common.Worker(variant, ["-m", "scripts.bench.training", style, *as_argv(flags)])
+        return flags
+
+    def start(self, variant: str, number: int) -> common.Worker:
+        """Start a process of a variant."""
+        argv = as_argv(self.flags(variant, f"{variant}-{number}"))
+        program = ["-m", "scripts.bench.training", style_of(variant), *argv]
+        return common.Worker(variant, program)
+
+
+def style_of(variant: str) -> str:
+    """Name the way in which a variant's step is written, of `scripts.bench.training.STYLES`."""
+    written = (part for part in variant.split("+") if part in (PUBLIC, BARE, EXAMPLE))
+    return next(written, "own")
 
 
 def measure(bench: Bench) -> dict[str, list[dict[str, Any]]]:
