@@ -105,6 +105,17 @@ def test_runs_are_those_of_train_py(swept, train, tmp_path):
         assert found.checkpoints == [6]
 
 
+def test_the_runs_share_the_references_errors(swept):
+    (cache,) = (swept / "reference-cache").iterdir()
+    assert json.loads((cache / "key.json").read_text())["key"]["seed"] == 3
+    kept = sum(file.stat().st_size for file in cache.glob("errors-*.bin")) // 20
+    # Each of two runs has six steps of two pairs, and one was killed on its way.
+    assert 6 * 2 <= kept <= 2 * 6 * 2
+    for name in VARIANTS:
+        args = Run(swept / "runs" / f"{name}_seed-3").config["args"]
+        assert args["cache_reference"] == str(cache)
+
+
 def test_table_holds_what_the_programs_wrote(swept):
     table = read_results(swept / "results.parquet")
     assert table.column_names[:5] == [

@@ -8,6 +8,7 @@ import yaml
 from sdpo.common.errors import UserError
 from sdpo.lab.sweep import run as sweep
 from sdpo.lab.sweep.file import read_sweep
+from sdpo.lab.sweep.reference import shared_caches
 
 
 @pytest.fixture
@@ -29,6 +30,39 @@ def written(tmp_path):
         return path
 
     return write
+
+
+def caches(content, written):
+    """The cache of each run."""
+    runs = read_sweep(written(content)).runs
+    shared = shared_caches(runs)
+    return [shared.get(run.name) for run in runs]
+
+
+def test_runs_that_ask_the_reference_the_same_share_its_errors(content, written):
+    content |= {
+        "variants": {
+            "none": {},
+            "pair": {"use_winner_preserving": True, "winner_preserving_scope": "pair"},
+            "dmpo": {"train_method": "dmpo", "beta_dpo": 1, "use_adafactor": True},
+            "lora": {"lora_rank": 2, "learning_rate": 1e-3, "max_train_steps": 7},
+            "dspo": {"train_method": "dspo"},
+            "offset": {"noise_offset": 0.1},
+            "batch": {"train_batch_size": 2},
+            "stream": {"streaming": True, "max_train_steps": 5},
+        },
+        "seeds": [0, 1],
+    }
+    found = caches(content, written)
+    ours, seed_1 = found[:2]
+    assert ours and seed_1 and ours != seed_1
+    assert found == [ours, seed_1] * 4 + [None] * 8
+    content["variants"]["batch too"] = {"train_batch_size": 2, "train_method": "dmpo"}
+    assert len({*caches(content, written)} - {None, ours, seed_1}) == 2
+
+
+def test_a_run_that_is_alone_has_no_cache(content, written):
+    assert caches(content | {"seeds": [0, 1, 2]}, written) == [None] * 3
 
 
 def test_the_least(content, written):
@@ -93,6 +127,7 @@ def test_images_are_of_the_model_that_is_trained(content, written, tiny_sd15):
         ({"seed": [1]}, "there is no key seed; the keys are name, flags"),
         ({"flags": {"beta": 1}}, r"flags: train.py has no flag --beta$"),
         ({"flags": {"output_dir": "x"}}, "flags: the sweep sets output_dir itself"),
+        ({"flags": {"cache_reference": "x"}}, "flags: the sweep sets cache_reference itself"),
         ({"flags": [1]}, "flags: must be a mapping"),
         ({"flags": {}}, "run three_seed-0: .*--pretrained_model_name_or_path"),
         ({"variants": {"a": {"mu": 1}}}, "variants, a: train.py has no flag --mu"),

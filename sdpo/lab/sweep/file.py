@@ -26,7 +26,7 @@ T = TypeVar("T")
 KEYS = ("name", "flags", "variants", "grid", "seeds", "heldout", "images")
 CHECKPOINTS = ("last", "all")
 # What a sweep sets itself.
-_OWN_TRAIN = ("output_dir", "seed", "resume_from_checkpoint", "check_only")
+_OWN_TRAIN = ("output_dir", "seed", "resume_from_checkpoint", "check_only", "cache_reference")
 _OWN_HELDOUT = ("run", "ema")
 _OWN_IMAGES = ("unet", "outdir", "check_only")
 # Which model the images are of; taken from the runs.

@@ -19,9 +19,10 @@ makes and scores images, where the file asks for that. The file:
     images: {suites: tinyworld, scorers: oracle, limit: 64, checkpoints: last}
                                # flags of eval/evaluate.py; checkpoints: last or all
 
-flags is all that must be there. DIR gets runs/, images/, logs/, results.parquet and figures/. What
-is done is not done again: killed at any point, the same command goes on. A run that fails is
-reported and the others go on; the exit code is then 1.
+flags is all that must be there. DIR gets runs/, images/, logs/, results.parquet, figures/, and
+reference-cache/, from which runs that ask one reference the same take its errors. What is done is
+not done again: killed at any point, the same command goes on. A run that fails is reported and the
+others go on; the exit code is then 1.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@ program of its own, and how to see what of it is done.
 
     OUT/runs/<run>/                       train.py's --output_dir, with heldout.jsonl
     OUT/images/<run>/checkpoint-N/        images and scores; OUT/images/base/ those of step 0
+    OUT/reference-cache/<digest>/         --cache_reference of runs that ask it the same
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from sdpo.common.files import program, write_json
 from sdpo.evaluation import heldout
 from sdpo.evaluation.heldout import read_heldout
 from sdpo.lab.sweep.file import PlannedRun, Sweep
+from sdpo.lab.sweep.reference import CACHES, shared_caches
 from sdpo.training.checkpoint_paths import UNET_FILE, latest_checkpoint, list_checkpoints, step_of
 from sdpo.training.runlog import CONFIG_FILE
 
@@ -39,7 +41,8 @@ class Stage:
 
 def stages_of(sweep: Sweep, out: Path) -> dict[str, list[Stage]]:
     """List the stages in their order, for each run by its name and for the base model's images."""
-    chains = {run.name: _run_stages(sweep, run, out) for run in sweep.runs}
+    caches = shared_caches(sweep.runs)
+    chains = {run.name: _run_stages(sweep, run, out, caches.get(run.name)) for run in sweep.runs}
     if sweep.images is not None:
         chains[BASE] = [Stage("images", lambda: _image_commands(sweep, out, {BASE: None}))]
     return chains
@@ -90,11 +93,14 @@ def read_summary(directory: Path) -> list[dict[str, Any]]:
     return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
 
 
-def _run_stages(sweep: Sweep, run: PlannedRun, out: Path) -> list[Stage]:
+def _run_stages(sweep: Sweep, run: PlannedRun, out: Path, cache: str | None) -> list[Stage]:
     directory = run_dir(out, run)
+    places = {"output_dir": directory}
+    if cache:
+        places["cache_reference"] = out / CACHES / cache
 
     def training() -> list[list[str]]:
-        argv = as_argv({**run.flags, "output_dir": directory})
+        argv = as_argv({**run.flags, **places})
         return [] if is_trained(directory) else [[*program("train.py"), *argv]]
 
     stages = [Stage("training", training)]
