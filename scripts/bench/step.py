@@ -31,6 +31,7 @@ from sdpo.common.errors import UserError, run_main
 from sdpo.common.flags import at_least, flag, flat, parse
 
 PLAIN, PUBLIC, BARE, EXAMPLE = "plain", "public", "bare", "example"
+REFERENCE = "reference_cache"
 # What ratios are taken to.
 BASELINES = (PLAIN, PUBLIC, BARE)
 # The flags of train.py that each part of a variant's name stands for.
@@ -40,6 +41,7 @@ PARTS: dict[str, dict[str, Any]] = {
     BARE: {},
     EXAMPLE: {},
     "cache": {},  # its directory is the benchmark's
+    REFERENCE: {},  # as is this one's, which another run has filled
     "lora": {"lora_rank": 16},
     "checkpointing": {"gradient_checkpointing": True},
     "channels_last": {"channels_last": True},
@@ -58,6 +60,8 @@ COMBINED = (
     "cache+lora+checkpointing",
     "cache+checkpointing",
     "cache+channels_last",
+    f"{REFERENCE}+checkpointing",
+    f"cache+{REFERENCE}",
     "bare+lora",
     "example+lora",
     "parameter+pair",
@@ -160,14 +164,28 @@ class Bench:
             use_winner_preserving=True,
             gradient_checkpointing=options.gradient_checkpointing,
         )
-        for part in variant.split("+"):
+        parts = variant.split("+")
+        for part in parts:
             flags |= PARTS[part]
-        if "cache" in variant.split("+"):
+        if "cache" in parts:
             flags["cache_dir_latents"] = self.work / "latents"
+        if REFERENCE in parts:
+            flags["cache_reference"] = self.work / f"{variant}-errors"
+            # A run without end would find that some are missing.
+            flags["max_train_steps"] = 1 + options.steps
         return flags
 
     def start(self, variant: str, number: int) -> common.Worker:
-        """Start a process of a variant."""
+        """Start a process of a variant; the first that reads the reference's errors finds them
+        made by another."""
+        if REFERENCE in variant.split("+") and number == 0:
+            with closing(self._start(variant, "filling")) as worker:
+                worker.ready()
+                for _ in range(1 + self.options.steps):
+                    worker.turn()
+        return self._start(variant, number)
+
+    def _start(self, variant: str, number: int | str) -> common.Worker:
         argv = as_argv(self.flags(variant, f"{variant}-{number}"))
         program = ["-m", "scripts.bench.training", style_of(variant), *argv]
         return common.Worker(variant, program)
