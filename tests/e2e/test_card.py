@@ -57,7 +57,9 @@ def images_of(programs, directory, monkeypatch):
     for program in programs:
         names = {}
         torch.manual_seed(0)
-        exec(program, names)
+        assert program.count(", height=") == 1
+        # Of the sampler's fifty steps two are enough.
+        exec(program.replace(", height=", ", num_inference_steps=2, height="), names)
         assert Image.open("image.png").size == (32, 32)
         (directory / "image.png").unlink()
         found.append((names["image"], names["pipeline"].unet))
