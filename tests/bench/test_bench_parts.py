@@ -54,6 +54,16 @@ def test_data(tmp_path):
     assert sources["parquet"]["to_parquet"]["median"] == 1.0
 
 
+def test_generate(tiny_sd15, tmp_path):
+    argv = ["--base", tiny_sd15, "--prompts", 2, "--batch_size", 2, "--steps", 2, "--turns", 2]
+    found = run("generate", tmp_path / "x.json", *argv, "--resolution", 32)["ways"]
+    assert found.keys() == {"one by one", "pipeline", "paper"}
+    for way in found.values():
+        assert way["seconds_an_image"]["median"] > 0
+        assert way["to_one_by_one"].keys() == SPREAD
+    assert found["one by one"]["to_one_by_one"]["median"] == 1
+
+
 def test_score(tmp_path, monkeypatch):
     def here(manifest, scorers, weights):
         """`score.run` without the seconds of starting a process."""
