@@ -51,6 +51,8 @@ PAIRS = STEPS * PAIRS_PER_PROCESS * ACCUMULATION * GPUS
 ROWS, DATASET_BYTES = 959_000, 335e9
 TOKENS = 77
 TEXT_WIDTH = {"sd15": 768, "sdxl": 2048 + 1280 / TOKENS}  # per token; SDXL's pooled output once
+# What of a UNet sees neither noise nor image.
+COMMON = ("attn2.to_k", "attn2.to_v", ".time_embedding", ".time_emb_proj", ".add_embedding")
 METHODS = ("diffusion-dpo", "dspo", "dmpo")
 RECIPES = {f"{family} {method}": family for family in TEXT_WIDTH for method in METHODS}
 # Name, with a cache, with LoRA.
@@ -117,6 +119,27 @@ def flops_of(call: Callable[[], Any]) -> float:
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         call()
     return float(counter.get_total_flops())
+
+
+def common_share(name: str) -> float:
+    """Compute the share of a UNet's forward pass that hangs on caption and time alone, which the
+    samples of a pair have in common: keys and values of the cross-attention, embeddings of time."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    base = BASES[name]
+    with torch.device("meta"), torch.no_grad():
+        unet = build_denoiser(name)
+        with FlopCounterMode(display=False) as counter:
+            call_on_meta(name, unet, base.resolution, 1, torch.float32)
+    return (
+        sum(
+            sum(found.values())
+            for module, found in counter.get_flop_counts().items()
+            if module.endswith(COMMON)
+        )
+        / counter.get_total_flops()
+    )
 
 
 def pair_flops(f: Flops, checkpointing: bool, cached: bool, lora: bool) -> float:
@@ -246,6 +269,9 @@ def main() -> int:
     show(flops, costs, options.utilisation)
     pairs = {name: pair_costs(name, f, options.utilisation) for name, f in flops.items()}
     show_pairs(pairs)
+    shares = {name: common_share(name) for name in TEXT_WIDTH}
+    told = ", ".join(f"{name} {share:.2%}" for name, share in shares.items())
+    print(f"\nof a UNet's forward pass hangs on caption and time alone: {told}")
     result = {
         "computed": True,
         "assumptions": {"gpus": GPUS, "peak_flops": PEAK, "utilisation": options.utilisation},
@@ -253,6 +279,7 @@ def main() -> int:
         "forward_flops": {family: asdict(f) for family, f in flops.items()},
         "recipes": {name: costs[family] for name, family in RECIPES.items()},
         "pair": pairs,
+        "common_share": shares,
     }
     common.write_result(options.out, "cost_model.py", result)
     return 0

@@ -93,6 +93,15 @@ def test_cost_model_agrees_with_known_counts():
     assert flops.text == pytest.approx(2 * 77 * 85e6, rel=0.1)  # 85 M weights beside embeddings
 
 
+def test_what_a_pair_s_samples_have_in_common():
+    # Keys and values of 77 tokens of 768 numbers in 16 blocks, 12,480 channels in all; a sample's
+    # time through two layers of 1280 and one more in each of 22 residual blocks.
+    keys = 2 * 2 * 77 * 768 * 12_480
+    time = 2 * (320 * 1280 + 1280 * 1280 + 1280 * 20_160)
+    share = cost_model.common_share("sd15")
+    assert share == pytest.approx((keys + time) / cost_model.count("sd15").unet, rel=0.02)
+
+
 def test_cost_model_arithmetic():
     f = cost_model.Flops(unet=10.0, vae=7.0, text=1.0)
     plain = cost_model.pair_flops(f, checkpointing=False, cached=False, lora=False)
