@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sdpo.models.base import repeat
+from sdpo.models.encoding import ModelEncoder
 from sdpo.models.forward import NoisedPairs, predict
 from sdpo.training.runlog import peak_memory_gib
 from sdpo.training.state import Progress
@@ -41,7 +42,8 @@ class PublicStep:
     def __init__(self, run: Run) -> None:
         self.config, self.run = run.config, run
         self.family = run.models.base.family
-        self.frozen = run.models.encoder.frozen_parts()
+        assert isinstance(run.models.encoder, ModelEncoder)
+        self.frozen = run.models.encoder.frozen
         assert isinstance(run.models.reference, torch.nn.Module)
         self.reference = run.models.reference.to(self.frozen.vae.dtype)
 

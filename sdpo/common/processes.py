@@ -144,8 +144,10 @@ def quieten_libraries() -> None:
         logs: Any = library.utils.logging
         logs.set_verbosity_error()
         logs.disable_progress_bar()
-    # It announces every retry, twice where the root logger has a handler; what it gives up on is
-    # raised as an error.
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    # The hub's client announces every retry, twice where the root logger has a handler; what it
+    # gives up on is raised as an error. bitsandbytes misses kernels for CPUs that nothing here
+    # calls.
+    for chatty in ("huggingface_hub", "bitsandbytes"):
+        logging.getLogger(chatty).setLevel(logging.ERROR)
     for chatty in ("httpx", "httpx2", "datasets", "accelerate", "PIL"):
         logging.getLogger(chatty).setLevel(logging.WARNING)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from sdpo.common.flags import ABOVE_ZERO, BELOW_ONE, at_least, flag
 
@@ -79,6 +80,12 @@ class ModelConfig:
         metavar="NAME",
         shown="the attention's projections",
     )
+    quantize_base: Literal["8bit", "4bit"] | None = flag(
+        None,
+        "keep the linear layers of the base, which is the reference too, in 8 bits (int8) or 4 "
+        "(NF4); needs bitsandbytes",
+        choices=("8bit", "4bit"),
+    )
     use_ema: bool = flag(
         False,
         "keep a moving average of the trained weights too, float32 on the device, saved as "
@@ -94,4 +101,9 @@ class ModelConfig:
         "there hold no reference",
         metavar="DIR",
         expand=True,
+    )
+    offload_text_encoders: bool = flag(
+        False,
+        "keep the text encoders in the host's memory, on the device only while captions are "
+        "encoded",
     )

@@ -94,7 +94,7 @@ def check_rules(
     check_source(data)
     _check_cache(data)
     _check_optimizer(optim)
-    _check_weights(model)
+    _check_weights(model, data)
     if model.cache_reference is not None:
         _check_reference_cache(data, method)
 
@@ -203,7 +203,12 @@ def _check_optimizer(optim: OptimConfig) -> None:
         raise UserError("--use_8bit_adam is always fused: leave --fused_optimizer out")
 
 
-def _check_weights(model: ModelConfig) -> None:
+def _check_weights(model: ModelConfig, data: DataConfig) -> None:
+    if model.offload_text_encoders and data.cache_dir_latents:
+        raise UserError(
+            f"--offload_text_encoders has no meaning with {CACHE_FLAG}: no text encoder is in "
+            "memory while it trains"
+        )
     if model.lora_rank and model.offload_reference:
         raise UserError(
             "--offload_reference has no meaning with --lora_rank: the reference is the trained "
@@ -211,7 +216,10 @@ def _check_weights(model: ModelConfig) -> None:
         )
     if model.lora_rank:
         return
-    for name in ("lora_alpha", "lora_init", "lora_target_modules", "lora_dropout", "use_dora"):
+    for name in (
+        *("lora_alpha", "lora_init", "lora_target_modules", "lora_dropout", "use_dora"),
+        "quantize_base",
+    ):
         if getattr(model, name):
             raise UserError(f"--{name} has no meaning without --lora_rank")
 

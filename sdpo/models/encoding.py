@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sdpo.models.base import Conditions, Family, Frozen, repeat, square_sizes
 from sdpo.models.noise import NoiseProcess
+from sdpo.models.offload import Offloaded
 
 
 class Encoder(Protocol):
@@ -27,8 +30,8 @@ class Encoder(Protocol):
     def conditions(self, batch: Any) -> Conditions:
         """Encode the B captions to what the model is told of the 2B images, winners first."""
 
-    def frozen_parts(self) -> Frozen:
-        """Give VAE, text encoders and tokenizers, for drawing samples."""
+    def frozen_parts(self) -> AbstractContextManager[Frozen]:
+        """Have VAE, text encoders and tokenizers on the device within it, for drawing samples."""
 
 
 def pair_conditions(
@@ -41,13 +44,22 @@ def pair_conditions(
 
 
 class ModelEncoder:
-    """Encodes pixels and captions of a `PairBatch` by the frozen models."""
+    """Encodes pixels and captions of a `PairBatch` by the frozen models; with `offload_text` the
+    text encoders are on the device only meanwhile."""
 
     def __init__(
-        self, family: Family, frozen: Frozen, resolution: int, device: torch.device
+        self,
+        family: Family,
+        frozen: Frozen,
+        resolution: int,
+        device: torch.device,
+        offload_text: bool = False,
     ) -> None:
         self.family, self.frozen = family, frozen
         self.resolution, self.device = resolution, device
+        self.text: Offloaded | None = None
+        if offload_text:
+            self.text = Offloaded(nn.ModuleList(frozen.text_encoders).to("cpu"), device)
         square = family.latent_shape(frozen, resolution)
         self.process = family.process(frozen.scheduler, square)
 
@@ -61,9 +73,12 @@ class ModelEncoder:
 
     def conditions(self, batch: Any) -> Conditions:
         """Encode the B captions; see `Encoder.conditions`."""
-        text = self.family.encode_text(self.frozen, batch.captions)
+        with self.frozen_parts() as frozen:
+            text = self.family.encode_text(frozen, batch.captions)
         return pair_conditions(self.family, text, batch, self.resolution)
 
-    def frozen_parts(self) -> Frozen:
+    @contextmanager
+    def frozen_parts(self) -> Iterator[Frozen]:
         """Give the models in use."""
-        return self.frozen
+        with self.text.on_device() if self.text else nullcontext():
+            yield self.frozen

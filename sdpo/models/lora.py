@@ -25,6 +25,7 @@ from sdpo.common.precision import hold_frozen_products
 from sdpo.common.randomness import Key, generator
 from sdpo.models.loading import read_state_dict
 from sdpo.models.lora_file import Layer, added, facts_of, read_lora
+from sdpo.models.quantized import quantize_linear_layers
 
 if TYPE_CHECKING:
     from sdpo.config import ModelConfig
@@ -76,6 +77,8 @@ def add_adapters(
         bound = 1 / math.sqrt(down[0].numel())
         with torch.no_grad():
             down.copy_(torch.empty(down.shape).uniform_(-bound, bound, generator=rng))
+    if config.quantize_base:
+        quantize_linear_layers(unet, config.quantize_base, dtype, device)
     hold_frozen_products(unet, dtype)
     if start:
         _start_from(unet, start, lora)

@@ -12,6 +12,7 @@ from torch import nn
 
 from sdpo.common.precision import hold_frozen_products
 from sdpo.models.lora import AdaptersOff, add_adapters
+from sdpo.models.offload import Offloaded
 
 if TYPE_CHECKING:
     from sdpo.config import ModelConfig
@@ -71,31 +72,3 @@ def weights_digest(module: nn.Module) -> str:
         digest.update(f"{name} {tuple(weight.shape)} {bits} ".encode())
         digest.update(flat[:: max(1, len(flat) // 64)].contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-class Offloaded:
-    """A frozen model that lives on the CPU; its weights are on `device` for a call alone.
-
-    They are copied there and dropped afterwards, nothing is copied back. On a GPU the originals lie
-    in pinned memory. Values are not changed, so that the output is that of a model on `device`.
-    """
-
-    def __init__(self, module: nn.Module, device: torch.device) -> None:
-        self.module, self.device = module, device
-        self.tensors = [*module.parameters(), *module.buffers()]
-        pin = device.type == "cuda"
-        self.originals = [t.data.pin_memory() if pin else t.data for t in self.tensors]
-        self._put_back()
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's output, on `device`."""
-        try:
-            for tensor, original in zip(self.tensors, self.originals, strict=True):
-                tensor.data = original.to(self.device, non_blocking=True)
-            return self.module(*args, **kwargs)
-        finally:
-            self._put_back()
-
-    def _put_back(self) -> None:
-        for tensor, original in zip(self.tensors, self.originals, strict=True):
-            tensor.data = original

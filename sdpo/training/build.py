@@ -64,7 +64,15 @@ def build_models(config: TrainConfig, base: Base, loader: PairLoader, run: Sessi
     key = check_before_models(config, base, loader, run) if model.cache_reference else None
     with run.accelerator.local_main_process_first():
         unet = family.load_unet(source)
-        encoder = build_encoder(family, source, config.data.resolution, device, dtype, loader.cache)
+        encoder = build_encoder(
+            family,
+            source,
+            config.data.resolution,
+            device,
+            dtype,
+            loader.cache,
+            model.offload_text_encoders,
+        )
     digest = weights_digest(unet)
     if model.lora_init:
         digest += file_sha256(Path(model.lora_init))

@@ -172,6 +172,8 @@ def _table(made: Made) -> str:
     if model.lora_rank:
         kind = "DoRA" if model.use_dora else "LoRA"
         rows["Adapters"] = f"{kind}, rank {model.lora_rank}, alpha {model.lora_alpha:g}"
+        if model.quantize_base:
+            rows["Adapters"] += f", trained over the base in {model.quantize_base}"
     steps = [_count(made.step, "step")]
     if resolved.get("pairs_per_step"):
         steps[0] += f" of {_count(resolved['pairs_per_step'], 'pair')}"

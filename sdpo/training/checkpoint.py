@@ -60,6 +60,7 @@ SAME_RUN = (
     "lora_init",
     "lora_target_modules",
     "use_dora",
+    "quantize_base",
     "use_ema",
 )
 _MAY_DIFFER = {

@@ -32,11 +32,12 @@ def check_places(config: C) -> C:
     Raises:
         UserError: naming the flag and what would be right.
     """
-    if config.optim.use_8bit_adam and find_spec("bitsandbytes") is None:
-        raise UserError(
-            "--use_8bit_adam needs the package bitsandbytes, which is not installed: "
-            "pip install bitsandbytes, or leave the flag out"
-        )
+    for name in ("use_8bit_adam", "quantize_base"):
+        if config.flags()[name] and find_spec("bitsandbytes") is None:
+            raise UserError(
+                f"--{name} needs the package bitsandbytes, which is not installed: "
+                "pip install bitsandbytes, or leave the flag out"
+            )
     _check_tracker(config.run)
     check_model_location(config.model)
     check_data_location(config.data)

@@ -75,14 +75,14 @@ def draw_grid(
 ) -> Path:
     """Sample --validation_prompts from `unet`, write `samples/step-N.png` and log it."""
     family, source = models.base
-    pipeline = family.pipeline(unet, models.encoder.frozen_parts(), source)
-    images = sample(
-        family,
-        pipeline,
-        config.run.validation_prompts,
-        config.run.seed,
-        config.data.resolution,
-    )
+    with models.encoder.frozen_parts() as frozen:
+        images = sample(
+            family,
+            family.pipeline(unet, frozen, source),
+            config.run.validation_prompts,
+            config.run.seed,
+            config.data.resolution,
+        )
     sheet = grid(images, columns=math.ceil(math.sqrt(len(images))))
     path = Path(config.run.output_dir) / "samples" / f"step-{step:06d}.png"
     save_image(sheet, path)

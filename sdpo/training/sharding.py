@@ -29,6 +29,7 @@ _NOT_SERVED = {
     "use_8bit_adam": "its state is already small, and cannot be divided",
     "channels_last": "sharded weights have the usual layout",
     "compile": "leave it out",
+    "quantize_base": "quantised weights cannot be divided",
 }
 _KEYS_NOT_SERVED = {
     "offload_params": "--offload_reference takes the reference off the GPU",

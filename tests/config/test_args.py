@@ -86,6 +86,8 @@ FLAGS = [
     "--use_ema",
     "--ema_decay",
     "--offload_reference",
+    "--offload_text_encoders",
+    "--quantize_base",
 ]
 
 

@@ -26,6 +26,8 @@ NOW = {
     "hub_private_repo": False,
     "resize": "crop",
     "cache_reference": None,
+    "quantize_base": None,
+    "offload_text_encoders": False,
     **dict.fromkeys(("time_sampling", "time_mean", "time_std", "time_shift")),
 }
 

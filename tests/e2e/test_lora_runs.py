@@ -328,7 +328,8 @@ FULL = {"max_train_steps": 3, "checkpointing_steps": 1, "learning_rate": 1e-3}
 def test_reference_elsewhere_and_average_of_the_whole_unet(train, tmp_path):
     """Neither changes what is trained; the average is that of all weights and is resumed."""
     plain = train(tmp_path / "plain", **FULL)
-    flags = {**FULL, "offload_reference": True, "use_ema": True, "ema_decay": 0.15}
+    elsewhere = {"offload_reference": True, "offload_text_encoders": True}
+    flags = {**FULL, **elsewhere, "use_ema": True, "ema_decay": 0.15}
     run = train(tmp_path / "run", **flags)
     assert run.numbers == plain.numbers
     assert all(identical(run.unet(step), plain.unet(step)) for step in (1, 2, 3))

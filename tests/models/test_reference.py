@@ -13,7 +13,8 @@ from sdpo.models.base import ModelSource
 from sdpo.models.encoding import ModelEncoder
 from sdpo.models.forward import noise_pairs, predict_reference
 from sdpo.models.lora import AdaptersOff
-from sdpo.models.reference import Offloaded, build_reference
+from sdpo.models.offload import Offloaded
+from sdpo.models.reference import build_reference
 
 CPU = torch.device("cpu")
 FORMS = [{}, {"offload_reference": True}, {"lora_rank": 2}]
@@ -66,30 +67,3 @@ def test_which_form_is_built(base, make_config):
             assert not any(p.requires_grad for p in held.parameters())
             assert not held.training
     assert kinds == [type(base[1]), Offloaded, AdaptersOff]
-
-
-class Watched(torch.nn.Linear):
-    """Notes where its weights are when it is called."""
-
-    def forward(self, x):
-        self.seen = [t.data_ptr() for t in (self.weight, self.bias, self.count)]
-        return super().forward(x)
-
-
-def test_weights_are_on_the_device_for_a_call_alone(monkeypatch):
-    """A copy stands for what would be the device's."""
-    module = Watched(3, 2).requires_grad_(False)
-    module.register_buffer("count", torch.ones(2))
-    tensors = [module.weight, module.bias, module.count]
-    home = [t.data_ptr() for t in tensors]
-    x = torch.randn(4, 3)
-    want = module(x)
-    assert module.seen == home
-    offloaded = Offloaded(module, CPU)
-    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *_, **__: tensor.clone())
-    assert torch.equal(offloaded(x), want)
-    assert set(module.seen).isdisjoint(home)
-    assert [t.data_ptr() for t in tensors] == home
-    with pytest.raises(RuntimeError):
-        offloaded(torch.randn(4, 7))
-    assert [t.data_ptr() for t in tensors] == home

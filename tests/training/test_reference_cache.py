@@ -169,6 +169,7 @@ CHANGES = [
     ({"resolution": 32}, "--resolution 64 (this run: 32)"),
     ({"resize": "bucket"}, "--resize crop (this run: bucket)"),
     ({"random_crop": True}, "--random_crop False (this run: True)"),
+    ({"quantize_base": "4bit", "lora_rank": 2}, "--quantize_base None (this run: 4bit)"),
     ({"no_hflip": True}, "--no_hflip False (this run: True)"),
     ({"proportion_empty_prompts": 0.1}, "--proportion_empty_prompts 0.2 (this run: 0.1)"),
     ({"noise_offset": 0.1}, "--noise_offset 0.0 (this run: 0.1)"),

@@ -87,3 +87,14 @@ def test_draw_grid_writes_and_logs(models, make_config, tmp_path):
     ((name, logged_pixels, step), kwargs) = logged[0]
     assert (name, step, kwargs) == ("samples", 7, {"dataformats": "HWC"})
     assert np.array_equal(logged_pixels, sheet)
+
+
+def test_text_encoders_in_the_hosts_memory_draw_the_same(models, make_config):
+    family, source = models.base
+    frozen = family.load_frozen(source)
+    offloading = ModelEncoder(family, frozen, 64, torch.device("cpu"), offload_text=True)
+    other = SimpleNamespace(**{**vars(models), "encoder": offloading})
+    config = make_config(validation_prompts=PROMPTS[:1])
+    silent = SimpleNamespace(trackers=[])
+    paths = [draw_grid(config, m, m.unet, silent, i) for i, m in enumerate((models, other))]
+    assert paths[0].read_bytes() == paths[1].read_bytes()

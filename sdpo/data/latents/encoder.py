@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,9 +44,10 @@ class CachedEncoder:
         text = {k: v.to(self.device, self.dtype) for k, v in batch.text.items()}
         return pair_conditions(self.family, text, batch, self.resolution)
 
-    def frozen_parts(self) -> Frozen:
-        """Load the models for this occasion; whoever asked lets go of them."""
-        return load_frozen_as(self.family, self.source, self.device, self.dtype)
+    @contextmanager
+    def frozen_parts(self) -> Iterator[Frozen]:
+        """Load the models for this occasion."""
+        yield load_frozen_as(self.family, self.source, self.device, self.dtype)
 
 
 def build_encoder(
@@ -55,16 +57,17 @@ def build_encoder(
     device: torch.device,
     dtype: torch.dtype,
     cache: LatentCache | None = None,
+    offload_text: bool = False,
 ) -> Encoder:
     """Build the encoder of a run of `dtype`: the cache's where there is one, else the loaded
-    models.
+    models, whose text encoders lie in the host's memory with `offload_text`.
 
     Raises:
         UserError: a model is not to be had.
     """
     if cache is None:
         frozen = load_frozen_as(family, source, device, dtype)
-        return ModelEncoder(family, frozen, resolution, device)
+        return ModelEncoder(family, frozen, resolution, device, offload_text)
     return CachedEncoder(
         family=family,
         source=source,

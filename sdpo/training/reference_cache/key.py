@@ -27,7 +27,7 @@ MADE_OF = "made_of"
 _FLAGS = (
     *("seed", "mixed_precision", "allow_tf32", "resolution", "resize", "random_crop", "no_hflip"),
     *("proportion_empty_prompts", "noise_offset", "input_perturbation"),
-    *("time_sampling", "time_mean", "time_std", "time_shift"),
+    *("time_sampling", "time_mean", "time_std", "time_shift", "quantize_base"),
 )
 _IF_NOT_SAID = {"time_sampling": "logit-normal", "time_mean": 0.0, "time_std": 1.0}
 # Of what is there {0} and of the run {1}; of what they are made {2} and {3}. Others are flags.
