@@ -47,6 +47,7 @@ class FamilyFacts:
     packed: bool = False  # 2 x 2 latents are one token's channels
     patch: int = 2  # latents to a side of a token
     flow: bool = False  # rectified flow; else a discrete schedule of betas
+    since: tuple[int, int] | None = None  # diffusers before it computes something else
     idle_weights: bool = False  # some get no gradient, as the last block's of the captions
     advice: str = ""  # how to say so by flags
     steps: int = 50  # of a sampler
@@ -146,6 +147,7 @@ FAMILIES: dict[str, FamilyFacts] = {
         multiple=16,
         units=("QwenImageTransformerBlock",),
         lora_targets=_JOINT,
+        since=(0, 37),  # attends to the padding of captions before
         idle_weights=True,
         packed=True,
         flow=True,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -267,13 +268,15 @@ class Family(ABC):
         else:
             vae = self._part(vae_class, "vae", source)
         scheduler = self.load_scheduler(source)
-        encoders, tokenizers = [], []
+        encoders, tokenizers, advice = [], [], ADVICE
+        if find_spec("sentencepiece") is None:
+            advice += "; a tokenizer of spiece.model alone needs pip install sentencepiece"
         for folder in self.text_folders(source):
             part = self.facts.text[folder]
             encoder = self._part(getattr(transformers, part.encoder), folder, source)
             tokenizer_class = getattr(transformers, part.tokenizer_class)
             tokenizer = from_pretrained(
-                tokenizer_class, BASE_FLAG, source.base, subfolder=part.tokenizer, **common
+                tokenizer_class, BASE_FLAG, source.base, advice, subfolder=part.tokenizer, **common
             )
             fit_tokenizer(tokenizer, encoder.config, f"{BASE_FLAG}: {source.base}")
             encoders.append(encoder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from sdpo.models.checks import (
 
 WEIGHT_SUFFIXES = frozenset({".pth", ".pt", ".bin", ".ckpt", ".safetensors"})
 # Files that hold a tokenizer's vocabulary.
-_VOCABULARIES = ({"tokenizer.json"}, {"vocab.json", "merges.txt"}, {"spiece.model"})
+_SENTENCEPIECE = {"spiece.model"}
+_VOCABULARIES = ({"tokenizer.json"}, {"vocab.json", "merges.txt"}, _SENTENCEPIECE)
 # The half of an adapter that has its rank first, in any naming.
 _LORA_DOWN = re.compile(r"(lora_A(\.default)?|lora_down|lora\.down)\.weight$")
 # kohya's and diffusers' names of the text encoders' adapters, with the number of the encoder.
@@ -160,7 +162,13 @@ def _check_local_base(base: Path, family: str, config: ModelConfig) -> None:
     for part in text_parts(family, read_config(index) if index.is_file() else {}):
         folder = FAMILIES[family].text[part].tokenizer
         names = {path.name for path in (base / folder).glob("*")}
-        if not any(kind <= names for kind in _VOCABULARIES):
+        kinds = [kind for kind in _VOCABULARIES if kind <= names]
+        if kinds == [_SENTENCEPIECE] and find_spec("sentencepiece") is None:
+            raise UserError(
+                f"{BASE_FLAG}: {base}/{folder} has its vocabulary in spiece.model alone, which the "
+                "package sentencepiece reads: pip install sentencepiece"
+            )
+        if not kinds:
             raise UserError(
                 f"{BASE_FLAG}: {base}/{folder} has neither tokenizer.json nor vocab.json with "
                 "merges.txt, the tokenizer's vocabulary"

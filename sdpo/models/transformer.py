@@ -7,15 +7,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdpo.common.errors import UserError
 from sdpo.models.base import Conditions, Family, Frozen, ModelSource
+from sdpo.models.checks import BASE_FLAG
 
 
 class TransformerFamily(Family):
     """A family whose denoiser is a transformer. A part that a base has not is None to diffusers."""
 
     def check(self, source: ModelSource) -> None:
-        """Check a base, and that this diffusers has its pipeline; see `Family.check`."""
+        """Check a base, and that this diffusers serves its family; see `Family.check`."""
+        import diffusers
+
         self.pipeline_class()
+        version, since = diffusers.__version__, self.facts.since
+        if since and tuple(map(int, version.split(".")[:2])) < since:
+            raise UserError(
+                f"{BASE_FLAG}: {self.facts.label} needs diffusers {'.'.join(map(str, since))} or "
+                f"later, and this is {version}: pip install -U diffusers"
+            )
         super().check(source)
 
     def _components(self, frozen: Frozen) -> dict[str, Any]:

@@ -83,6 +83,14 @@ def test_a_start_that_must_be_told_more(make_config, base, copy):
         make_config(pretrained_model_name_or_path=base, unet_init=copy / "transformer")
 
 
+def test_a_tokenizer_that_another_package_reads(make_config, copy, monkeypatch):
+    """As the published base has it."""
+    (copy / "tokenizer/tokenizer.json").rename(copy / "tokenizer/spiece.model")
+    monkeypatch.setattr("sdpo.models.locations.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"spiece.model alone, .* pip install sentencepiece"):
+        make_config(pretrained_model_name_or_path=copy)
+
+
 def test_its_vae_overflows_in_float16(base):
     family = get_family("pixart-sigma")
     vae = family.load_frozen(ModelSource(str(base))).vae

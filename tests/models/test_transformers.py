@@ -259,6 +259,12 @@ def test_base_shift():
     assert base_shift({**DYNAMIC, "time_shift_type": "linear"}, 256) == 0.5
 
 
+def test_a_diffusers_that_computes_something_else_is_one_sentence(monkeypatch):
+    monkeypatch.setattr("diffusers.__version__", "0.36.0")
+    with pytest.raises(UserError, match=r"Qwen-Image needs diffusers 0.37 or later, .* is 0.36.0"):
+        get_family("qwen-image").check(ModelSource("base"))
+
+
 def test_a_model_that_this_diffusers_lacks_is_one_sentence():
     with pytest.raises(UserError, match="has no NoSuchModel: pip install -U diffusers"):
         _of_diffusers("NoSuchModel")
