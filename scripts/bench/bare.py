@@ -38,7 +38,7 @@ class BareStep:
             raise UserError("the bare step has no gradient scaler: --mixed_precision no or bf16")
         self.run, self.config = run, run.config
         self.family = run.models.base.family
-        self.frozen = run.models.encoder.frozen_parts()
+        self.frozen = run.models.encoder.frozen
         self.unet = run.accelerator.unwrap_model(run.models.unet)
         self.parameters = run.models.trainable
         self.optimizer = torch.optim.AdamW(

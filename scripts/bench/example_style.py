@@ -29,7 +29,7 @@ class ExampleStep:
     def __init__(self, run: Run) -> None:
         self.run, self.config = run, run.config
         self.family = run.models.base.family
-        self.frozen = run.models.encoder.frozen_parts()
+        self.frozen = run.models.encoder.frozen
 
     def __call__(self, step: Step) -> None:
         """Take one step; its entry has loss, seconds and peak memory in GiB."""
