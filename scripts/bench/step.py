@@ -145,6 +145,7 @@ class Bench:
 
         self.options, self.work, self.model = options, work, Path(options.base).absolute()
         self.resolution = options.resolution
+        self.filled: set[Path] = set()  # directories of the reference's errors
         write_pairs(work / "pairs", options.pairs, 8, 0)
         if options.base in WRITTEN:
             self.model = work / "model"
@@ -170,15 +171,18 @@ class Bench:
         if "cache" in parts:
             flags["cache_dir_latents"] = self.work / "latents"
         if REFERENCE in parts:
-            flags["cache_reference"] = self.work / f"{variant}-errors"
+            kind = "cache" if "cache" in parts else "images"
+            flags["cache_reference"] = self.work / f"errors-{kind}"
             # A run without end would find that some are missing.
             flags["max_train_steps"] = 1 + options.steps
         return flags
 
     def start(self, variant: str, number: int) -> common.Worker:
-        """Start a process of a variant; the first that reads the reference's errors finds them
-        made by another."""
-        if REFERENCE in variant.split("+") and number == 0:
+        """Start a process of a variant; those that read the reference's errors find them made by
+        another."""
+        errors = self.flags(variant, "").get("cache_reference")
+        if errors and errors not in self.filled:
+            self.filled.add(errors)
             with closing(self._start(variant, "filling")) as worker:
                 worker.ready()
                 for _ in range(1 + self.options.steps):

@@ -79,6 +79,16 @@ def test_zeros_that_a_power_failure_left_are_no_records(tmp_path):
     assert Records(tmp_path, DIGEST).at([(0, 0)]) is None
 
 
+def test_a_file_that_cannot_be_read_is_told_once(tmp_path, caplog):
+    written(tmp_path)
+    odd = tmp_path / f"errors-{DIGEST}-0.bin"
+    (odd / "x").mkdir(parents=True)
+    records = Records(tmp_path, DIGEST)
+    records.refresh()
+    assert records.at(SPOTS) is not None
+    assert caplog.text.count(f"{odd} cannot be read (Is a directory)") == 1
+
+
 def test_files_of_another_key_are_refused(tmp_path):
     file = written(tmp_path)
     with pytest.raises(UserError, match=f"--cache_reference: {file} was not made for what"):

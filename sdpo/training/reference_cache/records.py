@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+import sys
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,8 +56,15 @@ class Records:
         """Take in what others have appended since."""
         for path in sorted(self.directory.glob(self._pattern)):
             taken = self._taken.get(path, 0)
-            if path != self._own and path.stat().st_size >= (taken + 1) * RECORD.itemsize:
-                self._take_in(path, taken)
+            try:
+                if path != self._own and path.stat().st_size >= (taken + 1) * RECORD.itemsize:
+                    self._take_in(path, taken)
+            except OSError as error:
+                self._taken[path] = sys.maxsize  # asked no more
+                log.warning(
+                    "%s cannot be read (%s): what is in it is computed again",
+                    *(path, error.strerror),
+                )
 
     def _take_in(self, path: Path, taken: int) -> None:
         found = np.fromfile(path, RECORD, offset=taken * RECORD.itemsize)
