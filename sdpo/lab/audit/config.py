@@ -20,6 +20,7 @@ NOT_SERVED = (
     "use_adafactor",
     "use_8bit_adam",
     "cache_dir_latents",
+    "cache_reference",
     "choice_model",
     "loser_scale_fixed",
 )

@@ -129,7 +129,7 @@ def load(config: AuditConfig) -> Subject:
     session = AuditSession(config)
     plain = replace(
         config,
-        model=replace(config.model, use_ema=False, offload_reference=False, cache_reference=None),
+        model=replace(config.model, use_ema=False, offload_reference=False),
         optim=replace(config.optim, mixed_precision="no", channels_last=False, compile=False),
     )
     base = open_base(config)
