@@ -40,6 +40,17 @@ def repo() -> Path:
     return REPO
 
 
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """The device of tests marked `gpu`: SDPO_TEST_DEVICE, else this machine's accelerator; without
+    either they are skipped."""
+    if asked := os.environ.get("SDPO_TEST_DEVICE"):
+        return torch.device(asked)
+    if not torch.accelerator.is_available():
+        pytest.skip("no accelerator here; SDPO_TEST_DEVICE=cpu runs this on the CPU")
+    return torch.accelerator.current_accelerator()
+
+
 def _saved(tmp_path_factory, family: str) -> Path:
     from sdpo.tinyworld.architecture import build_pipeline, save_pipeline
 

@@ -43,6 +43,8 @@ PARTS: dict[str, dict[str, Any]] = {
     "cache": {},  # its directory is the benchmark's
     REFERENCE: {},  # as is this one's, which another run has filled
     "lora": {"lora_rank": 16},
+    "lora_8bit": {"lora_rank": 16, "quantize_base": "8bit"},
+    "lora_4bit": {"lora_rank": 16, "quantize_base": "4bit"},
     "checkpointing": {"gradient_checkpointing": True},
     "channels_last": {"channels_last": True},
     "unfused": {"no-fused_optimizer": True},
@@ -119,9 +121,11 @@ def parse_options(argv: list[str]) -> Options:
             f"--base: there is no directory {given.base}; give one, or {' or '.join(WRITTEN)}"
         )
     variants = [PLAIN, *(name for name in given.variants if name != PLAIN)]
-    if "8bit_adam" in variants and find_spec("bitsandbytes") is None:
-        variants.remove("8bit_adam")
-        print("left out: 8bit_adam (bitsandbytes is not installed)")
+    if find_spec("bitsandbytes") is None:
+        left_out = [name for name in variants if "bit" in name]
+        variants = [name for name in variants if name not in left_out]
+        if left_out:
+            print(f"left out: {' '.join(left_out)} (bitsandbytes is not installed)")
     small = is_small(given.base)
     return replace(
         given,

@@ -338,7 +338,8 @@ def main() -> int:
     family, path = sys.argv[1:]
     quieten_libraries()
     # An accelerator draws random weights in a second.
-    with torch.accelerator.current_accelerator() or torch.device("cpu"):
+    there = torch.accelerator.is_available()
+    with (there and torch.accelerator.current_accelerator()) or torch.device("cpu"):
         write_pipeline(family, Path(path))
     return 0
 

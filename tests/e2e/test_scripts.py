@@ -323,6 +323,7 @@ def test_called_from_another_folder(train, tmp_path, linked):
         ("quickstart.sh", ["--nothing"], "--nothing"),
         ("lab.sh", ["--nothing"], "--nothing"),
         ("bench/step.sh", ["--nothing"], "--nothing"),
+        ("bench/gpu.sh", ["--minutes", "0"], "--minutes"),
         ("pretrain_tinyworld.sh", ["--nothing"], "--nothing"),
     ],
 )
