@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,20 +91,25 @@ def main() -> int:
     from sdpo.models import open_base
     from sdpo.models.encoding import ModelEncoder
     from sdpo.models.loading import load_strictly, read_state_dict
+    from sdpo.models.lora_file import merge_lora
+    from sdpo.models.quantized import round_linear_layers
     from sdpo.training.card import write_run_card
     from sdpo.training.made import CARD_FILE
 
     train = run_config(config)
     device = start().device
     family, source = open_base(train)
-    # The adapters that a run started from are part of its reference.
-    source = replace(source, lora=train.model.lora_init, lora_flag="--lora_init")
     pairs = open_pairs(train.data, train.run.seed)
     if pairs.origin is not None:
         pairs = in_buckets(pairs, train.data)
     frozen = family.load_frozen(source).to(device, torch.float32, torch.float32)
     encoder = ModelEncoder(family, frozen, train.data.resolution, device)
-    unet = family.load_unet(source).to(device).eval()
+    unet = family.load_unet(source)
+    if train.model.quantize_base:
+        round_linear_layers(unet, train.model.quantize_base, device)
+    if train.model.lora_init:  # it is part of the run's reference
+        merge_lora(unet, Path(train.model.lora_init), "--lora_init")
+    unet.to(device).eval()
     inputs = list(heldout_inputs(encoder, pairs, train, config))
     beta = train.method.beta_dpo
     reference = pair_errors(family, unet, inputs, config.timesteps)

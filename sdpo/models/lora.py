@@ -25,7 +25,7 @@ from sdpo.common.precision import hold_frozen_products
 from sdpo.common.randomness import Key, generator
 from sdpo.models.loading import read_state_dict
 from sdpo.models.lora_file import Layer, added, facts_of, read_lora
-from sdpo.models.quantized import quantize_linear_layers
+from sdpo.models.quantized import QuantizedLinear, quantize_linear_layers
 
 if TYPE_CHECKING:
     from sdpo.config import ModelConfig
@@ -248,7 +248,8 @@ def merged_state(unet: nn.Module, base: dict[str, Tensor] | None = None) -> dict
     Args:
         unet: with adapters.
         base: the plain weights to compute them into, float32, where `unet` holds rounded ones; its
-            adapted entries are replaced. Default: the UNet's own.
+            adapted entries are replaced, and quantised ones by what they are in `unet`. Default:
+            the UNet's own.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -258,6 +259,10 @@ def merged_state(unet: nn.Module, base: dict[str, Tensor] | None = None) -> dict
             for name, value in unet.state_dict().items()
             if ".lora_" not in name
         }
+    for name, module in unet.named_modules():
+        if isinstance(module, QuantizedLinear):
+            weight = module.weight_in(torch.float32).cpu()
+            base[f"{name.removesuffix('.base_layer')}.weight"] = weight
     for name, module in unet.named_modules():
         if isinstance(module, BaseTunerLayer):
             base[f"{name}.weight"] = _merged_weight(module, base[f"{name}.weight"])

@@ -36,6 +36,14 @@ def quantize_linear_layers(
     Raises:
         UserError: bitsandbytes cannot be imported.
     """
+    _check_package()
+    for parent in list(module.modules()):
+        for name, layer in parent.named_children():
+            if type(layer) is nn.Linear and not layer.weight.requires_grad:
+                setattr(parent, name, QuantizedLinear(layer, bits, dtype, device))
+
+
+def _check_package() -> None:
     try:
         import bitsandbytes  # noqa: F401
     # A library of CUDA's that it does not find raises RuntimeError.
@@ -44,10 +52,22 @@ def quantize_linear_layers(
             f"--quantize_base: bitsandbytes cannot be imported ({first_line(error)}); mend its "
             "installation, or leave the flag out"
         ) from None
-    for parent in list(module.modules()):
-        for name, layer in parent.named_children():
-            if type(layer) is nn.Linear and not layer.weight.requires_grad:
-                setattr(parent, name, QuantizedLinear(layer, bits, dtype, device))
+
+
+@torch.no_grad()
+def round_linear_layers(module: nn.Module, bits: str, device: torch.device) -> None:
+    """Give the linear layers of a plain model, in place, the values that `QuantizedLinear` would
+    hold of them.
+
+    Raises:
+        UserError: bitsandbytes cannot be imported.
+    """
+    _check_package()
+    for layer in module.modules():
+        if type(layer) is nn.Linear:
+            weight = layer.weight
+            values, scales = _quantize(weight.to(device), bits)
+            weight.copy_(_dequantize(values, scales, tuple(weight.shape), weight.dtype))
 
 
 class QuantizedLinear(nn.Module):
@@ -70,9 +90,10 @@ class QuantizedLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The weights as they are multiplied with, in the run's dtype."""
-        return self._weight(self.dtype)
+        return self.weight_in(self.dtype)
 
-    def _weight(self, dtype: torch.dtype) -> Tensor:
+    def weight_in(self, dtype: torch.dtype) -> Tensor:
+        """Bring the weights back from their bits, (outputs, inputs)."""
         return _dequantize(self.values, self.scales, (self.out_features, self.in_features), dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -119,7 +140,7 @@ def _quantize(weight: Tensor, bits: str) -> tuple[Tensor, Tensor]:
 
 
 def _dequantize(
-    values: Tensor, scales: Tensor, shape: tuple[int, int], dtype: torch.dtype
+    values: Tensor, scales: Tensor, shape: tuple[int, ...], dtype: torch.dtype
 ) -> Tensor:
     from bitsandbytes import functional
 

@@ -119,7 +119,7 @@ def plain_state(models: Models) -> dict[str, Tensor]:
     """The state dict of a plain UNet that computes what that of `models` does.
 
     Adapters are computed into the weights that the run started from, read again in float32 where
-    the run holds them in half precision.
+    the run holds them in half precision. With --quantize_base they are the quantised ones.
     """
     unet = models.unet
     if not has_adapters(unet):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -9,9 +11,11 @@ from safetensors.torch import load_file
 from sdpo.common.errors import UserError
 from sdpo.models import get_family
 from sdpo.models.base import ModelSource
+from sdpo.models.lora_file import merge_lora
+from sdpo.models.quantized import round_linear_layers
 from sdpo.training.checkpoint import read_state
 
-from .harness import FLAGS, Run, base_unet, check_close, identical, resumed_copy
+from .harness import FLAGS, Run, base_unet, check_close, identical, resumed_copy, run_here
 
 pytest.importorskip("bitsandbytes")
 
@@ -59,23 +63,33 @@ def test_a_run_from_margin_zero(whole, bits):
     assert len(list((whole.out / "samples").glob("*.png"))) == (1 if bits == "4bit" else 0)
 
 
-def test_files_are_of_the_base_as_it_was(train, whole, flags, model, tmp_path):
-    """The plain base with the LoRA file is unet.pth and the pipeline's, and the digest of the
-    reference that of a run over the base in full."""
-    base, out = base_unet(model), whole.out / "checkpoint-4"
+def test_files_compute_what_was_trained(whole, model, bits):
+    """unet.pth and the pipeline's weights: the base at its quantised values with the LoRA file."""
+    out = whole.out / "checkpoint-4"
     family = get_family("sd3" if (model / "transformer").is_dir() else "sd15")
-    plain = family.load_unet(ModelSource(str(model), lora=str(out / LORA)))
+    plain = family.load_unet(ModelSource(str(model)))
+    round_linear_layers(plain, bits, torch.device("cpu"))
+    merge_lora(plain, out / LORA, "--lora")
     saved = whole.unet()
     for name, value in plain.state_dict().items():
         assert torch.allclose(saved[name], value, 1e-5, 1e-6), name
-    adapted = {name for name in base if not torch.equal(base[name], saved[name])}
-    # Of the last block, which leaves the text, a layer of its own is adapted for nothing.
-    assert 0 < len(adapted) <= len(load_file(out / LORA)) / 2
     assert identical(base_unet(whole.out / "pipeline"), saved)
+
+
+def test_the_base_is_told_as_it_was(train, whole, flags, bits, tmp_path):
+    """The digest is that of a run over the base in full; held-out errors are against the quantised
+    reference."""
     full = train(tmp_path / "full", **{**flags, "quantize_base": None, "max_train_steps": 2})
     digests = [read_state(run.out / "checkpoint-2")["reference"] for run in (whole, full)]
     assert digests[0] == digests[1]
-    assert not identical(whole.unet(2), full.unet(2))
+    held = []
+    for run in (whole, full):
+        argv = [run.out, "--split", "heldout", "--max_pairs", "4", "--timesteps", "2"]
+        assert run_here("sdpo/evaluation/heldout.py", argv) == 0
+        held.append([json.loads(line) for line in (run.out / "heldout.jsonl").open()])
+    assert [line["step"] for line in held[0]] == [0, 2, 4]
+    assert held[0][0]["winner_drift"] == 0 != held[0][1]["winner_drift"]
+    assert held[0][0]["winner_mse"] != held[1][0]["winner_mse"]
 
 
 def test_resumed_it_ends_in_the_same_bits(train, whole, flags, tmp_path):

@@ -19,7 +19,11 @@ from sdpo.models.base import ModelSource
 from sdpo.models.encoding import ModelEncoder
 from sdpo.models.forward import noise_pairs, predict, predict_reference
 from sdpo.models.lora import AdaptersOff, add_adapters, save_adapters
-from sdpo.models.quantized import QuantizedLinear, quantize_linear_layers
+from sdpo.models.quantized import (
+    QuantizedLinear,
+    quantize_linear_layers,
+    round_linear_layers,
+)
 from sdpo.training import places
 from sdpo.training.sharding import launched_sharding
 
@@ -59,6 +63,9 @@ def test_weights_are_near_and_small(bits, shape):
     # Uniform within its step: 1 / (127 sqrt(12)) of the largest; NF4 as it was measured.
     relative = error.norm() / plain.weight.norm()
     assert relative < (0.01 if bits == "8bit" else 0.12)
+    rounded = nn.Sequential(copy.deepcopy(plain))
+    round_linear_layers(rounded, bits, CPU)
+    assert torch.equal(rounded[0].weight, layer.weight)
     count, outputs = plain.weight.numel(), shape[1]
     promised = count + 4 * outputs if bits == "8bit" else -(-count // 2) + 4 * -(-count // 64)
     assert sum(t.nbytes for t in (layer.values, layer.scales)) == promised

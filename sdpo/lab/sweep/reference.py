@@ -21,7 +21,7 @@ _FREE_BUT = {
 # of the others these flags.
 _FREE = (
     *("train_method", "beta_dpo", "dmpo_alpha", "dspo_form"),
-    *("use_ema", "ema_decay", "offload_reference"),
+    *("use_ema", "ema_decay", "offload_reference", "offload_text_encoders"),
     *("lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules", "use_dora"),
 )
 
