@@ -62,8 +62,8 @@ def pair_loss(config: TrainConfig, run: Run, micro: MicroBatch) -> LossOutput:
     With the safeguard, the loser's part of the gradient is scaled so that a step does not raise the
     winner's error to first order (arXiv 2511.03317).
     """
-    from sdpo.losses.preference import preference_loss, trains_losers
-    from sdpo.models.forward import predict, predict_winners_only
+    from sdpo.losses.preference import preference_loss
+    from sdpo.models.forward import predict
     from sdpo.models.lora import seed_dropout
     from sdpo.training.reference_cache.ask import ask_reference
 
@@ -73,8 +73,7 @@ def pair_loss(config: TrainConfig, run: Run, micro: MicroBatch) -> LossOutput:
     if config.model.lora_dropout:
         seed_dropout(micro.keys)
     with run.accelerator.autocast():
-        forward = predict if trains_losers(method.train_method) else predict_winners_only
-        prediction = forward(family, run.models.unet, micro.inputs)
+        prediction = predict(family, run.models.unet, micro.inputs, micro.drawn)
     return preference_loss(
         method.train_method,
         prediction,
@@ -85,6 +84,7 @@ def pair_loss(config: TrainConfig, run: Run, micro: MicroBatch) -> LossOutput:
         scope=guard.scope,
         fixed_scale=micro.scale,
         ref_errors=errors,
+        loser_weights=micro.loser_weights,
         **method.options(family.name),
     )
 

@@ -91,6 +91,11 @@ def check_rules(
     """
     _check_steps(data, optim)
     _check_method(method, safeguard)
+    if optim.train_batch_size % safeguard.losers_one_in:
+        raise UserError(
+            f"--train_batch_size must be a multiple of --losers_one_in {safeguard.losers_one_in}, "
+            f"got {optim.train_batch_size}"
+        )
     check_source(data)
     _check_cache(data)
     _check_optimizer(optim)
@@ -127,9 +132,15 @@ def _check_method(method: MethodConfig, guard: SafeguardConfig) -> None:
         raise UserError(
             "--winner_preserving_space parameter has no meaning without --use_winner_preserving"
         )
+    if guard.losers_one_in > 1 and guard.over_parameters:
+        raise UserError(
+            "--losers_one_in saves what --winner_preserving_space parameter needs, the losers' "
+            "backward pass: leave one of them out"
+        )
     if method.train_method != "sft":
         return
     for given, name in (
+        (guard.losers_one_in > 1, "losers_one_in"),
         (guard.use_winner_preserving, "use_winner_preserving"),
         (fixed, "loser_scale_fixed"),
     ):

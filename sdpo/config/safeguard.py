@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from sdpo.common.flags import SHARE, flag
+from sdpo.common.flags import SHARE, at_least, flag
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,14 @@ class SafeguardConfig:
         "multiply the loser's gradient by a constant, 0 to 1, in place of the safeguard",
         metavar="C",
         check=SHARE,
+    )
+
+    losers_one_in: int = flag(
+        1,
+        "of every N pairs train on the loser of one, drawn by chance, N times as much; the others' "
+        "losers go forward alone (an experiment: docs/LAB.md)",
+        metavar="N",
+        check=at_least(1),
     )
 
     @property

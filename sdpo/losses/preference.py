@@ -74,6 +74,7 @@ def preference_loss(
     scope: Scope = "batch",
     fixed_scale: float | Tensor | None = None,
     ref_errors: Tensor | None = None,
+    loser_weights: Tensor | None = None,
     **options: Any,
 ) -> LossOutput:
     """Compute a preference loss over B pairs, with or without the winner-preserving safeguard.
@@ -92,6 +93,8 @@ def preference_loss(
             looked at): a number or () for all pairs, (B,) for each.
         ref_errors: instead of `ref_pred`, its mean squared errors against `target`, (2B,), winners
             first, for methods that need no more (all but DSPO).
+        loser_weights: (B,), further factors of the losers' gradients, as 1 / p with probability p
+            and else 0; the loss and its metrics are as without.
         options: what one method alone takes and the others ignore: DMPO's `alpha` (smoothing of the
             target distribution, default 0), DSPO's `form` ("sd15", the default, or "sdxl").
 
@@ -150,6 +153,8 @@ def preference_loss(
         scale = torch.as_tensor(fixed_scale, dtype=error_l.dtype, device=error_l.device).detach()
     if mu is not None or fixed_scale is not None:
         error_l = scale_gradient(error_l, scale)
+    if loser_weights is not None:
+        error_l = scale_gradient(error_l, loser_weights.to(error_l))
 
     terms = PairTerms(
         pred_w=pred_w,

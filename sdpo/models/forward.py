@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sdpo.common import randomness
+from sdpo.common.randomness import Key
 from sdpo.models.base import Conditions, Family
 from sdpo.models.encoding import Encoder
 
@@ -28,7 +30,7 @@ class NoisedPairs:
         middle = len(self.noisy) // 2
         return self.samples(slice(0, middle) if which == 0 else slice(middle, None))
 
-    def samples(self, keep: slice) -> NoisedPairs:
+    def samples(self, keep: slice | list[int]) -> NoisedPairs:
         """Take some of the 2B samples, of one branch or of both."""
         conditions = {name: value[keep] for name, value in self.conditions.items()}
         return NoisedPairs(self.noisy[keep], self.timesteps[keep], self.target[keep], conditions)
@@ -74,9 +76,26 @@ def noise_pairs(
     )
 
 
-def predict(family: Family, model: Any, inputs: NoisedPairs) -> Tensor:
-    """Call a model of the family on the pairs; its output, same shape as `inputs.noisy`."""
+def predict(family: Family, model: Any, inputs: NoisedPairs, drawn: Tensor | None = None) -> Tensor:
+    """Call a model of the family on the pairs; its output, same shape as `inputs.noisy`. `drawn`,
+    (B,) bool on the CPU: the losers that get a gradient, by default all."""
+    if drawn is not None:
+        return _predict_drawn(family, model, inputs, drawn)
     return family.predict(model, inputs.noisy, inputs.timesteps, inputs.conditions)
+
+
+def _predict_drawn(family: Family, model: Any, inputs: NoisedPairs, drawn: Tensor) -> Tensor:
+    # Always two calls: processes that divide the weights between them must make as many.
+    pairs = len(drawn)
+    with_gradient = [*range(pairs), *(pairs + drawn.nonzero()[:, 0]).tolist()]
+    without = (pairs + (~drawn).nonzero()[:, 0]).tolist()
+    with torch.no_grad():
+        others = predict(family, model, inputs.samples(without or [0]))[: len(without)]
+    # torch 2.6 keeps weights that autocast cast here, and would give them to the next pass: no
+    # gradient would reach the weights themselves.
+    torch.clear_autocast_cache()
+    output = torch.cat([predict(family, model, inputs.samples(with_gradient)), others])
+    return output[torch.tensor([*with_gradient, *without]).argsort().to(output.device)]
 
 
 @torch.no_grad()
@@ -88,12 +107,17 @@ def predict_reference(
         return predict(family, reference, inputs)
 
 
-def predict_winners_only(family: Family, model: Any, inputs: NoisedPairs) -> Tensor:
-    """Call a model on the pairs, on the losers without gradient: for methods that do not train on
-    them."""
-    with torch.no_grad():
-        losers = predict(family, model, inputs.half(1))
-    # torch 2.6 keeps weights that autocast cast here, and would give them to the winners' pass: no
-    # gradient would reach the weights themselves.
-    torch.clear_autocast_cache()
-    return torch.cat([predict(family, model, inputs.half(0)), losers])
+def no_losers(keys: Sequence[Key]) -> Tensor:
+    """Draw none of B losers, (B,) bool."""
+    return torch.zeros(len(keys), dtype=torch.bool)
+
+
+def drawn_losers(keys: Sequence[Key], one_in: int) -> Tensor:
+    """Draw the loser of one in `one_in` neighbouring pairs, (B,) bool, as a function of where the
+    pairs stand: batch sizes and numbers of processes change nothing."""
+    return torch.tensor(
+        [
+            randomness.integer(one_in, seed, epoch, place // one_in, "loser") == place % one_in
+            for seed, epoch, place in keys
+        ]
+    )

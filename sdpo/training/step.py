@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from sdpo.common.processes import raise_first
 from sdpo.data.order import Place
-from sdpo.models.forward import NoisedPairs, noise_pairs
+from sdpo.losses.preference import trains_losers
+from sdpo.models.forward import NoisedPairs, drawn_losers, no_losers, noise_pairs
 from sdpo.training.distributions import Distributions
 from sdpo.training.metrics import StepMetrics
 from sdpo.training.runlog import peak_memory_gib
@@ -28,13 +29,16 @@ class MicroBatch:
     """B pairs of one process, ready for the model.
 
     `scale` is the loser's where it is not the loss that takes it: a constant, or the safeguard's
-    over the parameters, () or (B,). `last`: of its step.
+    over the parameters, () or (B,). `drawn`: the losers that get a gradient, (B,) bool on the CPU,
+    None where all do; `loser_weights`, (B,), then makes up for the others. `last`: of its step.
     """
 
     inputs: NoisedPairs
     keys: list[Key]
     place_after: Place
     scale: Tensor | float | None = None
+    drawn: Tensor | None = None
+    loser_weights: Tensor | None = None
     last: bool = False
 
 
@@ -82,7 +86,18 @@ class Step:
             if gradients and not one_scale:
                 scale = gradients.pair_scales(inputs, batch.keys)
             place_after = self.run.loader.place_after(batch)
-            yield MicroBatch(inputs, batch.keys, place_after, scale, number == count - 1)
+            drawn, weights = self._drawn(batch.keys)
+            last = number == count - 1
+            yield MicroBatch(inputs, batch.keys, place_after, scale, drawn, weights, last)
+
+    def _drawn(self, keys: list[Key]) -> tuple[Tensor | None, Tensor | None]:
+        one_in = self.run.config.safeguard.losers_one_in
+        if not trains_losers(self.run.config.method.train_method):
+            return no_losers(keys), None
+        if one_in == 1:
+            return None, None
+        drawn = drawn_losers(keys, one_in)
+        return drawn, (one_in * drawn).to(self.run.device)
 
     def _noised(self, batch: Batch) -> tuple[NoisedPairs, Batch]:
         # Outside autocast: the frozen parts have a dtype of their own, float32 for a VAE that

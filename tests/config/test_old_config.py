@@ -28,6 +28,7 @@ NOW = {
     "cache_reference": None,
     "quantize_base": None,
     "offload_text_encoders": False,
+    "losers_one_in": 1,
     **dict.fromkeys(("time_sampling", "time_mean", "time_std", "time_shift")),
 }
 

@@ -1,10 +1,13 @@
-"""Runs whose loser's scale is not taken at the output: in parameter space, or fixed."""
+"""Runs whose loser's scale is not taken at the output: in parameter space, or fixed; and of losers
+drawn by chance."""
 
 from __future__ import annotations
 
 import shutil
 
 import pytest
+
+from sdpo.common.errors import UserError
 
 from .harness import base_unet, check_close, identical
 
@@ -98,3 +101,36 @@ def test_fixed_scale(train, tmp_path):
     assert not identical(states[1], states[2])
     # Without the losers' part the winners' error falls.
     assert runs[0].metrics[1]["winner_drift"] < plain.metrics[1]["winner_drift"]
+
+
+def test_losers_by_chance(train, tmp_path):
+    """Another course than with all losers, the same however the step is cut, resumable."""
+    flags = {**STEADY, "use_winner_preserving": True, "winner_preserving_scope": "pair"}
+    every = train(tmp_path / "every", **flags, train_batch_size=4)
+    flags |= {"losers_one_in": 2, "checkpointing_steps": 1}
+    whole = train(tmp_path / "whole", **flags, train_batch_size=4)
+    cut = train(tmp_path / "cut", **flags, train_batch_size=2, gradient_accumulation_steps=2)
+    check_close(cut, whole, base_unet(train.models["sd15"]))
+    for name in ("loss", "loser_mse", "loser_scale"):
+        assert whole.metrics[0][name] == pytest.approx(every.metrics[0][name], rel=1e-5)
+    assert not identical(whole.unet(), every.unet())
+    weights, numbers = cut.unet(), cut.numbers
+    shutil.rmtree(cut.out / "checkpoint-2")
+    again = train(cut.out, **flags, train_batch_size=2, gradient_accumulation_steps=2)
+    assert again.config["resolved"]["resumed_from"].endswith("checkpoint-1")
+    assert identical(again.unet(), weights)
+    assert again.numbers == numbers
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ({"train_batch_size": 3}, "--train_batch_size must be a multiple of --losers_one_in 2"),
+        ({"train_method": "sft"}, "--losers_one_in has no meaning with --train_method sft"),
+        (PARAMETER, "--losers_one_in saves what --winner_preserving_space parameter needs"),
+    ],
+    ids=str,
+)
+def test_losers_by_chance_refused(make_config, flags, sentence):
+    with pytest.raises(UserError, match=sentence):
+        make_config(losers_one_in=2, **flags)

@@ -13,10 +13,11 @@ from sdpo.models import get_family
 from sdpo.models.base import ModelSource
 from sdpo.models.encoding import ModelEncoder
 from sdpo.models.forward import (
+    drawn_losers,
+    no_losers,
     noise_pairs,
     predict,
     predict_reference,
-    predict_winners_only,
 )
 from sdpo.models.reference import make_reference
 
@@ -157,8 +158,11 @@ def test_predicting_winners_only_gives_the_same_with_no_gradient_for_losers(mode
         found = {k: None if p.grad is None else p.grad.clone() for k, p in unet.named_parameters()}
         return prediction.detach().float(), found
 
+    def winners_only(family, model, inputs):
+        return predict(family, model, inputs, no_losers([(0, 0, i) for i in range(2)]))
+
     want, want_grad = gradients(predict)
-    found, found_grad = gradients(predict_winners_only)
+    found, found_grad = gradients(winners_only)
     tolerance = {"rtol": 0.05, "atol": 0.02} if dtype else {"rtol": 1e-4, "atol": 1e-5}
     torch.testing.assert_close(found, want, **tolerance)
     assert all(g is not None for g in want_grad.values())
@@ -166,13 +170,55 @@ def test_predicting_winners_only_gives_the_same_with_no_gradient_for_losers(mode
     for name, gradient in want_grad.items():
         difference = (found_grad[name] - gradient).norm()
         assert difference <= (0.05 if dtype else 1e-3) * gradient.norm() + 1e-6, name
-    leaf = predict_winners_only(models[0], unet, inputs)
+    leaf = winners_only(models[0], unet, inputs)
     (gradient,) = torch.autograd.grad(leaf[2:].sum(), [unet.conv_in.weight], allow_unused=True)
     assert gradient is None or gradient.abs().max() == 0
     (gradient,) = torch.autograd.grad(
-        predict_winners_only(models[0], unet, inputs)[:2].sum(), [unet.conv_in.weight]
+        winners_only(models[0], unet, inputs)[:2].sum(), [unet.conv_in.weight]
     )
     assert gradient.abs().max() > 0
+
+
+@pytest.mark.parametrize("one_in", [1, 2, 3, 8])
+def test_of_neighbouring_pairs_one_loser_is_drawn(one_in):
+    keys = [(seed, epoch, place) for seed in (0, 1) for epoch in (0, 1) for place in range(240)]
+    drawn = drawn_losers(keys, one_in)
+    blocks = drawn.reshape(-1, one_in)
+    assert (blocks.sum(1) == 1).all()
+    # Each with the same chance, and a function of its own key alone.
+    assert (blocks.double().mean(0) - 1 / one_in).abs().max() < 0.12
+    alone = torch.cat([drawn_losers([key], one_in) for key in keys[100:130]])
+    assert torch.equal(alone, drawn[100:130])
+
+
+def test_the_mean_over_all_draws_is_the_whole_gradient(double_unet, pairs):
+    """Of three pairs one loser, three times as much."""
+    family = get_family("sd15")
+    parameters = list(double_unet.parameters())
+    reference = pairs.target + 0.1
+
+    def gradient(drawn):
+        output = preference_loss(
+            "diffusion-dpo", predict(family, double_unet, pairs, drawn), reference, pairs.target,
+            beta=30.0, mu=0.5, scope="pair", loser_weights=None if drawn is None else 3 * drawn,
+        )  # fmt: skip
+        return output.loss.item(), torch.autograd.grad(output.loss, parameters)
+
+    loss, whole = gradient(None)
+    draws = [gradient(torch.arange(3) == i) for i in range(3)]
+    for found, _ in draws:
+        assert found == pytest.approx(loss, rel=1e-12)
+    assert not torch.allclose(draws[0][1][0], whole[0], rtol=1e-3)
+    for i, wanted in enumerate(whole):
+        mean = sum(gradients[i] for _, gradients in draws) / 3
+        torch.testing.assert_close(mean, wanted, rtol=1e-9, atol=1e-14)
+
+
+def test_where_all_losers_are_drawn_nothing_changes(double_unet, pairs):
+    family = get_family("sd15")
+    wanted = predict(family, double_unet, pairs)
+    found = predict(family, double_unet, pairs, torch.ones(3, dtype=torch.bool))
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -90,6 +90,8 @@ def parse_config(argv: Sequence[str], about: str | None = None) -> AuditConfig:
         # 0.0 is a value that a flag can have been given.
         if flags[name] not in (None, False):
             raise UserError(f"--{name}: the audit does not serve it; leave it out")
+    if config.safeguard.losers_one_in > 1:
+        raise UserError("--losers_one_in: the audit looks at all losers; leave it out")
     if config.safeguard.winner_preserving_space == "parameter" and (
         config.safeguard.scope == "pair"
     ):
