@@ -64,6 +64,15 @@ def test_generate(tiny_sd15, tmp_path):
     assert found["one by one"]["to_one_by_one"]["median"] == 1
 
 
+def test_losers(tiny_sd15, tmp_path):
+    argv = ["--base", tiny_sd15, "--pairs", 4, "--resolution", 32, "--turns", 2, "--batches", 4]
+    found = run("losers", tmp_path / "x.json", *argv)["one_in"]
+    assert found.keys() == {"1", "2", "4"}
+    assert found["1"]["added_variance"] == 0 < found["2"]["added_variance"]
+    assert found["2"]["added_variance"] < found["4"]["added_variance"]
+    assert found["4"]["to_all"].keys() == SPREAD
+
+
 def test_score(tmp_path, monkeypatch):
     def here(manifest, scorers, weights):
         """`score.run` without the seconds of starting a process."""

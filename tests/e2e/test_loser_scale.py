@@ -9,7 +9,7 @@ import pytest
 
 from sdpo.common.errors import UserError
 
-from .harness import base_unet, check_close, identical
+from .harness import base_unet, check_close, distance, identical
 
 PARAMETER = {
     "use_winner_preserving": True,
@@ -110,7 +110,8 @@ def test_losers_by_chance(train, tmp_path):
     flags |= {"losers_one_in": 2, "checkpointing_steps": 1}
     whole = train(tmp_path / "whole", **flags, train_batch_size=4)
     cut = train(tmp_path / "cut", **flags, train_batch_size=2, gradient_accumulation_steps=2)
-    check_close(cut, whole, base_unet(train.models["sd15"]))
+    moved = distance(base_unet(train.models["sd15"]), whole.unet())
+    assert distance(cut.unet(), whole.unet()) < 0.01 * moved
     for name in ("loss", "loser_mse", "loser_scale"):
         assert whole.metrics[0][name] == pytest.approx(every.metrics[0][name], rel=1e-5)
     assert not identical(whole.unet(), every.unet())

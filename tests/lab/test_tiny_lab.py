@@ -101,7 +101,16 @@ def test_bad_flags(sweeps, tmp_path, more, sentence):
 def test_the_shipped_sweeps_are_sound(repo, monkeypatch, tmp_path, pairs_dir):
     """Every run's flags pass train.py's own checks, in the place where the script runs them."""
     files = sorted((repo / "scripts" / "lab").glob("*.yaml"))
-    names = ["1-treatments", "2-dmpo", "3-dspo", "4-map", "5-horizon", "6-flow", "7-flow-map"]
+    names = [
+        "1-treatments",
+        "2-dmpo",
+        "3-dspo",
+        "4-map",
+        "5-horizon",
+        "6-flow",
+        "7-flow-map",
+        "8-losers",
+    ]
     assert [f.stem for f in files] == names
     for file in files:
         moved = tmp_path / file.name

@@ -52,6 +52,10 @@ QUESTIONS = {
         "How do mu and beta interact in a transformer under rectified flow?",
         "Diffusion-DPO with the safeguard per pair, one run a cell.",
     ),
+    "losers": (
+        "Does it do to train on some of the losers, drawn by chance?",
+        "The tiny SD3 again: the losers of all pairs, of one in two and of one in four.",
+    ),
 }
 AUDITS = {
     "audit-start": "at the start, where model and reference are the same",
