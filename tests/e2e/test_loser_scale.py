@@ -113,7 +113,7 @@ def test_losers_by_chance(train, tmp_path):
     moved = distance(base_unet(train.models["sd15"]), whole.unet())
     assert distance(cut.unet(), whole.unet()) < 0.01 * moved
     for name in ("loss", "loser_mse", "loser_scale"):
-        assert whole.metrics[0][name] == pytest.approx(every.metrics[0][name], rel=1e-5)
+        assert whole.metrics[0][name] == pytest.approx(every.metrics[0][name], rel=1e-4)
     assert not identical(whole.unet(), every.unet())
     weights, numbers = cut.unet(), cut.numbers
     shutil.rmtree(cut.out / "checkpoint-2")
