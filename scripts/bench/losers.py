@@ -37,6 +37,9 @@ class Options:
     """The benchmark's flags."""
 
     base: Path = flag(common.TINY_MODEL, "base in diffusers layout", metavar="DIR")
+    checkpoint: Path | None = flag(
+        None, "weights to look at: unet.pth of a run from the base", metavar="FILE", shown="its own"
+    )
     one_in: tuple[int, ...] = flag((2, 4), "values of N", metavar="N", check=ONE, shown="2 4")
     pairs: int = flag(8, "pairs a step", check=ONE)
     resolution: int = flag(64, "their side", metavar="PX", check=at_least(8))
@@ -55,6 +58,7 @@ def load_subject(options: Options, work: Path) -> Subject:
     count = options.pairs * (options.batches + 1)
     ensure_pairs(work / "pairs", 2 * count, 1, seed=0, progress=False)
     flags = common.run_flags(work, "run", pretrained_model_name_or_path=options.base)
+    flags["checkpoint"] = options.checkpoint
     flags |= {"train_batch_size": options.pairs, "resolution": options.resolution}
     return load(parse_config(as_argv(flags)))
 
