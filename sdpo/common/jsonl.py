@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,12 @@ class JsonLines:
     """Appends entries to a file of JSON lines, each flushed as it is written.
 
     Of what is there already, a line that a kill cut off is dropped, and so are the entries that
-    `keep` refuses. `count` is the number of the file's lines.
+    `keep` refuses; the others stay as they are. `count` is the number of the file's lines.
     """
 
     def __init__(self, path: Path, keep: Callable[[dict[str, Any]], bool] | None = None) -> None:
-        kept = [entry for entry in read_lines(path) if keep is None or keep(entry)]
-        write_text(path, "".join(map(json_line, kept)))
+        kept = [line for line, entry in _whole_lines(path) if keep is None or keep(entry)]
+        write_text(path, "".join(f"{line}\n" for line in kept))
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
         self.count = len(kept)
 
@@ -37,15 +37,18 @@ class JsonLines:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Read the whole lines of a file of JSON lines; [] where there is none."""
+    return [entry for _, entry in _whole_lines(path)]
+
+
+def _whole_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Give each line and what it holds, up to one that was cut off."""
     if not path.is_file():
-        return []
-    entries = []
+        return
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            entries.append(json.loads(line))
+            yield line, json.loads(line)
         except ValueError:
-            break
-    return entries
+            return
 
 
 def json_line(entry: dict[str, Any]) -> str:

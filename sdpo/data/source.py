@@ -106,7 +106,7 @@ def open_pairs(data: SourceConfig, seed: int) -> PairSource:
     if data.streaming:
         return PairSource(rows, columns, base)
     chosen, origin = _choose_rows(rows, data, seed)
-    _check_captions(chosen, columns.caption)
+    _check_captions(rows, origin, columns.caption)
     return PairSource(chosen, columns, base, origin, given=rows)
 
 
@@ -221,8 +221,8 @@ def _choose_rows(rows: datasets.Dataset, data: SourceConfig, seed: int) -> tuple
     return (rows if len(origin) == len(rows) else rows.select(origin)), origin
 
 
-def _check_captions(rows: datasets.Dataset, name: str) -> None:
-    """Say how many pairs have no caption, which train as the empty one.
+def _check_captions(rows: datasets.Dataset, chosen: np.ndarray, name: str) -> None:
+    """Say how many of the chosen rows have no caption and train as with the empty one.
 
     Raises:
         UserError: none has one.
@@ -231,15 +231,16 @@ def _check_captions(rows: datasets.Dataset, name: str) -> None:
     import pyarrow.compute as pc
 
     column = arrow_column(rows, name)
-    missing = column.null_count
+    empty = column.is_null()
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-        missing += pc.sum(pc.equal(pc.binary_length(column), 0)).as_py() or 0
-    if missing == len(column):
+        empty = pc.fill_null(pc.equal(pc.binary_length(column), 0), True)
+    missing = int(empty.to_numpy()[chosen].sum())
+    if missing == len(chosen):
         raise UserError(f"--caption_column: column {name} is empty in all {missing} pairs")
     if missing:
         log.warning(
             "%d of %d pairs have nothing in column %s: they train as without a caption",
-            *(missing, len(column), name),
+            *(missing, len(chosen), name),
         )
 
 

@@ -49,6 +49,15 @@ def test_resuming_drops_later_steps_and_a_line_cut_off(tmp_path):
     assert entries(tmp_path) == want
 
 
+def test_resuming_leaves_the_lines_as_they_are(tmp_path):
+    lines = '{"step": 1,  "x":1.50}\n{"step": 2, "x": 1e-05}\n'
+    (tmp_path / "metrics.jsonl").write_text(lines)
+    log = RunLog(tmp_path, 2)
+    assert log.count == 2
+    log.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == lines
+
+
 def test_a_fresh_run_forgets_an_older_log(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     RunLog(tmp_path, 0).close()
