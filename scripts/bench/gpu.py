@@ -2,6 +2,7 @@
 
     bash scripts/bench/gpu.sh            # one card of 40 GB or more
     bash scripts/bench/gpu.sh --tiny     # tiny models, on a CPU too: is the script itself right?
+    bash scripts/bench/gpu.sh --base DIR # steps of this base instead, one pair at a time
 
 Nothing is installed or downloaded, and weights are random. First the tests marked `gpu` are run,
 which hold this machine's accelerator against float64 and float32 on the CPU; then steps are timed
@@ -95,6 +96,12 @@ class Options:
     """The program's flags."""
 
     tiny: bool = flag(False, "tiny models and few steps; runs without a card")
+    base: str | None = flag(
+        None,
+        "time this one's steps, a directory in diffusers layout, sd15 or sdxl",
+        metavar="BASE",
+        shown="SD1.5 and SDXL",
+    )
     minutes: float = flag(9.0, "limit of the whole", metavar="N", check=ABOVE_ZERO)
     parts: tuple[str, ...] = flag(
         ("tests", "speed"), "of the whole", choices=("tests", "speed"), shown="both"
@@ -103,6 +110,22 @@ class Options:
         (), "tests to run", metavar="TEST", shown="all that are marked gpu"
     )
     out: Path = flag(Path("output/bench/gpu"), "directory of the results", record=False)
+
+
+def scenes_of(options: Options) -> tuple[Scene, ...]:
+    """Choose what is timed.
+
+    Raises:
+        UserError: there is no such --base.
+    """
+    if options.base is None:
+        return (TINY,) if options.tiny else SCENES
+    argv = ("--batch", "1", *(() if options.tiny else ("--gradient_checkpointing",)))
+    pixels = step.parse_options(["--base", options.base, *argv]).resolution
+    size = f"{pixels} px" if pixels else "the base's own size"
+    name = f"{options.base}, {size}, 1 pair, AdamW"
+    variants = (step.PLAIN, CACHED, LORA, "no_safeguard", "lora_4bit", "cache", step.REFERENCE)
+    return (Scene(name, options.base, argv, variants, latent_side=(pixels or 1024) // 8),)
 
 
 class Clock:
@@ -442,6 +465,7 @@ def describe(device: torch.device) -> str:
 def main() -> int:
     """Test, time, write; returns 1 where a test or a variant failed."""
     options = parse(Options, sys.argv[1:], "gpu.py", __doc__)
+    scenes = scenes_of(options)
     clock, device = Clock(60 * options.minutes), find_device(options.tiny)
     options.out.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {"device": describe(device)}
@@ -452,7 +476,6 @@ def main() -> int:
         result["matrix_peak"] = matrix_peak(device, 8192 if device.type != "cpu" else 512)
         result["scenes"] = {}
         with common.scratch() as work:
-            scenes = (TINY,) if options.tiny else SCENES
             for number, scene in enumerate(scenes):
                 part = Clock(clock.left / (len(scenes) - number))
                 name = scene.base.replace("/", "-")

@@ -36,6 +36,16 @@ def test_tiny_to_its_end(tmp_path):
     assert "2 passed, 0 skipped, 0 failed." in page and "| plain | 1.00 |" in page
 
 
+def test_a_base_of_ones_own(tiny_sd3, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu.Steps, "measure", lambda self, variant: entry(2.0))
+    argv = ["--tiny", "--parts", "speed", "--out", tmp_path, "--base", tiny_sd3]
+    assert run_here(KIT, argv) == 0
+    (scene,) = results(tmp_path)[0]["scenes"]
+    assert scene.startswith(f"{tiny_sd3}, ")
+    with pytest.raises(UserError, match="--base: there is no directory nowhere"):
+        run_here(KIT, ["--tiny", "--base", "nowhere"])
+
+
 def entry(seconds):
     spread = common.spread([seconds])
     return {"seconds": spread, "pairs_per_s": 8 / seconds, "peak_memory_gib": 1.0, "flops": 1e9}
