@@ -12,7 +12,6 @@ from sdpo.common.captions import for_tokenizer
 from sdpo.models.base import Conditions, Frozen, config_of
 from sdpo.models.transformer import TransformerFamily, pack, unpack
 
-TOKENS = 512  # of T5, as diffusers' pipeline takes
 # What a model that was distilled from guided predictions is told in training, where it is not
 # guided.
 TRAINING_GUIDANCE = 1.0
@@ -22,6 +21,7 @@ class Flux(TransformerFamily):
     """Transformer conditioned on T5's hidden states and CLIP's pooled output."""
 
     name = "flux"
+    caption_tokens = 512
 
     @torch.no_grad()
     def encode_text(self, frozen: Frozen, captions: list[str]) -> dict[str, Tensor]:
@@ -30,7 +30,7 @@ class Flux(TransformerFamily):
             prompt=for_tokenizer(frozen.tokenizers[0], captions),
             prompt_2=list(captions),
             device=frozen.text_encoders[0].device,
-            max_sequence_length=TOKENS,
+            max_sequence_length=self.caption_tokens,
         )
         return {"hidden": hidden, "pooled": pooled}
 
@@ -59,7 +59,7 @@ class Flux(TransformerFamily):
             "prompt": for_tokenizer(pipeline.tokenizer, prompts),
             "prompt_2": list(prompts),
             "guidance_scale": guidance,
-            "max_sequence_length": TOKENS,
+            "max_sequence_length": self.caption_tokens,
         }
 
 

@@ -3,7 +3,7 @@ batch norm normalises; a language model for captions."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,8 +15,6 @@ from sdpo.models.flux import positions
 from sdpo.models.locations import reader_of
 from sdpo.models.transformer import TransformerFamily
 
-TOKENS = 512  # of a caption, as diffusers' pipeline takes; all are attended to
-
 
 class Flux2Klein(TransformerFamily):
     """Transformer conditioned on hidden states of three layers of a language model. Its latents are
@@ -24,12 +22,15 @@ class Flux2Klein(TransformerFamily):
     batch norm."""
 
     name = "flux2-klein"
+    caption_tokens = 512
 
     @torch.no_grad()
     def encode_text(self, frozen: Frozen, captions: list[str]) -> dict[str, Tensor]:
         """Run the language model: `hidden` (B, 512, 3 widths)."""
         hidden, _ = self.text_pipeline(frozen).encode_prompt(
-            list(captions), device=frozen.text_encoders[0].device, max_sequence_length=TOKENS
+            list(captions),
+            device=frozen.text_encoders[0].device,
+            max_sequence_length=self.caption_tokens,
         )
         return {"hidden": hidden}
 
@@ -47,16 +48,6 @@ class Flux2Klein(TransformerFamily):
             return_dict=False,
         )[0]
         return output.transpose(1, 2).unflatten(2, (height, width))
-
-    def call_options(
-        self, pipeline: Any, prompts: Sequence[str], guidance: float
-    ) -> dict[str, Any]:
-        """Give prompts as they are."""
-        return {
-            "prompt": list(prompts),
-            "guidance_scale": guidance,
-            "max_sequence_length": TOKENS,
-        }
 
     def pipeline(self, unet: Any, frozen: Frozen, source: ModelSource) -> Any:
         """Build the pipeline, which takes no guidance where the base was distilled to few steps."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,19 +10,18 @@ from torch import Tensor
 from sdpo.models.base import Conditions, Frozen
 from sdpo.models.transformer import TransformerFamily
 
-TOKENS = 256  # of a caption, as diffusers' pipeline takes
-
 
 class Lumina2(TransformerFamily):
     """Transformer conditioned on Gemma's hidden states, before its last layer, of a caption behind
     the pipeline's own instruction. It is told 1 - sigma, and its output is x_0 - eps."""
 
     name = "lumina-2"
+    caption_tokens = 256
 
     @torch.no_grad()
     def encode_text(self, frozen: Frozen, captions: list[str]) -> dict[str, Tensor]:
         """Run Gemma: `hidden` (B, 256, width), `mask` (B, 256)."""
-        return self.encode_prompts(frozen, captions, TOKENS)
+        return self.encode_prompts(frozen, captions)
 
     def predict(self, model: Any, x_t: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
         """Call the transformer, whose output points to the image; see `Family.predict`."""
@@ -35,13 +33,3 @@ class Lumina2(TransformerFamily):
             return_dict=False,
         )[0]
         return -output
-
-    def call_options(
-        self, pipeline: Any, prompts: Sequence[str], guidance: float
-    ) -> dict[str, Any]:
-        """Give prompts as they are."""
-        return {
-            "prompt": list(prompts),
-            "guidance_scale": guidance,
-            "max_sequence_length": TOKENS,
-        }

@@ -11,19 +11,18 @@ from torch import Tensor
 from sdpo.models.base import Conditions, Frozen
 from sdpo.models.transformer import TransformerFamily
 
-TOKENS = 300  # of T5, as diffusers' pipeline takes
-
 
 class PixArtSigma(TransformerFamily):
     """Transformer conditioned on T5's hidden states. Beside the noise it predicts a variance, which
     neither the losses nor diffusers' samplers use."""
 
     name = "pixart-sigma"
+    caption_tokens = 300
 
     @torch.no_grad()
     def encode_text(self, frozen: Frozen, captions: list[str]) -> dict[str, Tensor]:
         """Run T5 on captions in lower case: `hidden` (B, 300, width), `mask` (B, 300)."""
-        return self.encode_prompts(frozen, captions, TOKENS)
+        return self.encode_prompts(frozen, captions)
 
     def predict(self, model: Any, x_t: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
         """Call the transformer and leave out the variance; see `Family.predict`."""
@@ -42,10 +41,5 @@ class PixArtSigma(TransformerFamily):
     ) -> dict[str, Any]:
         """Give prompts without the clean-up that depends on whether beautifulsoup4 is installed,
         and sizes as they are."""
-        return {
-            "prompt": list(prompts),
-            "guidance_scale": guidance,
-            "max_sequence_length": TOKENS,
-            "clean_caption": False,
-            "use_resolution_binning": False,
-        }
+        options = super().call_options(pipeline, prompts, guidance)
+        return options | {"clean_caption": False, "use_resolution_binning": False}

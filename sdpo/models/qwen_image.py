@@ -11,14 +11,13 @@ from torch import Tensor
 from sdpo.models.base import Conditions, Frozen
 from sdpo.models.transformer import TransformerFamily, pack, padded, unpack
 
-TOKENS = 512  # of a caption, as diffusers' pipeline takes
-
 
 class QwenImage(TransformerFamily):
     """Transformer conditioned on the hidden states of a language model that was asked to describe
     the caption. The VAE takes an image as a video of one frame and normalises every channel."""
 
     name = "qwen-image"
+    caption_tokens = 512
 
     @torch.no_grad()
     def encode_text(self, frozen: Frozen, captions: list[str]) -> dict[str, Tensor]:
@@ -26,11 +25,11 @@ class QwenImage(TransformerFamily):
         pipeline = self.text_pipeline(frozen)
         device = frozen.text_encoders[0].device
         hidden, mask = pipeline.encode_prompt(
-            list(captions), device=device, max_sequence_length=TOKENS
+            list(captions), device=device, max_sequence_length=self.caption_tokens
         )
         # None: all captions are of one length.
         kept = torch.ones(hidden.shape[:2], device=device) if mask is None else mask
-        return padded([h[m.bool()] for h, m in zip(hidden, kept, strict=True)], TOKENS)
+        return padded([h[m.bool()] for h, m in zip(hidden, kept, strict=True)], self.caption_tokens)
 
     def predict(self, model: Any, x_t: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
         """Call the transformer on packed latents, which is told sigma; see `Family.predict`."""
@@ -53,7 +52,7 @@ class QwenImage(TransformerFamily):
             "prompt": list(prompts),
             "negative_prompt": [" "] * len(prompts),
             "true_cfg_scale": guidance,
-            "max_sequence_length": TOKENS,
+            "max_sequence_length": self.caption_tokens,
         }
 
     @torch.no_grad()

@@ -12,21 +12,20 @@ from torch import Tensor
 from sdpo.models.base import Conditions, Frozen, config_of
 from sdpo.models.transformer import TransformerFamily
 
-TOKENS = 300  # of a caption, as diffusers' pipeline takes
-
 
 class Sana(TransformerFamily):
     """Transformer conditioned on Gemma's hidden states of a caption behind the pipeline's own
     instruction. The autoencoder has no posterior: an image has one encoding."""
 
     name = "sana"
+    caption_tokens = 300
 
     @torch.no_grad()
     def encode_text(self, frozen: Frozen, captions: list[str]) -> dict[str, Tensor]:
         """Run Gemma on captions in lower case: `hidden` (B, 300, width), `mask` (B, 300)."""
         told = inspect.signature(self.pipeline_class().__call__).parameters
         instruction = told["complex_human_instruction"].default
-        return self.encode_prompts(frozen, captions, TOKENS, complex_human_instruction=instruction)
+        return self.encode_prompts(frozen, captions, complex_human_instruction=instruction)
 
     def predict(self, model: Any, x_t: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
         """Call the transformer, which is told 1000 sigma times its scale; see `Family.predict`."""
@@ -44,12 +43,8 @@ class Sana(TransformerFamily):
         self, pipeline: Any, prompts: Sequence[str], guidance: float
     ) -> dict[str, Any]:
         """Give prompts and sizes as they are."""
-        return {
-            "prompt": list(prompts),
-            "guidance_scale": guidance,
-            "max_sequence_length": TOKENS,
-            "use_resolution_binning": False,
-        }
+        options = super().call_options(pipeline, prompts, guidance)
+        return options | {"use_resolution_binning": False}
 
     @torch.no_grad()
     def encode_posterior(self, frozen: Frozen, pixels: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,8 +13,6 @@ from sdpo.models.base import Conditions, Frozen
 from sdpo.models.text import tokenize
 from sdpo.models.transformer import TransformerFamily
 
-T5_TOKENS = 256  # as diffusers' pipeline takes
-
 
 class SD3(TransformerFamily):
     """Transformer conditioned on a sequence, both CLIP encoders' penultimate hidden states joined
@@ -22,6 +20,7 @@ class SD3(TransformerFamily):
     its tokens are zeros, as many as CLIP's."""
 
     name = "sd3"
+    caption_tokens = 256  # of T5
 
     @torch.no_grad()
     def encode_text(self, frozen: Frozen, captions: list[str]) -> dict[str, Tensor]:
@@ -45,7 +44,7 @@ class SD3(TransformerFamily):
         ids = tokenizer(
             captions,
             padding="max_length",
-            max_length=T5_TOKENS,
+            max_length=self.caption_tokens,
             truncation=True,
             return_tensors="pt",
         ).input_ids
@@ -72,5 +71,7 @@ class SD3(TransformerFamily):
             "prompt": for_tokenizer(pipeline.tokenizer, prompts),
             "prompt_3": list(prompts),
             "guidance_scale": guidance,
-            "max_sequence_length": T5_TOKENS if with_t5 else pipeline.tokenizer_max_length,
+            "max_sequence_length": self.caption_tokens
+            if with_t5
+            else pipeline.tokenizer_max_length,
         }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from sdpo.models.checks import BASE_FLAG
 
 class TransformerFamily(Family):
     """A family whose denoiser is a transformer. A part that a base has not is None to diffusers."""
+
+    caption_tokens: ClassVar[int]  # of a caption, as diffusers' pipeline takes
 
     def check(self, source: ModelSource) -> None:
         """Check a base, and that this diffusers serves its family; see `Family.check`."""
@@ -54,7 +57,7 @@ class TransformerFamily(Family):
         )
 
     def encode_prompts(
-        self, frozen: Frozen, captions: list[str], tokens: int, **options: Any
+        self, frozen: Frozen, captions: list[str], **options: Any
     ) -> dict[str, Tensor]:
         """Run the `encode_prompt` of a pipeline that masks: `hidden` (B, tokens, width), `mask` (B,
         tokens). An empty caption is what guidance takes, which has no instruction before it."""
@@ -62,7 +65,7 @@ class TransformerFamily(Family):
             list(captions),
             not all(captions),
             device=frozen.text_encoders[0].device,
-            max_sequence_length=tokens,
+            max_sequence_length=self.caption_tokens,
             **options,
         )
         if none is not None:
@@ -70,6 +73,16 @@ class TransformerFamily(Family):
             hidden = torch.where(empty[:, None, None], none, hidden)
             mask = torch.where(empty[:, None], no_mask, mask)
         return {"hidden": hidden, "mask": mask.to(hidden)}
+
+    def call_options(
+        self, pipeline: Any, prompts: Sequence[str], guidance: float
+    ) -> dict[str, Any]:
+        """Give prompts as they are."""
+        return {
+            "prompt": list(prompts),
+            "guidance_scale": guidance,
+            "max_sequence_length": self.caption_tokens,
+        }
 
     def conditions(self, text: dict[str, Tensor], sizes: Tensor) -> Conditions:
         """Give `encode_text`'s output, cut to the longest caption where it has a `mask`, (N,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,14 +10,13 @@ from torch import Tensor
 from sdpo.models.base import Conditions, Frozen
 from sdpo.models.transformer import TransformerFamily, padded
 
-TOKENS = 512  # of a caption, as diffusers' pipeline takes
-
 
 class ZImage(TransformerFamily):
     """Transformer conditioned on a language model's hidden states before its last layer. It is told
     1 - sigma, and its output is x_0 - eps."""
 
     name = "z-image"
+    caption_tokens = 512
 
     @torch.no_grad()
     def encode_text(self, frozen: Frozen, captions: list[str]) -> dict[str, Tensor]:
@@ -27,9 +25,9 @@ class ZImage(TransformerFamily):
             list(captions),
             device=frozen.text_encoders[0].device,
             do_classifier_free_guidance=False,
-            max_sequence_length=TOKENS,
+            max_sequence_length=self.caption_tokens,
         )
-        return padded(hidden, TOKENS)
+        return padded(hidden, self.caption_tokens)
 
     def predict(self, model: Any, x_t: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
         """Call the transformer on a list of images and captions; see `Family.predict`."""
@@ -41,13 +39,3 @@ class ZImage(TransformerFamily):
             return_dict=False,
         )[0]
         return -torch.stack(list(output))[:, :, 0]
-
-    def call_options(
-        self, pipeline: Any, prompts: Sequence[str], guidance: float
-    ) -> dict[str, Any]:
-        """Give prompts as they are."""
-        return {
-            "prompt": list(prompts),
-            "guidance_scale": guidance,
-            "max_sequence_length": TOKENS,
-        }
