@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -72,3 +73,12 @@ def weights_digest(module: nn.Module) -> str:
         digest.update(f"{name} {tuple(weight.shape)} {bits} ".encode())
         digest.update(flat[:: max(1, len(flat) // 64)].contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def config_digest(module: Any) -> str:
+    """Compute what tells the configurations of two models of diffusers apart, in hex: the settings
+    that their files give, by which the same weights may compute something else."""
+    config = dict(module.config)
+    unsaid = config.get("_use_default_values") or ()
+    given = {k: v for k, v in config.items() if not k.startswith("_") and k not in unsaid}
+    return hashlib.sha256(json.dumps(given, sort_keys=True, default=str).encode()).hexdigest()

@@ -17,7 +17,7 @@ from sdpo.data.latents.prepare import prepare_cache
 from sdpo.data.loader import PairLoader
 from sdpo.models.ema import Ema
 from sdpo.models.encoding import Encoder, ModelEncoder
-from sdpo.models.reference import Reference, build_reference, weights_digest
+from sdpo.models.reference import Reference, build_reference, config_digest, weights_digest
 from sdpo.training.checkpoint import check_reference, load_ema, load_weights
 from sdpo.training.reference_cache.prepare import check_before_models, open_errors
 from sdpo.training.sharding import Sharding, divided, shard
@@ -81,7 +81,10 @@ def build_models(config: TrainConfig, base: Base, loader: PairLoader, run: Sessi
     if config.optim.channels_last:
         to_channels_last(unet, encoder)
     parameters = sum(p.numel() for p in unet.parameters())
-    cached = open_errors(config, {**key, "reference": digest}, loader, run) if key else None
+    cached = None
+    if key:
+        key |= {"reference": digest, "settings": config_digest(unet)}
+        cached = open_errors(config, key, loader, run)
     needed = cached is None or not cached.complete
     reference = build_reference(unet, model, config.run.seed, dtype, device, needed)
     if run.resume_from:
@@ -119,9 +122,12 @@ def to_channels_last(unet: nn.Module, encoder: Encoder) -> None:
     Names, shapes and values stay; files are written in the usual order. An encoder that reads from
     a cache has no VAE. Results differ from the plain path's by rounding.
     """
-    unet.to(memory_format=torch.channels_last)
-    if isinstance(encoder, ModelEncoder):
-        encoder.frozen.vae.to(memory_format=torch.channels_last)
+    modules = [unet, encoder.frozen.vae] if isinstance(encoder, ModelEncoder) else [unet]
+    for module in modules:
+        # Module.to would ask it of a video VAE's weights too, which have 5 dimensions.
+        for weight in module.parameters():
+            if weight.ndim == 4:
+                weight.data = weight.data.to(memory_format=torch.channels_last)
 
 
 def compile_forward(unet: nn.Module, reference: Reference | None) -> None:

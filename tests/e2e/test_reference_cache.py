@@ -162,15 +162,22 @@ def test_several_processes_share_it(train, one, tmp_path):
     assert kept(tmp_path / "kept")[1] == count
 
 
+SETTINGS = {
+    "schedule": ("scheduler/scheduler_config.json", "beta_end", 0.013),
+    "settings": ("unet/config.json", "norm_eps", 0.1),
+}
+
+
 def changed_base(train, tmp_path, part):
-    """A copy of the base of which one part has other weights, or another schedule."""
+    """A copy of the base of which one part has other weights, or another setting."""
     from safetensors.torch import load_file, save_file
 
     base = tmp_path / "base"
     shutil.copytree(train.models["sd15"], base)
-    if part == "scheduler":
-        file = base / "scheduler/scheduler_config.json"
-        file.write_text(re.sub('"beta_end": [^,]*', '"beta_end": 0.013', file.read_text()))
+    if setting := SETTINGS.get(part):
+        file, name, value = setting
+        text = (base / file).read_text()
+        (base / file).write_text(re.sub(f'"{name}": [^,]*', f'"{name}": {value}', text))
         return base
     (file,) = (base / part).glob("*.safetensors")
     weights = load_file(file)
@@ -196,7 +203,8 @@ def relabelled(train, directory):
     [
         ("vae", "another VAE, then of "),
         ("text_encoder", "other text encoders or tokenizers, then of "),
-        ("scheduler", "another noise schedule, then of "),
+        ("schedule", "another noise schedule, then of "),
+        ("settings", "another configuration of the reference, then --pretrained_model_name_or_"),
         ("unet", "another reference, then --pretrained_model_name_or_path "),
         ({"split": "heldout", "max_train_samples": None}, "other pairs, labels or captions, then"),
         ({"split": "heldout", "max_train_samples": None}, "other images, then of "),

@@ -77,6 +77,12 @@ def test_channels_last_with_a_cache_has_no_vae(loaded):
     assert not unet.conv_in.weight.is_contiguous()
 
 
+def test_channels_last_leaves_videos_alone():
+    model = nn.ModuleList([nn.Conv3d(2, 2, 3), nn.Conv2d(2, 2, 3)])
+    to_channels_last(model, types.SimpleNamespace())
+    assert model[0].weight.is_contiguous() and not model[1].weight.is_contiguous()
+
+
 class Counted:
     """Stands in for torch.compile: the same function, its calls counted by module."""
 

@@ -41,6 +41,7 @@ _PHRASES = {
     "pairs": "other pairs, labels or captions, then of {2} (this run: {3})",
     "images": "other images, then of {2} (this run: {3})",
     "reference": "another reference, then {2} (this run: {3})",
+    "settings": "another configuration of the reference, then {2} (this run: {3})",
 }
 _FLAG_PHRASE = "--{name} {0} (this run: {1})"
 

@@ -65,7 +65,8 @@ def check_before_models(
         }
         where = f"{data.location} ({data.split}, {len(pairs)} of {len(pairs.given)} rows)"
         named = {"schedule": source.base, "vae": source.vae or source.base, "text": source.base}
-        named |= {"pairs": where, "images": where, "reference": _reference_name(config)}
+        named |= dict.fromkeys(("pairs", "images"), where)
+        named |= dict.fromkeys(("reference", "settings"), _reference_name(config))
         key[MADE_OF] = named
         check_key(Path(config.model.cache_reference or ""), key)
         return key
