@@ -39,7 +39,10 @@ _TOKENIZER = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "added_tokens.json",
     "spiece.model",
+    "tokenizer.model",
+    "chat_template.jinja",
 )
 # They change whenever a model is saved again, and say nothing about what it computes.
 _BY_THE_WAY = {"transformers_version", "torch_dtype", "dtype", "architectures"}

@@ -73,6 +73,16 @@ def test_what_is_read_counts_and_nothing_else(model):
     assert digests(family, path)[0] != other[0]
 
 
+@pytest.mark.parametrize("name", ["chat_template.jinja", "added_tokens.json", "tokenizer.model"])
+def test_what_a_language_models_tokenizer_reads_counts(model, name):
+    family, path = model
+    seen = {digests(family, path)[1]}
+    for content in ("a", "b"):
+        (path / family.facts.text["text_encoder"].tokenizer / name).write_text(content)
+        seen.add(digests(family, path)[1])
+    assert len(seen) == 3
+
+
 def test_weights_of_the_variant_fp16_alone(model):
     """They are loaded, so a cache is made of them too."""
     family, path = model
