@@ -169,6 +169,8 @@ def _table(made: Made) -> str:
         )
     elif guard.loser_scale_fixed is not None:
         rows["Safeguard"] = f"the loser's gradient times {guard.loser_scale_fixed:g}"
+    if guard.losers_one_in > 1:
+        rows["Losers"] = f"of one pair in {guard.losers_one_in}, drawn by chance"
     if model.lora_rank:
         kind = "DoRA" if model.use_dora else "LoRA"
         rows["Adapters"] = f"{kind}, rank {model.lora_rank}, alpha {model.lora_alpha:g}"

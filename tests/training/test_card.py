@@ -17,6 +17,7 @@ from sdpo.training.made import Made
         ({"no_hflip": True, "proportion_empty_prompts": 0}, "64 x 64 px; 0% of the captions"),
         ({}, "| Safeguard | none |"),
         ({"loser_scale_fixed": 0.5}, "| Safeguard | the loser's gradient times 0.5 |"),
+        ({"losers_one_in": 2}, "| Losers | of one pair in 2, drawn by chance |"),
         ({"lora_rank": 4, "use_dora": True}, "| Adapters | DoRA, rank 4, alpha 4 |"),
         ({"train_method": "sft"}, "Supervised fine-tuning on the winners alone"),
         ({}, "## Versions\n\nNot recorded."),
