@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -187,28 +187,41 @@ def make_directory(path: Path, flag: str) -> None:
         raise UserError(f"{flag}: cannot make {path} ({error.strerror}); give another") from None
 
 
-def claim_directory(out: Path, flags: dict[str, Any], flag: str, what: str) -> None:
+def claim_directory(
+    out: Path,
+    flags: dict[str, Any],
+    flag: str,
+    what: str,
+    defaults: Mapping[str, Any] | None = None,
+) -> None:
     """Make a directory and note its flags there, if it was not begun with others.
 
     Args:
         flag: that named the directory.
         what: it holds, for the sentence: "an audit".
+        defaults: which flags had that the program did not have yet when it was begun.
 
     Raises:
         UserError: it was begun with others; going on would mix two runs.
     """
-    check_claim(out, flags, flag, what)
+    check_claim(out, flags, flag, what, defaults)
     make_directory(out, flag)
     write_json(out / FLAGS_FILE, flags)
 
 
-def check_claim(out: Path, flags: dict[str, Any], flag: str, what: str) -> None:
+def check_claim(
+    out: Path,
+    flags: dict[str, Any],
+    flag: str,
+    what: str,
+    defaults: Mapping[str, Any] | None = None,
+) -> None:
     """Refuse a directory that `claim_directory` would refuse, and leave everything as it is.
 
     Raises:
         UserError: see there.
     """
-    found = differences(out / FLAGS_FILE, flags) or {}
+    found = differences(out / FLAGS_FILE, flags, defaults) or {}
     changed = [f"--{name} {before}" for name, (before, _) in found.items() if name in flags]
     if changed:
         raise UserError(
@@ -217,8 +230,11 @@ def check_claim(out: Path, flags: dict[str, Any], flag: str, what: str) -> None:
         )
 
 
-def differences(path: Path, values: dict[str, Any]) -> dict[str, tuple[Any, Any]] | None:
-    """Compare values with those that a JSON file keeps.
+def differences(
+    path: Path, values: dict[str, Any], defaults: Mapping[str, Any] | None = None
+) -> dict[str, tuple[Any, Any]] | None:
+    """Compare values with those that a JSON file keeps, which lets `defaults` stand for what it
+    lacks.
 
     Returns:
         The names whose values differ, each with the file's value and this one (None where there is
@@ -228,6 +244,6 @@ def differences(path: Path, values: dict[str, Any]) -> dict[str, tuple[Any, Any]
         before = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    now = json.loads(json.dumps(values, default=str))
-    both = {name: (before.get(name), now.get(name)) for name in {**now, **before}}
+    now, then = (json.loads(json.dumps(of, default=str)) for of in (values, defaults or {}))
+    both = {n: (before.get(n, then.get(n)), now.get(n)) for n in {**now, **before}}
     return {name: pair for name, pair in both.items() if pair[0] != pair[1]}

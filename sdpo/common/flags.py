@@ -276,6 +276,11 @@ def flat(config: Any) -> dict[str, Any]:
     return values
 
 
+def defaults_of(cls: type[Any]) -> dict[str, Any]:
+    """Give the values of a dataclass's flags where none is given, as `flat` does."""
+    return flat(from_flat(cls, {}))
+
+
 def parse(cls: type[T], argv: Sequence[str], program: str, about: str | None = None) -> T:
     """Parse a command line into a dataclass; ranges are checked, rules across fields are not.
 

@@ -7,7 +7,15 @@ import os
 import pytest
 
 from sdpo.common.errors import UserError
-from sdpo.common.files import check_directory, make_directory, write_text
+from sdpo.common.files import (
+    check_claim,
+    check_directory,
+    claim_directory,
+    make_directory,
+    write_text,
+)
+from sdpo.common.flags import defaults_of
+from sdpo.config import TrainConfig
 
 
 def test_directories_that_cannot_be(tmp_path):
@@ -53,3 +61,15 @@ def test_files_that_cannot_be_written(tmp_path):
         write_text(tmp_path / "file" / "b", "x")
     with pytest.raises(FileNotFoundError):  # told by those who know what was deleted
         write_text(tmp_path / "gone" / "b", "x")
+
+
+def test_a_directory_of_before_a_flag_was_there(tmp_path):
+    """The flag has its default there, and no other."""
+    defaults = defaults_of(TrainConfig)
+    flags = {**defaults, "train_data_dir": "pairs", "beta_dpo": 500.0}
+    older = {name: value for name, value in flags.items() if name != "losers_one_in"}
+    claim_directory(tmp_path, older, "--out", "a run", defaults)
+    check_claim(tmp_path, flags, "--out", "a run", defaults)
+    for changed, before in (({"losers_one_in": 2}, 1), ({"beta_dpo": 5000.0}, 500.0)):
+        with pytest.raises(UserError, match=f"holds a run with --{min(changed)} {before}; give"):
+            check_claim(tmp_path, {**flags, **changed}, "--out", "a run", defaults)

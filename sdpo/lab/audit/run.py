@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sdpo.common.files import claim_directory, write_json
+from sdpo.common.flags import defaults_of
 from sdpo.lab.audit.config import parse_config
 
 SUMMARY_FILE = "summary.json"
@@ -35,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     out = Path(config.run.output_dir)
     flags = {name: value for name, value in config.flags().items() if name != "output_dir"}
-    claim_directory(out, flags, "--output_dir", "an audit")
+    claim_directory(out, flags, "--output_dir", "an audit", defaults_of(type(config)))
 
     from sdpo.lab.audit.figures import draw
     from sdpo.lab.audit.measure import measure

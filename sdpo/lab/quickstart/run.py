@@ -19,7 +19,7 @@ from typing import Any
 from sdpo.common.cli import as_argv
 from sdpo.common.errors import UserError
 from sdpo.common.files import ROOT, check_directory, claim_directory, program, write_json
-from sdpo.common.flags import ABOVE_ZERO, at_least, flag, flat, parse
+from sdpo.common.flags import ABOVE_ZERO, at_least, defaults_of, flag, flat, parse
 from sdpo.common.programs import run_step
 from sdpo.evaluation.heldout import read_heldout
 
@@ -105,7 +105,7 @@ def main(argv: Sequence[str]) -> int:
     config = parse_config(argv)
     out, pairs = config.out, config.out / "pairs"
     flags = {name: value for name, value in flat(config).items() if name != "out"}
-    claim_directory(out, flags, "--out", "a quickstart")
+    claim_directory(out, flags, "--out", "a quickstart", defaults_of(type(config)))
 
     from sdpo.tinyworld.pairs import ensure_pairs
 

@@ -40,8 +40,9 @@ from pathlib import Path
 from typing import Any
 
 from sdpo.common.files import check_claim, check_directory, claim_directory
-from sdpo.common.flags import at_least, flag, flat, parse
+from sdpo.common.flags import at_least, defaults_of, flag, flat, parse
 from sdpo.common.programs import Programs
+from sdpo.config import TrainConfig
 from sdpo.lab.sweep.file import Sweep, read_sweep
 from sdpo.lab.sweep.stages import Stage, run_dir, stages_of
 
@@ -83,14 +84,14 @@ def main(argv: Sequence[str]) -> int:
     out = config.out or Path("output/lab") / sweep.name
     check_directory(out, "--out")
     claims = _claims(sweep, out)
-    for directory, flags, what in claims:
-        check_claim(directory, flags, "--out", what)
+    for directory, flags, what, defaults in claims:
+        check_claim(directory, flags, "--out", what, defaults)
     chains = stages_of(sweep, out)
     if config.dry_run:
         print_missing(chains)
         return 0
-    for directory, flags, what in claims:
-        claim_directory(directory, flags, "--out", what)
+    for directory, flags, what, defaults in claims:
+        claim_directory(directory, flags, "--out", what, defaults)
     cores = available_cores()
     jobs = min(config.jobs or cores, len(chains))
     with _locked(out) as lock:
@@ -106,18 +107,21 @@ def main(argv: Sequence[str]) -> int:
     return 1 if failed else 0
 
 
-def _claims(sweep: Sweep, out: Path) -> list[tuple[Path, dict[str, Any], str]]:
-    """Directories, the flags that their content depends on, and what it is."""
+def _claims(sweep: Sweep, out: Path) -> list[tuple[Path, dict[str, Any], str, dict[str, Any]]]:
+    """Directories, the flags that their content depends on, what it is, and those flags'
+    defaults."""
 
     def but(flags: dict[str, Any], *left_out: str) -> dict[str, Any]:
         return {name: value for name, value in flags.items() if name not in left_out}
 
+    trained = defaults_of(TrainConfig)
     claims = [
-        (run_dir(out, run), but(run.config.flags(), "output_dir", "cache_dir"), "a run")
+        (run_dir(out, run), but(run.config.flags(), "output_dir", "cache_dir"), "a run", trained)
         for run in sweep.runs
     ]
-    if sweep.image_config is not None:
-        claims.append((out / "images", but(flat(sweep.image_config), *_NOT_CLAIMED), "images"))
+    if (images := sweep.image_config) is not None:
+        flags = but(flat(images), *_NOT_CLAIMED)
+        claims.append((out / "images", flags, "images", defaults_of(type(images))))
     return claims
 
 
