@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from sdpo.common.errors import UserError
-from sdpo.common.files import write_json
+from sdpo.common.files import check_directory, write_json
 from sdpo.evaluation.score.summary import print_grid
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -140,6 +140,17 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def check_out(path: Path) -> None:
+    """Refuse an --out that cannot be written, before anything is measured.
+
+    Raises:
+        UserError: it is a directory, or its own cannot be made or written to.
+    """
+    if path.is_dir():
+        raise UserError(f"--out: {path} is a directory; give a file, such as {path}/figures.json")
+    check_directory(path.parent, "--out")
 
 
 def write_result(out: Path, program: str, results: dict[str, Any]) -> dict[str, Any]:

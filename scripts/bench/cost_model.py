@@ -261,6 +261,7 @@ def show(flops: dict[str, Flops], costs: dict[str, Any], utilisation: float) -> 
 def main() -> int:
     """Count, print, write."""
     options = parse(Options, sys.argv[1:], "cost_model.py", __doc__)
+    common.check_out(options.out)
     import diffusers
 
     diffusers.utils.logging.set_verbosity_error()

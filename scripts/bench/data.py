@@ -122,6 +122,7 @@ def measure(options: Options, work: Path, workers: int) -> dict[str, list[float]
 def main() -> int:
     """Run, print, write."""
     options = parse(Options, sys.argv[1:], "data.py", __doc__)
+    common.check_out(options.out)
     least = SHARDS * options.batch
     if options.rows < least:
         raise UserError(f"--rows must be at least {least}, {SHARDS} shards of a batch")

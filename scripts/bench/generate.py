@@ -49,6 +49,7 @@ def tasks_of(options: Options, base: Path) -> dict[str, Callable[[], None]]:
     import torch
 
     from sdpo.common.processes import start
+    from sdpo.config.rules import check_resolution
     from sdpo.evaluation.generate.protocols import PROTOCOLS, Sampling
     from sdpo.models import get_family
     from sdpo.models.base import ModelSource
@@ -56,6 +57,7 @@ def tasks_of(options: Options, base: Path) -> dict[str, Callable[[], None]]:
 
     name, _ = find_family(reader_of(str(base), None, None), "--base")
     family, source = get_family(name), ModelSource(str(base))
+    check_resolution(options.resolution, family.facts)
     unet, frozen = family.load_unet(source), family.load_frozen(source)
     dtype, device = DTYPES[options.dtype], start().device
     sampling = Sampling(options.steps, family.facts.guidance, 0, options.resolution, dtype)
@@ -106,6 +108,7 @@ def measure(options: Options, base: Path) -> dict[str, Any]:
 def main() -> int:
     """Measure, print the table and write the figures."""
     options = parse(Options, sys.argv[1:], "generate.py", __doc__)
+    common.check_out(options.out)
     from sdpo.common.processes import quieten_libraries
 
     quieten_libraries()

@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Any
 from scripts.bench import common, step
 from sdpo.common.cli import as_argv
 from sdpo.common.errors import UserError, first_line, run_main
+from sdpo.common.files import make_directory
 from sdpo.common.flags import ABOVE_ZERO, flag, parse
 from sdpo.config import parse_train
 
@@ -466,8 +467,8 @@ def main() -> int:
     """Test, time, write; returns 1 where a test or a variant failed."""
     options = parse(Options, sys.argv[1:], "gpu.py", __doc__)
     scenes = scenes_of(options)
+    make_directory(options.out, "--out")
     clock, device = Clock(60 * options.minutes), find_device(options.tiny)
-    options.out.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {"device": describe(device)}
     if "tests" in options.parts:
         result["tests"] = run_tests(options, device, TESTS_SHARE * clock.whole)

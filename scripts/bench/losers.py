@@ -137,6 +137,7 @@ def timed(subject: Subject, options: Options) -> dict[int, list[float]]:
 def main() -> int:
     """Measure, print, write."""
     options = parse(Options, sys.argv[1:], "losers.py", __doc__)
+    common.check_out(options.out)
     from sdpo.common.processes import quieten_libraries
 
     quieten_libraries()

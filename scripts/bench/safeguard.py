@@ -190,6 +190,7 @@ def show(entries: list[dict[str, Any]]) -> None:
 def main() -> int:
     """Run, print, write."""
     options = parse(Options, sys.argv[1:], "safeguard.py", __doc__)
+    common.check_out(options.out)
     shapes = [parse_shape(text) for text in options.shapes]
     if options.step_json and not options.step_json.is_file():
         raise UserError(f"--step_json: there is no file {options.step_json}")

@@ -111,6 +111,7 @@ def measure(options: Options, work: Path) -> dict[int, list[float]]:
 def main() -> int:
     """Run, print, write."""
     options = parse(Options, sys.argv[1:], "scaling.py", __doc__)
+    common.check_out(options.out)
     with common.scratch() as work:
         found = measure(options, work)
     rows: list[list[Any]] = []

@@ -101,6 +101,7 @@ def score_all(
 def main() -> int:
     """Run, print, write."""
     options = parse(Options, sys.argv[1:], "score.py", __doc__)
+    common.check_out(options.out)
     from sdpo.common.processes import quieten_libraries
 
     quieten_libraries()

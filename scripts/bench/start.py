@@ -191,6 +191,7 @@ def main() -> int:
         print(json.dumps(phases(sys.argv[2:])))
         return 0
     options = parse(Options, sys.argv[1:], "start.py", __doc__)
+    common.check_out(options.out)
     with common.scratch() as work:
         start = time_start(work)
         common.print_table(["phase", "s"], [[k, f"{v:.2f}"] for k, v in start.items()])

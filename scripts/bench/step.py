@@ -259,6 +259,7 @@ def show(result: dict[str, Any]) -> None:
 def main() -> int:
     """Run, print, write."""
     options = parse_options(sys.argv[1:])
+    common.check_out(options.out)
     with common.scratch() as work:
         bench = Bench(options, work)
         result = summarise(measure(bench))

@@ -339,6 +339,8 @@ def _complete(cls: type, values: dict[str, Any]) -> None:
         if about.required and value is None and not about.positional:
             missing.append(f"--{name}")
         if about.expand and value is not None:
+            if value == "":  # as of a shell's variable that is not set; it would name where one is
+                raise UserError(f"--{name} is empty: give a path, or leave it out")
             # An unknown user's ~ stays as it is, and is answered as a path that is not there.
             values[name] = type(value)(os.path.expanduser(value))
         if about.lines and value and len(value) == 1 and value[0].endswith(".txt"):

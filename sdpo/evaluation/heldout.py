@@ -24,6 +24,7 @@ from sdpo.common.flags import at_least, flag, from_flat, parse
 from sdpo.common.processes import start
 from sdpo.config import TrainConfig
 from sdpo.training.checkpoint_paths import EMA_FILE, UNET_FILE, list_checkpoints, step_of
+from sdpo.training.places import check_bitsandbytes
 from sdpo.training.runlog import CONFIG_FILE, HELDOUT_EMA_FILE, HELDOUT_FILE
 
 if TYPE_CHECKING:
@@ -83,6 +84,9 @@ def main() -> int:
     """Evaluate every checkpoint of one run and write heldout.jsonl."""
     config = parse_config(sys.argv[1:])
     check_run(config)
+    train = run_config(config)
+    if train.model.quantize_base:
+        check_bitsandbytes("quantize_base")
     import torch
     from tqdm.auto import tqdm
 
@@ -96,7 +100,6 @@ def main() -> int:
     from sdpo.training.card import write_run_card
     from sdpo.training.made import CARD_FILE
 
-    train = run_config(config)
     device = start().device
     family, source = open_base(train)
     pairs = open_pairs(train.data, train.run.seed)

@@ -33,11 +33,8 @@ def check_places(config: C) -> C:
         UserError: naming the flag and what would be right.
     """
     for name in ("use_8bit_adam", "quantize_base"):
-        if config.flags()[name] and find_spec("bitsandbytes") is None:
-            raise UserError(
-                f"--{name} needs the package bitsandbytes, which is not installed: "
-                "pip install bitsandbytes, or leave the flag out"
-            )
+        if config.flags()[name]:
+            check_bitsandbytes(name)
     _check_tracker(config.run)
     check_model_location(config.model)
     check_data_location(config.data)
@@ -48,6 +45,19 @@ def check_places(config: C) -> C:
     config = settle(config)
     _check_reference_cache(config)
     return config
+
+
+def check_bitsandbytes(name: str) -> None:
+    """Refuse a flag whose package is not installed.
+
+    Raises:
+        UserError: naming both.
+    """
+    if find_spec("bitsandbytes") is None:
+        raise UserError(
+            f"--{name} needs the package bitsandbytes, which is not installed: "
+            "pip install bitsandbytes, or leave the flag out"
+        )
 
 
 def _check_reference_cache(config: TrainConfig) -> None:

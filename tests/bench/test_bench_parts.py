@@ -64,6 +64,12 @@ def test_generate(tiny_sd15, tmp_path):
     assert found["one by one"]["to_one_by_one"]["median"] == 1
 
 
+def test_generate_takes_sides_of_the_base_alone(tiny_sd3):
+    argv = ["--base", tiny_sd3, "--resolution", 72]
+    with pytest.raises(UserError, match="must be a multiple of 16 with a base of SD3, got 72"):
+        run_here("scripts/bench/generate.py", argv)
+
+
 def test_losers(tiny_sd15, tmp_path):
     argv = ["--base", tiny_sd15, "--pairs", 4, "--resolution", 32, "--turns", 2, "--batches", 4]
     found = run("losers", tmp_path / "x.json", *argv)["one_in"]
@@ -131,6 +137,8 @@ def test_cost_model_arithmetic():
         ("data", ["--resolution", 100], "--resolution must be a multiple of 16"),
         ("score", ["--turns", 0], "--turns must be at least 1"),
         ("cost_model", ["--utilisation", 0], "--utilisation must be above 0"),
+        ("losers", ["--out", "."], r"--out: \. is a directory; give a file"),
+        ("gpu", ["--tiny", "--out", __file__], r"--out: cannot make \S+ \(File exists\)"),
     ],
 )
 def test_bad_bench_flags(name, argv, sentence):

@@ -37,6 +37,7 @@ class Outer:
     kind: Literal["a", "b"] = flag("a", "which", choices=("a", "b"))
     on: bool = flag(False, "whether", name="switch")
     hidden: bool = flag(False, "not kept", record=False)
+    folder: str = flag("here", "where too", expand=True)
 
 
 def parsed(*argv):
@@ -70,6 +71,7 @@ def test_a_switch_can_be_taken_back():
         (["--kind", "c"], "--kind"),
         (["--rat", "1"], "unrecognized arguments: --rat"),
         (["--words", "gone.txt"], "--words: there is no file gone.txt"),
+        (["--folder", ""], "--folder is empty: give a path, or leave it out"),
     ],
 )
 def test_mistakes_name_the_flag(argv, said):

@@ -76,7 +76,7 @@ def test_files_compute_what_was_trained(whole, model, bits):
     assert identical(base_unet(whole.out / "pipeline"), saved)
 
 
-def test_the_base_is_told_as_it_was(train, whole, flags, bits, tmp_path):
+def test_the_base_is_told_as_it_was(train, whole, flags, bits, tmp_path, monkeypatch):
     """The digest is that of a run over the base in full; held-out errors are against the quantised
     reference."""
     full = train(tmp_path / "full", **{**flags, "quantize_base": None, "max_train_steps": 2})
@@ -90,6 +90,9 @@ def test_the_base_is_told_as_it_was(train, whole, flags, bits, tmp_path):
     assert [line["step"] for line in held[0]] == [0, 2, 4]
     assert held[0][0]["winner_drift"] == 0 != held[0][1]["winner_drift"]
     assert held[0][0]["winner_mse"] != held[1][0]["winner_mse"]
+    monkeypatch.setattr("sdpo.training.places.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="--quantize_base needs the package bitsandbytes"):
+        run_here("sdpo/evaluation/heldout.py", [whole.out, "--split", "heldout"])
 
 
 def test_resumed_it_ends_in_the_same_bits(train, whole, flags, tmp_path):
