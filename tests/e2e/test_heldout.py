@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -12,9 +13,10 @@ import torch
 
 from sdpo.common.randomness import generator
 
-from .harness import Run, files, program
+from .harness import Forked, files, program
 from .test_independent import coin, condition, draw, load, pixels
 
+PROGRAM = "sdpo/evaluation/heldout.py"
 TIMESTEPS, PAIRS, SEED, BETA = 3, 5, 2, 700.0
 
 
@@ -38,7 +40,9 @@ def run(request, train, tmp_path_factory):
 
 
 def evaluate(run, *arguments):
-    return program(sys.executable, "-m", "sdpo.evaluation.heldout", run.out, *arguments)
+    """The program's exit code and standard error."""
+    fork = Forked([run.out, *arguments], run.out.with_name("stderr"), name=PROGRAM)
+    return SimpleNamespace(returncode=fork.wait(), stderr=fork.stderr)
 
 
 def expected(run, model, pairs_dir, xl):
@@ -114,7 +118,7 @@ def test_values(run, train, pairs_dir):
 
 
 def test_mistakes(train, tmp_path):
-    nothing = evaluate(Run(tmp_path), "--split", "heldout")
+    nothing = program(sys.executable, "-m", "sdpo.evaluation.heldout", tmp_path)
     assert nothing.returncode == 2
     assert nothing.stderr.splitlines()[-1].startswith("sdpo.heldout: error: ")
     assert len(nothing.stderr.splitlines()) == 1
