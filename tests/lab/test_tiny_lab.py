@@ -61,6 +61,8 @@ def test_sweeps_then_audits_then_the_page(sweeps, tmp_path, monkeypatch):
     monkeypatch.setattr(tiny, "run_step", lambda command, name: run({name: command}))
     monkeypatch.setattr("sdpo.lab.tiny.report.write", lambda *args: started.append(args))
     assert tiny.main(argv(sweeps, tmp_path, "--heldout", "4", "--audit_steps", "5")) == 0
+    with pytest.raises(UserError, match=r"^--out: \S+1-b.yaml trains on .*, and the pairs are in"):
+        tiny.main([*argv(sweeps, tmp_path), "--out", str(tmp_path / "elsewhere")])
     *programs, page = started
     names = [name for name, _ in programs]
     assert names[:2] == ["treatments", "another"]

@@ -73,6 +73,8 @@ def main(argv: Sequence[str]) -> int:
     ensure_pairs(config.out / "pairs", config.pairs, config.heldout, seed=0, progress=True)
     sweeps = [(path, read_sweep(path)) for path in sorted(config.sweeps.glob("*.yaml"))]
     for path, sweep in sweeps:
+        _check_pairs(path, sweep, config.out / "pairs")
+    for path, sweep in sweeps:
         run_step([*_lab("sweep"), str(path), "--out", str(config.out / sweep.name)], sweep.name)
     commands: dict[str, list[str]] = {}
     for _, sweep in sweeps:
@@ -86,6 +88,17 @@ def main(argv: Sequence[str]) -> int:
     page = write(config.out, sweeps, commands)
     print(f"\nLook at {page}")
     return 0
+
+
+def _check_pairs(path: Path, sweep: Sweep, pairs: Path) -> None:
+    """Refuse a sweep that trains on other pairs than the lab's, as where --out is another one."""
+    for run in sweep.runs:
+        given = run.config.data.train_data_dir
+        if given is None or Path(given).resolve() != pairs.resolve():
+            raise UserError(
+                f"--out: {path} trains on {run.config.data.location}, and the pairs are in "
+                f"{pairs}: give --sweeps a copy with train_data_dir: {pairs}"
+            )
 
 
 def audits(sweep: Sweep, config: TinyConfig) -> dict[str, list[str]]:
