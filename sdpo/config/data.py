@@ -144,3 +144,9 @@ class DataConfig(SourceConfig):
         "compare every file of the cache with its checksum before training (their sizes are always "
         "compared)",
     )
+
+
+def bucket_step(resolution: int) -> int:
+    """Give what the sides of --resize bucket are multiples of: the largest of 64, 32, 16 and 8 that
+    is at most an eighth of the resolution (8 where none is): 64 at 512 and 1024 px, 8 at 64 px."""
+    return next((step for step in (64, 32, 16) if 8 * step <= resolution), 8)

@@ -6,7 +6,13 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from sdpo.common.errors import UserError
-from sdpo.config.data import CACHE_FLAG, COLUMN_EXAMPLE, DataConfig, SourceConfig
+from sdpo.config.data import (
+    CACHE_FLAG,
+    COLUMN_EXAMPLE,
+    DataConfig,
+    SourceConfig,
+    bucket_step,
+)
 from sdpo.config.families import FAMILIES, FamilyFacts
 from sdpo.config.method import MethodConfig
 from sdpo.config.model import REFERENCE_FLAG, ModelConfig
@@ -58,6 +64,8 @@ def defaults_of_base(values: Mapping[str, Any], base: BaseKind) -> dict[str, Any
         filled["resolution"] = base.resolution
     else:
         check_resolution(values["resolution"], facts)
+    if values["resize"] == "bucket":
+        _check_buckets(values["resolution"] or base.resolution, facts)
     if values["winner_preserving_scope"] is None:
         # One scale for all pairs depends on the parametrisation where targets differ in a pair.
         filled["winner_preserving_scope"] = "batch" if base.predicts == "epsilon" else "pair"
@@ -75,6 +83,15 @@ def defaults_of_base(values: Mapping[str, Any], base: BaseKind) -> dict[str, Any
                 "its schedule"
             )
     return filled
+
+
+def _check_buckets(resolution: int, facts: FamilyFacts) -> None:
+    if (step := bucket_step(resolution)) % facts.multiple:
+        raise UserError(
+            f"--resize bucket: at --resolution {resolution} sides are multiples of {step}, but a "
+            f"base of {facts.label} takes those of {facts.multiple}: give --resolution "
+            f"{8 * facts.multiple} or more, or --resize crop"
+        )
 
 
 def check_rules(

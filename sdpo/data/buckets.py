@@ -21,6 +21,7 @@ import numpy as np
 
 from sdpo.common.files import write_bytes
 from sdpo.common.images import READING, UndecodableImage, image_size
+from sdpo.config.data import bucket_step
 from sdpo.data.latents.identity import dataset_digest
 from sdpo.data.source import ImageShapes, PairSource, arrow_column
 from sdpo.data.transforms import Shape
@@ -33,17 +34,15 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LONGEST = 4  # width to height, and height to width
-_STEPS = (64, 32, 16, 8)
 _READ_AT_ONCE = 4096  # pairs
 
 
 def bucket_shapes(resolution: int) -> list[Shape]:
     """List the shapes (width, height) of about `resolution`^2 pixels, by ratio.
 
-    Beside the square itself, sides are multiples of the largest of 64, 32, 16 and 8 that is at most
-    an eighth of the resolution (8 where none is): 64 at 512 and 1024 px, 8 at 64 px.
+    Beside the square itself, sides are multiples of `bucket_step`.
     """
-    step = next((step for step in _STEPS if 8 * step <= resolution), _STEPS[-1])
+    step = bucket_step(resolution)
     longest = int(resolution * LONGEST**0.5)
     shapes = {(resolution, resolution)}
     for side in range(step, longest + 1, step):

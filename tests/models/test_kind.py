@@ -46,6 +46,14 @@ def test_the_resolution_is_the_bases_own(make_config, tiny_sd3):
         make_config(pretrained_model_name_or_path=tiny_sd3, resolution=40)
 
 
+def test_buckets_have_sides_that_the_base_takes(make_config, tiny_sd3):
+    flags = {"pretrained_model_name_or_path": tiny_sd3, "resize": "bucket"}
+    assert make_config(**flags, resolution=128).data.resize == "bucket"
+    for resolution in (64, None):
+        with pytest.raises(UserError, match=r"sides are multiples of 8, .* give --resolution 128 "):
+            make_config(**flags, resolution=resolution)
+
+
 def test_adapters_go_to_the_familys_layers(make_config, tiny_sd3):
     plain = make_config(lora_rank=2).model.lora_target_modules
     joint = make_config(pretrained_model_name_or_path=tiny_sd3, lora_rank=2)
