@@ -228,6 +228,15 @@ def test_a_stale_cache_is_refused(train, first, tmp_path, change, said):
     assert files(first[0]) == before
 
 
+def test_without_its_key_it_is_not_taken_for_anothers(train, first, tmp_path):
+    shutil.copytree(first[0], tmp_path / "kept")
+    (tmp_path / "kept/key.json").unlink()
+    flags = {**FLAGS, "cache_reference": tmp_path / "kept"}
+    with pytest.raises(UserError, match="was not made for what"):
+        run_here("train.py", train.argv(tmp_path / "other", **flags, seed=1))
+    assert not (tmp_path / "kept/key.json").exists()
+
+
 def test_buckets_depend_on_the_batch(train, shaped_pairs, tmp_path):
     flags = {"train_data_dir": shaped_pairs, "resize": "bucket", "max_train_steps": 2}
     flags |= {"resolution": 64, "cache_reference": tmp_path / "kept"}

@@ -26,7 +26,7 @@ from sdpo.training.reference_cache.key import (
     key_digest,
     key_of_flags,
 )
-from sdpo.training.reference_cache.records import Records
+from sdpo.training.reference_cache.records import Records, refuse_foreign
 
 if TYPE_CHECKING:
     from sdpo.config import TrainConfig
@@ -96,8 +96,15 @@ def open_errors(
         UserError: it was made for something else.
     """
     directory = Path(config.model.cache_reference or "")
-    on_main(run.accelerator, lambda: claim(directory, key))
-    records = together(lambda: Records(directory, key_digest(key)))
+    digest = key_digest(key)
+
+    def begin() -> None:
+        if not check_key(directory, key):
+            refuse_foreign(directory, digest)  # before a key is written that is not theirs
+        claim(directory, key)
+
+    on_main(run.accelerator, begin)
+    records = together(lambda: Records(directory, digest))
     assert loader.order
     optim, done = config.optim, run.progress
     steps = (loader.max_train_steps - done.step) * optim.gradient_accumulation_steps

@@ -30,6 +30,20 @@ _UNKNOWN = np.float32("nan")
 Spot = tuple[int, int]  # epoch and position
 
 
+def refuse_foreign(directory: Path, digest: str) -> None:
+    """Refuse a directory with files of another key than that of `digest`.
+
+    Raises:
+        UserError: naming one.
+    """
+    foreign = {*directory.glob("errors-*.bin")} - {*directory.glob(f"errors-{digest}-*.bin")}
+    if foreign:
+        raise UserError(
+            f"{REFERENCE_FLAG}: {min(foreign)} was not made for what {directory} says that it "
+            "holds; delete that file, or give another directory"
+        )
+
+
 class Records:
     """Hold what a directory has of one key, and add to it.
 
@@ -44,12 +58,7 @@ class Records:
         self._taken: dict[Path, int] = {}  # records of each file
         self._epochs: dict[int, np.ndarray] = {}  # (positions, 2) float32, nan where not known
         self._writes = True
-        foreign = {*directory.glob("errors-*.bin")} - {*directory.glob(self._pattern)}
-        if foreign:
-            raise UserError(
-                f"{REFERENCE_FLAG}: {min(foreign)} was not made for what {directory} says that it "
-                "holds; delete that file, or give another directory"
-            )
+        refuse_foreign(directory, digest)
         self.refresh()
 
     def refresh(self) -> None:
