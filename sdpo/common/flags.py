@@ -115,7 +115,7 @@ def flag(
         expand: it is a path whose ~ is expanded, also in --flag=~/dir, which shells leave as it is.
         lines: a single value that ends in .txt is a file with a value a line.
         record: whether it is part of `flat`.
-        empty: it can be given without any value, for none.
+        empty: it can be given without any value, a path as "", for none.
     """
     checks = check if isinstance(check, tuple) else (check,)
     about = _About(
@@ -339,7 +339,8 @@ def _complete(cls: type, values: dict[str, Any]) -> None:
         if about.required and value is None and not about.positional:
             missing.append(f"--{name}")
         if about.expand and value is not None:
-            if value == "":  # as of a shell's variable that is not set; it would name where one is
+            # As of a shell's variable that is not set; it would name where one is.
+            if value == "" and not about.empty:
                 raise UserError(f"--{name} is empty: give a path, or leave it out")
             # An unknown user's ~ stays as it is, and is answered as a path that is not there.
             values[name] = type(value)(os.path.expanduser(value))

@@ -31,9 +31,11 @@ class ModelConfig:
     )
     pretrained_vae_model_name_or_path: str | None = flag(
         None,
-        "VAE instead of the base's own, e.g. madebyollin/sdxl-vae-fp16-fix",
+        'VAE instead of the base\'s own, e.g. madebyollin/sdxl-vae-fp16-fix; "" takes back a '
+        "recipe's",
         metavar="ID_OR_DIR",
         expand=True,
+        empty=True,
     )
     revision: str | None = flag(None, "git revision of the base on the hub")
     unet_init: str | None = flag(

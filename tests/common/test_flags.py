@@ -38,6 +38,7 @@ class Outer:
     on: bool = flag(False, "whether", name="switch")
     hidden: bool = flag(False, "not kept", record=False)
     folder: str = flag("here", "where too", expand=True)
+    other: str | None = flag(None, "another, or none", expand=True, empty=True)
 
 
 def parsed(*argv):
@@ -55,6 +56,10 @@ def test_values_have_their_types():
 def test_the_last_of_two_that_replace_each_other_counts():
     assert parsed("--steps", "3", "--epochs", "2").inner == Inner(0.5, None, 2)
     assert parsed("--epochs", "2", "--steps", "3").inner == Inner(0.5, 3, None)
+
+
+def test_a_path_can_be_taken_back():
+    assert parsed("--other", "x", "--other", "").other == ""
 
 
 def test_a_switch_can_be_taken_back():
