@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -24,6 +24,9 @@ from PIL import Image
 from sdpo.common.errors import UserError
 from sdpo.common.files import check_directory, write_json
 from sdpo.evaluation.score.summary import print_grid
+
+if TYPE_CHECKING:
+    import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY_MODEL = ROOT / "assets" / "tiny-sd15"
@@ -85,6 +88,13 @@ def seconds_of(task: Callable[[], Any], wait: Callable[[], Any] = lambda: None) 
     task()
     wait()
     return time.perf_counter() - began
+
+
+def waiting_for(device: torch.device) -> Callable[[], Any]:
+    """Give what waits until a device has done what it was told; a CPU already has."""
+    import torch
+
+    return torch.accelerator.synchronize if device.type != "cpu" else lambda: None
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:

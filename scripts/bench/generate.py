@@ -46,8 +46,6 @@ class Options:
 
 def tasks_of(options: Options, base: Path) -> dict[str, Callable[[], None]]:
     """Load the base once; returns what makes a turn's images, by way."""
-    import torch
-
     from sdpo.common.processes import start
     from sdpo.config.rules import check_resolution
     from sdpo.evaluation.generate.protocols import PROTOCOLS, Sampling
@@ -70,6 +68,8 @@ def tasks_of(options: Options, base: Path) -> dict[str, Callable[[], None]]:
     how[PAPER] = ("paper", options.batch_size)
     prompts = [f"a red circle and {i} blue squares" for i in range(options.prompts)]
 
+    wait = common.waiting_for(device)
+
     def task(way: str) -> Callable[[], None]:
         protocol, at_once = how[way]
 
@@ -77,8 +77,7 @@ def tasks_of(options: Options, base: Path) -> dict[str, Callable[[], None]]:
             for first in range(0, len(prompts), at_once):
                 indices = range(first, min(first + at_once, len(prompts)))
                 made[protocol]([prompts[i] for i in indices], indices)
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            wait()
 
         return make
 

@@ -198,7 +198,7 @@ def matrix_peak(device: torch.device, side: int) -> float:
     import torch
 
     a, b = torch.randn(2, side, side, device=device, dtype=torch.bfloat16)
-    wait = torch.accelerator.synchronize if device.type != "cpu" else lambda: None
+    wait = common.waiting_for(device)
     seconds = [common.seconds_of(lambda: a @ b, wait) for _ in range(12)][2:]
     return 2 * side**3 / min(seconds)
 

@@ -123,10 +123,7 @@ def timed(subject: Subject, options: Options) -> dict[int, list[float]]:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    def wait() -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-
+    wait = common.waiting_for(subject.models.encoder.device)
     settings: Sequence[int] = (1, *options.one_in)
     for one_in in settings:
         step(one_in)

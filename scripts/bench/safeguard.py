@@ -123,9 +123,8 @@ def time_in_turns(
     tasks: Mapping[str, Task], repeats: int, device: torch.device
 ) -> dict[str, list[float]]:
     """Time every task `repeats` times in turn, seconds; a first call of each is not counted."""
-    import torch
 
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait = common.waiting_for(device)
     for task in tasks.values():
         task()
     timed = {name: partial(common.seconds_of, task, wait) for name, task in tasks.items()}
