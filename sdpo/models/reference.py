@@ -75,6 +75,17 @@ def weights_digest(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def settings_of(unet: Any, scheduler: Any) -> dict[str, dict[str, Any]]:
+    """List the settings of a denoiser and of the noise schedule that it is trained on, ready for
+    JSON: by them the same weights are trained to something else."""
+    parts = {"denoiser": dict(unet.config), "scheduler": dict(scheduler.config)}
+    plain: dict[str, dict[str, Any]] = json.loads(json.dumps(parts, default=str))
+    return {
+        part: {k: v for k, v in config.items() if not k.startswith("_")}
+        for part, config in plain.items()
+    }
+
+
 def config_digest(module: Any) -> str:
     """Compute what tells the configurations of two models of diffusers apart, in hex: the settings
     that their files give, by which the same weights may compute something else."""

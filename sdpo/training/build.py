@@ -17,7 +17,13 @@ from sdpo.data.latents.prepare import prepare_cache
 from sdpo.data.loader import PairLoader
 from sdpo.models.ema import Ema
 from sdpo.models.encoding import Encoder, ModelEncoder
-from sdpo.models.reference import Reference, build_reference, config_digest, weights_digest
+from sdpo.models.reference import (
+    Reference,
+    build_reference,
+    config_digest,
+    settings_of,
+    weights_digest,
+)
 from sdpo.training.checkpoint import check_reference, load_ema, load_weights
 from sdpo.training.reference_cache.prepare import check_before_models, open_errors
 from sdpo.training.sharding import Sharding, divided, shard
@@ -76,8 +82,9 @@ def build_models(config: TrainConfig, base: Base, loader: PairLoader, run: Sessi
     digest = weights_digest(unet)
     if model.lora_init:
         digest += file_sha256(Path(model.lora_init))
+    settings = settings_of(unet, family.load_scheduler(source))
     if run.resume_from:
-        check_reference(run.resume_from, digest)
+        check_reference(run.resume_from, digest, settings)
     if config.optim.channels_last:
         to_channels_last(unet, encoder)
     parameters = sum(p.numel() for p in unet.parameters())
@@ -97,7 +104,7 @@ def build_models(config: TrainConfig, base: Base, loader: PairLoader, run: Sessi
     if run.resume_from and ema is not None:
         load_ema(run.resume_from, run.training, unet, ema)
     models = Models(base, unet, reference, encoder, ema, cached, parameters=parameters)
-    models.reference_digest = digest
+    models.reference_digest, models.settings = digest, settings
     if run.sharding:
         _shard(models, run.sharding, device, run.accelerator.num_processes)
     else:

@@ -98,7 +98,7 @@ def save_checkpoint(
             _save_weights(models, beside, EMA_FILE, EMA_LORA_FILE)
     torch.save(training, beside / OPTIMIZER_FILE)
     state = {"step": progress.step, "place": list(progress.place), "args": config.flags()}
-    state |= {"reference": models.reference_digest, "data": data}
+    state |= {"reference": models.reference_digest, "base": models.settings, "data": data}
     write_json(beside / STATE_FILE, state)
     rename_complete(beside, final)
     log.info("saved %s", final)
@@ -190,14 +190,26 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def check_reference(path: Path, digest: str) -> None:
+def check_reference(path: Path, digest: str, settings: dict[str, dict[str, Any]]) -> None:
     """Refuse to go on against another reference than a checkpoint was trained against. Checkpoints
     from before this was kept are taken.
 
+    Args:
+        settings: as `sdpo.models.reference.settings_of` lists them.
+
     Raises:
-        UserError: naming the base and the --unet_init that it had.
+        UserError: naming the base and the --unet_init that it had, or the setting that changed.
     """
     state = read_state(path)
+    for part, before in (state.get("base") or {}).items():
+        # Libraries of another version may know other settings.
+        for name in before.keys() & settings.get(part, {}).keys():
+            if before[name] != settings[part][name]:
+                raise UserError(
+                    f"{path} was trained with a {part} whose {name} is {before[name]}, and the "
+                    f"base's is {settings[part][name]} now; give it the same, or another "
+                    "--output_dir"
+                )
     if state.get("reference") and state["reference"] != digest:
         then = state["args"]
         raise UserError(

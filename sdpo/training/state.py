@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from sdpo.models.encoding import Encoder
@@ -49,6 +49,7 @@ class Models:
     skeleton: nn.Module | None = None  # what `sharding.shard` gave, where the UNet is sharded
     parameters: int = 0  # numbers in the plain UNet
     reference_digest: str = ""  # by `sdpo.models.reference.weights_digest`
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)  # by its `settings_of`
 
     @property
     def trainable(self) -> list[nn.Parameter]:

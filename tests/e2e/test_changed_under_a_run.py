@@ -122,6 +122,28 @@ def test_another_reference_is_refused(train, begun, tmp_path):
     assert files(begun.out) == before
 
 
+@pytest.mark.parametrize(
+    ("file", "name", "value", "said"),
+    [
+        ("scheduler/scheduler_config.json", "prediction_type", "v_prediction", "epsilon"),
+        ("scheduler/scheduler_config.json", "beta_end", 0.02, "0.012"),
+        ("unet/config.json", "norm_eps", 1e-4, "1e-05"),
+    ],
+)
+def test_the_same_weights_with_other_settings_are_refused(
+    train, begun, tmp_path, file, name, value, said
+):
+    base = tmp_path / "base"
+    shutil.copytree(train.models["sd15"], base)
+    config = json.loads((base / file).read_text())
+    (base / file).write_text(json.dumps({**config, name: value}))
+    before = files(begun.out)
+    flags = {**FLAGS, "max_train_steps": 3, "pretrained_model_name_or_path": base}
+    line = train.fails(begun.out, **flags)
+    assert f"whose {name} is {said}, and the base's is {value} now" in line
+    assert files(begun.out) == before
+
+
 def test_the_same_weights_under_another_name_go_on(train, begun, tmp_path):
     base = tmp_path / "base"
     shutil.copytree(train.models["sd15"], base)
@@ -133,6 +155,6 @@ def test_checkpoints_from_before_go_on(train, begun, tmp_path):
     shutil.copytree(begun.out, out)
     path = out / "checkpoint-2" / "state.json"
     state = json.loads(path.read_text())
-    assert state.pop("reference") and state.pop("data")
+    assert state.pop("reference") and state.pop("base") and state.pop("data")
     path.write_text(json.dumps(state))
     assert train(out, **{**FLAGS, "max_train_steps": 3}).checkpoints == [1, 2, 3]
