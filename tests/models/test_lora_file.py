@@ -313,6 +313,7 @@ def encoded(encoders):
         return [encoder(ids, output_hidden_states=True).hidden_states[-1] for encoder in encoders]
 
 
+@pytest.mark.usefixtures("diffusers_finds_files")
 @pytest.mark.parametrize("kind", ["kohya", "peft", "diffusers"])
 def test_text_encoders_are_adapted_as_diffusers_does(base, tmp_path, kind):
     family, source, unet, _ = base
@@ -388,6 +389,7 @@ def mixed_lora(unet):
     return state, sizes
 
 
+@pytest.mark.usefixtures("diffusers_finds_files")
 def test_layers_of_several_ranks_keep_their_own(base, make_config, tmp_path):
     family, source, unet, inputs = base
     state, sizes = mixed_lora(unet)
