@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
-import torch.distributed as dist
+from accelerate.utils import InitProcessGroupKwargs
 
-import train
+import sdpo.training.accelerator
+from sdpo.common.errors import run_main
+from train import main
 
-
-def main() -> int:
-    """Train, in one of several processes."""
-    join, wait = dist.init_process_group, dist.barrier
-
-    def by_gloo(backend: Any = None, timeout: Any = None, **_: Any) -> None:
-        join(backend="gloo", timeout=timeout)
-
-    dist.init_process_group = by_gloo
-    dist.barrier = lambda group=None, async_op=False, device_ids=None: wait(group, async_op)
-    return train.main()
+if __name__ == "__main__":
+    by_gloo = partial(InitProcessGroupKwargs, backend="gloo")
+    sdpo.training.accelerator.InitProcessGroupKwargs = by_gloo
+    run_main(main, "train.py")
