@@ -30,7 +30,10 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY_MODEL = ROOT / "assets" / "tiny-sd15"
-PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "datasets", "peft")
+PACKAGES = (
+    *("torch", "diffusers", "transformers", "accelerate", "datasets", "peft"),
+    "bitsandbytes",
+)
 
 Name = TypeVar("Name")
 Value = TypeVar("Value")
@@ -163,26 +166,28 @@ def check_out(path: Path) -> None:
     check_directory(path.parent, "--out")
 
 
-def write_result(out: Path, program: str, results: dict[str, Any]) -> dict[str, Any]:
-    """Write `results` as JSON, with the machine, the command, the date and the versions, which are
-    returned."""
+def about(program: str) -> dict[str, Any]:
+    """Describe a benchmark's results: the machine, the command, the date and the versions."""
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    out.parent.mkdir(parents=True, exist_ok=True)
-    about = {
+    return {
         "benchmark": program,
         "command": shlex.join(["python", f"scripts/bench/{program}", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
         "machine": machine(),
         "versions": versions,
     }
-    write_json(out, {**about, **results})
+
+
+def write_result(out: Path, program: str, results: dict[str, Any]) -> None:
+    """Write `results` as JSON, with what they are about."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(out, {**about(program), **results})
     print(f"wrote {out}")
-    return about
 
 
 class Worker:

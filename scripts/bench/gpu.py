@@ -3,39 +3,41 @@
     bash scripts/bench/gpu.sh            # one card of 40 GB or more
     bash scripts/bench/gpu.sh --tiny     # tiny models, on a CPU too: is the script itself right?
     bash scripts/bench/gpu.sh --base DIR # steps of this base instead, one pair at a time
+    bash scripts/bench/gpu.sh --parts speed --variants compile  # what the limit cut before
 
 Nothing is installed or downloaded, and weights are random. First the tests marked `gpu` are run,
-which hold this machine's accelerator against float64 and float32 on the CPU; then steps are timed
-of SD1.5 at 512 px (4 pairs) and SDXL at 1024 px (one pair, Adafactor, gradient checkpointing) in
-bf16, each variant in this process after the other, against a step in the manner of the first public
-code and a bare loop. The floating-point operations of a step are counted by torch as it runs, and
-set against what the card reaches in a large matrix product. Computed memory is
-scripts/bench/memory.py's. What the limit leaves no time for is listed as cut. Results are in --out:
-gpu.json, gpu.md and, of the tests, tests.txt.
+which hold this machine's accelerator against float64 and float32 on the CPU; meanwhile the random
+bases are written, 9 GB in TMPDIR. Then steps are timed of SD1.5 at 512 px (4 pairs) and SDXL at
+1024 px (one pair, Adafactor, gradient checkpointing) in bf16, each variant in this process after
+the other, against a step in the manner of the first public code and a bare loop. The floating-point
+operations of a step are counted by torch as it runs, and set against what the card reaches in a
+large matrix product. Computed memory is scripts/bench/memory.py's. What the limit leaves no time
+for is listed as cut. Results are in --out, written anew after the tests and each variant, so that
+what ends the program early leaves those before: gpu.json, gpu.md and, of the tests, tests.txt.
 """
 
 from __future__ import annotations
 
 import gc
-import os
-import re
 import signal
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scripts.bench import common, step
+from scripts.bench.gpu_page import markdown
+from scripts.bench.gpu_tests import Tests
+from scripts.bench.true_size import WRITTEN, writing
 from sdpo.common.cli import as_argv
 from sdpo.common.errors import UserError, first_line, run_main
-from sdpo.common.files import make_directory
+from sdpo.common.files import make_directory, write_json, write_text
 from sdpo.common.flags import ABOVE_ZERO, flag, parse
 from sdpo.config import parse_train
 
@@ -44,13 +46,17 @@ if TYPE_CHECKING:
 
 WARM_UP, LEAST = 2, 3  # steps that are not counted, and the fewest that are
 TESTS_SHARE = 0.4  # of the whole time, at most
-RESERVE = 20  # seconds at a scene's end, for the safeguard and what is computed
+RESERVE = 10  # seconds at the end, for the safeguard's own time and what is begun
+COMPILING = 100  # seconds, of which with fewer left it is not begun
+AGAIN = 5  # seconds after which what did not end at its limit is told so once more
+WORKERS = 4  # processes that decode images, as in the recipes
 LORA, COMPILED, CACHED = "lora", "compile", f"cache+{step.REFERENCE}"
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A base, how it is trained, and the variants of its step, the most telling first."""
+    """A base, how it is trained, and the variants of its step, the most telling first; compiling,
+    which takes longest, is tried after those of all scenes."""
 
     name: str
     base: str
@@ -58,6 +64,11 @@ class Scene:
     variants: tuple[str, ...]
     latent_side: int
     prefix: str = ""  # of every variant's name
+
+    @property
+    def pairs(self) -> int:
+        """Pairs a step."""
+        return int(self.argv[self.argv.index("--batch") + 1])
 
 
 SCENES = (
@@ -67,7 +78,7 @@ SCENES = (
         ("--resolution", "512", "--batch", "4"),
         (
             *(step.PLAIN, step.PUBLIC, step.BARE, CACHED, LORA, "no_safeguard", "lora_4bit"),
-            *(COMPILED, "channels_last", "unfused", "cache", step.REFERENCE, "example+lora"),
+            *("channels_last", "unfused", "cache", step.REFERENCE, "example+lora", COMPILED),
         ),
         64,
     ),
@@ -110,6 +121,7 @@ class Options:
     tests: tuple[str, ...] = flag(
         (), "tests to run", metavar="TEST", shown="all that are marked gpu"
     )
+    variants: tuple[str, ...] = flag((), "steps to time", metavar="NAME", shown="all")
     out: Path = flag(Path("output/bench/gpu"), "directory of the results", record=False)
 
 
@@ -117,8 +129,20 @@ def scenes_of(options: Options) -> tuple[Scene, ...]:
     """Choose what is timed.
 
     Raises:
-        UserError: there is no such --base.
+        UserError: there is no such --base, or one of --variants in none of its scenes.
     """
+    scenes = _scenes(options)
+    known = dict.fromkeys(name for scene in scenes for name in scene.variants)
+    for name in options.variants:
+        if name not in known:
+            raise UserError(f"--variants: there is no {name}; there are: {' '.join(known)}")
+    if not options.variants:
+        return scenes
+    kept = {scene: tuple(v for v in scene.variants if v in options.variants) for scene in scenes}
+    return tuple(replace(scene, variants=names) for scene, names in kept.items() if names)
+
+
+def _scenes(options: Options) -> tuple[Scene, ...]:
     if options.base is None:
         return (TINY,) if options.tiny else SCENES
     argv = ("--batch", "1", *(() if options.tiny else ("--gradient_checkpointing",)))
@@ -156,41 +180,54 @@ def find_device(tiny: bool) -> torch.device:
     return found or torch.device("cpu")
 
 
-def run_tests(options: Options, device: torch.device, limit: float) -> dict[str, Any]:
-    """Run the tests marked `gpu`; returns counts, and which failed. No exit code: time ran out."""
-    if find_spec("pytest") is None:
-        return {"left_out": "pytest is not installed"}
-    # Those of losses before those of runs, of which the last take longest.
-    files = sorted((common.ROOT / "tests").rglob("test_*.py"), reverse=True)
-    marked = [str(f) for f in files if "pytest.mark.gpu" in f.read_text(encoding="utf-8")]
-    argv = [sys.executable, "-m", "pytest", "-vv", "-m", "gpu", "-p", "no:cacheprovider"]
-    output = options.out / "tests.txt"
-    with output.open("w") as file:
-        process = subprocess.Popen(
-            [*argv, *(options.tests or marked)],
-            cwd=common.ROOT,
-            env={**os.environ, "SDPO_TEST_DEVICE": device.type, "COLUMNS": "200"},
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            code: int | None = process.wait(limit)
-        except subprocess.TimeoutExpired:
-            code = None
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    return {"exit_code": code, **read_tests(output.read_text(encoding="utf-8", errors="replace"))}
+def describe(device: torch.device) -> str:
+    """Name the card and its memory."""
+    import torch
+
+    if device.type != "cuda":
+        return device.type.upper()
+    memory = torch.cuda.get_device_properties(device).total_memory / 2**30
+    return f"{torch.cuda.get_device_name(device)}, {memory:.0f} GiB, CUDA {torch.version.cuda}"
 
 
-def read_tests(text: str) -> dict[str, Any]:
-    """Read pytest's verbose output: how many passed and were skipped, and which failed."""
-    found = re.findall(r"^(\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED)\b", text, re.MULTILINE)
-    outcome = dict(found)
-    count = list(outcome.values()).count
-    failed = [name for name, said in outcome.items() if said in ("FAILED", "ERROR")]
-    return {"passed": count("PASSED"), "skipped": count("SKIPPED"), "failed": failed}
+class Report:
+    """The results, written whenever there are more: as JSON and as a page."""
+
+    def __init__(self, out: Path, device: torch.device) -> None:
+        self.out, self.page = out, ""
+        self.about = common.about("gpu.py")
+        self.result: dict[str, Any] = {"device": describe(device)}
+
+    def add(self, **more: Any) -> None:
+        """Add to the results, and write what there is."""
+        self.result |= more
+        write_json(self.out / "gpu.json", {**self.about, **self.result})
+        self.page = markdown(self.about, self.result)
+        write_text(self.out / "gpu.md", self.page)
+
+    @property
+    def failed(self) -> bool:
+        """Whether a test or a variant failed, or the tests ended otherwise than by their end."""
+        tests = self.result.get("tests", {})
+        scenes = self.result.get("scenes", {}).values()
+        bad = tests.get("exit_code") or tests.get("failed")
+        return bool(bad) or any(scene["failed"] for scene in scenes)
+
+
+@contextmanager
+def bases_of(scenes: Sequence[Scene], work: Path) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
+    """Have the random bases of scenes written below `work`, each under its name by a process of its
+    own, which does not outlive the block."""
+    names = [scene.base for scene in scenes if scene.base in WRITTEN]
+    writers = {
+        name: subprocess.Popen(writing(name, work / name), cwd=common.ROOT) for name in names
+    }
+    try:
+        yield writers
+    finally:
+        for writer in writers.values():
+            writer.kill()
+            writer.wait()
 
 
 def matrix_peak(device: torch.device, side: int) -> float:
@@ -203,16 +240,96 @@ def matrix_peak(device: torch.device, side: int) -> float:
     return 2 * side**3 / min(seconds)
 
 
-class Steps:
-    """Times the variants of a scene, one after the other in this process."""
+def nothing_found() -> dict[str, Any]:
+    """Give what is told of a scene before any variant was timed."""
+    lists: dict[str, Any] = {"cut": []}
+    return lists | {name: {} for name in ("variants", "failed", "left_out", "safeguard_seconds")}
 
-    def __init__(self, scene: Scene, work: Path, device: torch.device, tiny: bool) -> None:
+
+class Steps:
+    """Times the variants of a scene, one after the other in this process.
+
+    Attributes:
+        found: what is told of the scene; see `nothing_found`.
+    """
+
+    def __init__(
+        self,
+        scene: Scene,
+        base: Path | str,
+        work: Path,
+        device: torch.device,
+        tiny: bool,
+        found: dict[str, Any],
+    ) -> None:
+        """Prepare the scene in `work`, of which `base` is the model's directory."""
         work.mkdir()
         self.scene, self.device = scene, device
-        self.most, self.seconds = (LEAST, 5.0) if tiny else (12, 6.0)
+        self.most, self.seconds, self.workers = (LEAST, 5.0, 0) if tiny else (12, 6.0, WORKERS)
         steps = str(WARM_UP + self.most)  # and one whose FLOPs are counted
-        argv = ["--base", scene.base, "--steps", steps, "--variants", step.PLAIN, *scene.argv]
+        argv = ["--base", str(base), "--steps", steps, "--variants", step.PLAIN, *scene.argv]
         self.bench = step.Bench(step.parse_options(argv), work)
+        self.took = 0.0  # seconds of the latest variant that was neither compiled nor run twice
+        self.found = found
+
+    def take(self, variants: Sequence[str], clock: Clock, keep: Callable[[], None]) -> None:
+        """Time variants until the time is used; `keep` is called after each."""
+        print(self.scene.name, flush=True)
+        for variant in variants:
+            parts = variant.split("+")
+            # A reference's errors are those of a run before.
+            needed = self.took * (2.0 if step.REFERENCE in parts else 1.2)
+            if clock.left < (COMPILING if COMPILED in parts else max(1.0, needed)):
+                self.found["cut"].append(variant)
+                continue
+            began = time.monotonic()
+            self._try(variant, clock.left)
+            took = time.monotonic() - began
+            if variant in self.found["variants"]:
+                if COMPILED not in parts and step.REFERENCE not in parts:
+                    self.took = took
+                median = self.found["variants"][variant]["seconds"]["median"]
+                print(f"  {variant}: {median:.3f} s a step ({took:.0f} s)", flush=True)
+            keep()
+
+    def _try(self, variant: str, limit: float) -> None:
+        found = self.found
+        try:
+            with limited(limit):
+                found["variants"][variant] = self.measure(variant)
+        except TimeoutError:
+            found["cut"].append(variant)
+        except UserError as error:  # what it needs is not installed
+            found["left_out"][variant] = str(error)
+        except Exception as error:  # one variant's fault is told, and the others are timed
+            found["failed"][variant] = f"{type(error).__name__}: {first_line(error)}"
+            print(f"  {variant}: {found['failed'][variant]}", flush=True)
+        self._relate()
+
+    def _relate(self) -> None:
+        """Set what was found against the baselines and what is computed."""
+        found = self.found["variants"]
+        for variant, entry in found.items():
+            if COMPILED in variant.split("+"):  # computes what a plain one does
+                entry["flops"] = found.get(step.PLAIN, entry)["flops"]
+            flops = entry["flops"]
+            entry["flops_per_s"] = flops and flops / entry["seconds"]["median"]
+            entry["computed_gib"] = computed_gib(self.scene, variant)
+            for base in step.BASELINES:
+                if base in found:
+                    ratio = entry["seconds"]["median"] / found[base]["seconds"]["median"]
+                    entry[f"time_to_{base}"] = ratio
+
+    def time_rule(self, limit: float) -> None:
+        """Time the safeguard's own computation, so many seconds at most."""
+        try:
+            with limited(limit):
+                start_anew(self.device)
+                seconds = rule_seconds(self.scene.pairs, self.scene.latent_side, self.device)
+                self.found["safeguard_seconds"] = seconds
+        except Exception as error:  # as on a device that a variant left unusable
+            said = f"{type(error).__name__}: {first_line(error)}"
+            self.found["failed"]["the safeguard's rule"] = said
 
     def measure(self, variant: str) -> dict[str, Any]:
         """Time a variant's steps; returns their spread, pairs a second, peak memory in GiB and the
@@ -222,19 +339,23 @@ class Steps:
             UserError: a package that it needs is missing.
         """
         whole = self.scene.prefix + variant
-        flags = self.bench.flags(whole, whole)
+        flags = self._flags(whole, whole)
         if step.REFERENCE in variant.split("+"):
             # A run finds what another of the same length left.
-            list(self._take(self.bench.flags(whole, f"{whole}-before"), variant, whole=True))
+            list(self._take(self._flags(whole, f"{whole}-before"), variant, whole=True))
         *timed, counted = self._take(flags, variant)
         seconds = [entry["seconds"] for entry in timed[WARM_UP:]]
         spread = common.spread(seconds)
         return {
             "seconds": spread,
-            "pairs_per_s": self.bench.options.batch / spread["median"],
+            "pairs_per_s": self.scene.pairs / spread["median"],
             "peak_memory_gib": timed[-1]["peak_memory_gib"],
             "flops": counted["flops"],
         }
+
+    def _flags(self, variant: str, name: str) -> dict[str, Any]:
+        flags = self.bench.flags(variant, name)
+        return {**flags, "dataloader_num_workers": self.workers}
 
     def _take(
         self, flags: dict[str, Any], variant: str, whole: bool = False
@@ -261,10 +382,14 @@ class Steps:
             run.after(one)
             yield one.entry
         counter = FlopCounterMode(display=False)
-        # A compiled step computes what a plain one does, and is not looked into.
-        with nullcontext() if COMPILED in variant.split("+") else counter:
-            take(one := next(steps))
-        run.after(one)
+        try:
+            # What is compiled is not looked into.
+            with nullcontext() if COMPILED in variant.split("+") else counter:
+                take(one := next(steps))
+            run.after(one)
+        except Exception as error:  # the times are there
+            print(f"  {variant}: FLOPs are not counted: {first_line(error)}", flush=True)
+            counter.flop_counts.clear()
         yield {"flops": counter.get_total_flops() or None}
 
 
@@ -291,7 +416,7 @@ def start_anew(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def computed_gib(scene: Scene, variant: str, pairs: int) -> float | None:
+def computed_gib(scene: Scene, variant: str) -> float | None:
     """Compute a variant's peak memory, GiB, by scripts/bench/memory.py; None where that says
     nothing of it."""
     from scripts.bench import memory
@@ -303,8 +428,8 @@ def computed_gib(scene: Scene, variant: str, pairs: int) -> float | None:
     bits = {"lora_8bit": 8, "lora_4bit": 4}.get(variant, 16)
     optimizer = "Adafactor" if "adafactor" in scene.prefix else "AdamW"
     checkpointing = "--gradient_checkpointing" in scene.argv
-    counted, activations = counted_base(scene.base, rank, pairs, checkpointing)
-    setting = memory.Setting(scene.base, optimizer, pairs, checkpointing, rank, bits)
+    counted, activations = counted_base(scene.base, rank, scene.pairs, checkpointing)
+    setting = memory.Setting(scene.base, optimizer, scene.pairs, checkpointing, rank, bits)
     found = dict(
         zip(memory.PARTS, memory.bytes_by_part(counted, setting, activations), strict=True)
     )
@@ -329,65 +454,24 @@ def limited(seconds: float) -> Iterator[None]:
     Raises:
         TimeoutError: it was ended.
     """
+    ended = False
 
     def end(*_: Any) -> None:
+        nonlocal ended
+        ended = True
         raise TimeoutError
 
     signal.signal(signal.SIGALRM, end)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    # More than once: raised in a callback or a destructor it is passed over.
+    signal.setitimer(signal.ITIMER_REAL, max(0.01, seconds), AGAIN)
     try:
         yield
+    except Exception as error:
+        if ended:  # a compiler, for one, wraps what is raised within it
+            raise TimeoutError from error
+        raise
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-
-
-def time_scene(
-    scene: Scene, work: Path, device: torch.device, tiny: bool, clock: Clock
-) -> dict[str, Any]:
-    """Time a scene's variants until the time is used; the safeguard's cost is added."""
-    began = time.monotonic()
-    steps = Steps(scene, work, device, tiny)
-    print(f"{scene.name} (base: {time.monotonic() - began:.0f} s)", flush=True)
-    found: dict[str, Any] = {}
-    failed, left_out, cut, longest = {}, {}, [], 0.0
-    for variant in scene.variants:
-        # Compiling takes minutes, a reference's errors a run before.
-        factor = 4.0 if COMPILED in variant else 2.0 if step.REFERENCE in variant else 1.2
-        if clock.left < factor * longest + RESERVE:
-            cut.append(variant)
-            continue
-        began = time.monotonic()
-        try:
-            with limited(clock.left):
-                found[variant] = steps.measure(variant)
-        except TimeoutError:
-            cut.append(variant)
-            continue
-        except UserError as error:  # what it needs is not installed
-            left_out[variant] = str(error)
-            continue
-        except Exception as error:  # one variant's fault is told, and the others are timed
-            failed[variant] = f"{type(error).__name__}: {first_line(error)}"
-            print(f"  {variant}: {failed[variant]}", flush=True)
-            continue
-        took = time.monotonic() - began
-        if COMPILED not in variant and step.REFERENCE not in variant:
-            longest = max(longest, took)
-        median = found[variant]["seconds"]["median"]
-        print(f"  {variant}: {median:.3f} s a step ({took:.0f} s)", flush=True)
-    pairs = steps.bench.options.batch or 1
-    for variant, entry in found.items():
-        entry["flops"] = entry["flops"] or found.get(step.PLAIN, entry)["flops"]
-        entry["flops_per_s"] = (entry["flops"] or 0) / entry["seconds"]["median"]
-        entry["computed_gib"] = computed_gib(scene, variant, pairs)
-        for base in step.BASELINES:
-            if base in found:
-                ratio = entry["seconds"]["median"] / found[base]["seconds"]["median"]
-                entry[f"time_to_{base}"] = ratio
-    start_anew(device)
-    rule = rule_seconds(pairs, scene.latent_side, device)
-    told = {"failed": failed, "left_out": left_out, "cut": cut}
-    return {"variants": found, **told, "safeguard_seconds": rule}
 
 
 def rule_seconds(pairs: int, side: int, device: torch.device) -> dict[str, float]:
@@ -400,97 +484,66 @@ def rule_seconds(pairs: int, side: int, device: torch.device) -> dict[str, float
     return {name.removeprefix("rule "): statistics.median(all_) for name, all_ in taken.items()}
 
 
-def markdown(about: dict[str, Any], result: dict[str, Any]) -> str:
-    """Write the results as a page."""
-    peak = result.get("matrix_peak")
-    lines = [f"# {about['device']}", "", f"`{about['command']}`, {about['date']}", ""]
-    lines += [", ".join(f"{k} {v}" for k, v in about["versions"].items()) + ".", ""]
-    if tests := result.get("tests"):
-        lines += ["## Tests", ""]
-        if "left_out" in tests:
-            lines += [f"Left out: {tests['left_out']}.", ""]
-        else:
-            ended = "" if tests["exit_code"] is not None else "; cut off by the time limit"
-            lines += [
-                f"{tests['passed']} passed, {tests['skipped']} skipped, "
-                f"{len(tests['failed'])} failed{ended}.",
-                "",
-                *(f"- failed: `{name}`" for name in tests["failed"]),
-                "",
-            ]
-    if peak:
-        lines += [f"A large matrix product in bf16 reaches {peak / 1e12:.1f} TFLOP/s.", ""]
-    for name, scene in result.get("scenes", {}).items():
-        lines += [f"## {name}", ""]
-        head = ["variant", *(f"time / {base}" for base in step.BASELINES), "s a step", "pairs/s"]
-        head += ["peak GiB", "computed GiB", "TFLOP/s", "of the peak"]
-        lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-        for variant, entry in scene["variants"].items():
-            ratios = [entry.get(f"time_to_{base}") for base in step.BASELINES]
-            computed = entry["computed_gib"]
-            cells = [variant, *("" if r is None else f"{r:.2f}" for r in ratios)]
-            cells += [f"{entry['seconds']['median']:.3f}", f"{entry['pairs_per_s']:.2f}"]
-            cells += [
-                f"{entry['peak_memory_gib']:.1f}",
-                "" if computed is None else f"{computed:.1f}",
-            ]
-            speed = entry["flops_per_s"]
-            cells += [f"{speed / 1e12:.1f}", f"{speed / peak:.0%}"]
-            lines.append(f"| {' | '.join(cells)} |")
-        lines.append("")
-        if plain := scene["variants"].get(step.PLAIN):
-            for scope, seconds in scene["safeguard_seconds"].items():
-                share = seconds / plain["seconds"]["median"]
-                lines.append(
-                    f"- The safeguard's rule, scope {scope}: {1e6 * seconds:.0f} microseconds, "
-                    f"{share:.4%} of a plain step."
-                )
-        lines += [f"- {variant} failed: {said}" for variant, said in scene["failed"].items()]
-        lines += [f"- {variant} left out: {said}" for variant, said in scene["left_out"].items()]
-        if scene["cut"]:
-            lines.append(f"- Cut by the time limit: {', '.join(scene['cut'])}.")
-        lines.append("")
-    return "\n".join(lines)
-
-
-def describe(device: torch.device) -> str:
-    """Name the card and its memory."""
-    import torch
-
-    if device.type != "cuda":
-        return device.type.upper()
-    memory = torch.cuda.get_device_properties(device).total_memory / 2**30
-    return f"{torch.cuda.get_device_name(device)}, {memory:.0f} GiB, CUDA {torch.version.cuda}"
-
-
 def main() -> int:
     """Test, time, write; returns 1 where a test or a variant failed."""
     options = parse(Options, sys.argv[1:], "gpu.py", __doc__)
     scenes = scenes_of(options)
+    if "speed" not in options.parts:
+        scenes = ()
     make_directory(options.out, "--out")
-    clock, device = Clock(60 * options.minutes), find_device(options.tiny)
-    result: dict[str, Any] = {"device": describe(device)}
-    if "tests" in options.parts:
-        result["tests"] = run_tests(options, device, TESTS_SHARE * clock.whole)
-        print(f"tests: {result['tests']}", flush=True)
-    if "speed" in options.parts:
-        result["matrix_peak"] = matrix_peak(device, 8192 if device.type != "cpu" else 512)
-        result["scenes"] = {}
-        with common.scratch() as work:
-            for number, scene in enumerate(scenes):
-                part = Clock(clock.left / (len(scenes) - number))
-                name = scene.base.replace("/", "-")
-                found = time_scene(scene, work / name, device, options.tiny, part)
-                result["scenes"][scene.name] = found
-    result["seconds"] = clock.whole - clock.left
-    about = common.write_result(options.out / "gpu.json", "gpu.py", result)
-    page = markdown({**about, "device": result["device"]}, result)
-    (options.out / "gpu.md").write_text(page, encoding="utf-8")
-    print(page)
-    failed = result.get("tests", {}).get("failed") or any(
-        scene["failed"] for scene in result.get("scenes", {}).values()
-    )
-    return 1 if failed else 0
+    clock, device = Clock(60 * options.minutes - RESERVE), find_device(options.tiny)
+    report = Report(options.out, device)
+    with common.scratch() as work, bases_of(scenes, work) as writers:
+        if "tests" in options.parts:
+            tests = Tests(options.tests, device.type, options.out / "tests.txt")
+            for scene in scenes:  # which takes seconds on the CPU
+                for variant in scene.variants:
+                    computed_gib(scene, variant)
+            share = TESTS_SHARE * clock.whole
+            report.add(tests=tests.finish(share - (clock.whole - clock.left)))
+            print(report.page, flush=True)
+        if scenes:
+            time_scenes(scenes, work, writers, device, options.tiny, clock, report)
+    report.add(seconds=clock.whole - clock.left)
+    print(report.page)
+    return 1 if report.failed else 0
+
+
+def time_scenes(
+    scenes: Sequence[Scene],
+    work: Path,
+    writers: dict[str, subprocess.Popen[bytes]],
+    device: torch.device,
+    tiny: bool,
+    clock: Clock,
+    report: Report,
+) -> None:
+    """Time the scenes, whose bases `writers` write into `work`."""
+    for writer in writers.values():
+        with suppress(subprocess.TimeoutExpired):
+            writer.wait(max(0.0, clock.left))
+    report.add(matrix_peak=matrix_peak(device, 8192 if device.type != "cpu" else 512), scenes={})
+    ready = []
+    for scene in scenes:
+        found = report.result["scenes"][scene.name] = nothing_found()
+        writer = writers.get(scene.base)
+        if writer and writer.poll() is None:
+            found["cut"] += scene.variants
+        elif writer and writer.returncode:
+            found["failed"]["its base"] = f"writing it ended with exit code {writer.returncode}"
+        else:
+            base = work / scene.base if writer else scene.base
+            apart = work / f"scene-{len(ready)}"
+            ready.append(Steps(scene, base, apart, device, tiny, found))
+    for number, steps in enumerate(ready):
+        part = Clock(clock.left / (len(ready) - number))
+        ordinary = [name for name in steps.scene.variants if COMPILED not in name.split("+")]
+        steps.take(ordinary, part, report.add)
+        steps.time_rule(RESERVE)
+        report.add()
+    for steps in ready:
+        compiled = [name for name in steps.scene.variants if COMPILED in name.split("+")]
+        steps.take(compiled, clock, report.add)
 
 
 if __name__ == "__main__":

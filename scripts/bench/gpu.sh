@@ -3,6 +3,8 @@
 set -euo pipefail
 here=$(dirname "$(readlink -f "$0")")
 export SDPO_SKIP_INSTALL=1
+# Nobody waits for a hub that cannot be reached.
+export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 # Without an environment of ours, the packages of the machine's own Python are what there is.
 if [ -z "${SDPO_PYTHON:-}${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && ! [ -x "$here/../../.venv/bin/python" ]; then
   export SDPO_PYTHON=python3

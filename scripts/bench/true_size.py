@@ -322,11 +322,16 @@ def write_pipeline(family: str, path: Path) -> None:
     pipeline.save_pretrained(path)
 
 
-def write_pipeline_apart(family: str, path: Path) -> None:
-    """Write a pipeline by a process of its own, so that its memory is given back."""
+def writing(family: str, path: Path) -> list[str]:
+    """Give the command, to be run from ROOT, of a process that writes a pipeline: its memory is
+    given back."""
     print(f"writing a random {family} pipeline", flush=True)
-    program = [sys.executable, "-m", "scripts.bench.true_size", family, str(path)]
-    subprocess.run(program, check=True, cwd=ROOT)
+    return [sys.executable, "-m", "scripts.bench.true_size", family, str(path)]
+
+
+def write_pipeline_apart(family: str, path: Path) -> None:
+    """Write a pipeline by a process of its own."""
+    subprocess.run(writing(family, path), check=True, cwd=ROOT)
 
 
 def main() -> int:
