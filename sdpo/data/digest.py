@@ -65,7 +65,7 @@ def _stream_files(rows: Any) -> list[str]:
         inner = inner.ex_iterable
     given = getattr(inner, "kwargs", {})
     names: list[str] = []
-    for file in given.get("files", ()):
+    for file in (*given.get("files", ()), *given.get("tar_paths", ())):
         names += [file] if isinstance(file, str) else map(str, file)  # datasets 4.0 wraps each
     for shard in given.get("shards", ()):
         is_tar = isinstance(shard, tuple)  # (path, digest) of `open_tars`

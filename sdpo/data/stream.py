@@ -3,12 +3,14 @@ downloaded ahead."""
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import count, islice
 from typing import Any
 
-from torch import randint, randperm
+from torch import Tensor, arange, randint, randperm
 from torch.utils.data import IterableDataset
 
 from sdpo.common.errors import UserError, first_line
@@ -17,6 +19,7 @@ from sdpo.config import TrainConfig
 from sdpo.data.order import FIRST, Place
 from sdpo.data.pairs import NumberedRow, Pair, PairDecoder, decode_first
 from sdpo.data.source import DREAMLIKE, LABEL, MODELS, PairSource, bad_label, read_label
+from sdpo.data.stream_rows import ShardCounts
 
 SHUFFLE_BUFFER = 1000  # pairs held in memory, undecoded
 
@@ -40,6 +43,12 @@ class StreamingPairs(IterableDataset[list[Pair]]):
         self.seed, self.batch_size = self.config.run.seed, self.config.optim.train_batch_size
         self.stride = self.batch_size * self.world_size
         self.shards = range(self.source.rows.num_shards)
+        self.rank_of_run = self.rank
+
+    @cached_property
+    def counts(self) -> ShardCounts:
+        """What is known of the lengths of the shards, of which this process keeps its own file."""
+        return ShardCounts(self.source, self.config, self.rank_of_run)
 
     def __iter__(self) -> Iterator[list[Pair]]:
         epoch, position = self.start
@@ -56,7 +65,7 @@ class StreamingPairs(IterableDataset[list[Pair]]):
             epoch, position = epoch + 1, 0
 
     def _steps(self, epoch: int, position: int) -> Iterator[list[Pair]]:
-        rows = islice(self._pairs_of(epoch), position, None)
+        rows = self._pairs_of(epoch, position)
         ahead: list[NumberedRow] = []
         while True:
             ahead += islice(rows, max(0, self.stride - len(ahead)))
@@ -85,36 +94,61 @@ class StreamingPairs(IterableDataset[list[Pair]]):
         """Name the pair at a position of this stream."""
         return self.seed, epoch, position
 
-    def _pairs_of(self, epoch: int) -> Iterator[NumberedRow]:
+    def _pairs_of(self, epoch: int, position: int = 0) -> Iterator[NumberedRow]:
         # --max_train_samples cuts the order off, which must then be the same in every epoch.
         limit = self.config.data.max_train_samples
-        return islice(self._shuffled(epoch if limit is None else 0), limit)
+        pairs = self._shuffled(epoch if limit is None else 0, position)
+        return islice(pairs, None if limit is None else max(0, limit - position))
 
-    def _shuffled(self, epoch: int) -> Iterator[NumberedRow]:
-        """Read the decided pairs of the stream's shards once, shards and rows shuffled.
+    def _shuffled(self, epoch: int, position: int) -> Iterator[NumberedRow]:
+        """Read the decided pairs of the stream's shards once, shards and rows shuffled, from a
+        position on.
 
         `IterableDataset.shuffle` draws another order in a data worker than outside one, and with
         shards in another order it cannot tell a row's number. Here the order is a function of
-        (seed, epoch).
+        (seed, epoch), and so is which pairs are held at a position.
         """
+        total = self.counts.total(self.shards)
+        if total is not None and position >= total:
+            return
         drawn = generator(self.seed, epoch, "stream-order")
         order = [self.shards[i] for i in randperm(len(self.shards), generator=drawn).tolist()]
-        pairs = self._decided(order)
+        given = position if total is None else min(position, max(0, total - SHUFFLE_BUFFER))
+        # One by one they would be the same numbers.
+        slots = held_after(randint(SHUFFLE_BUFFER, (given,), generator=drawn))
+        pairs = self._decided(order, slots.sort().values.tolist())
         held = list(islice(pairs, SHUFFLE_BUFFER))
+        if given and len(held) < SHUFFLE_BUFFER:
+            # The epoch ends before that; its length is known now.
+            yield from self._shuffled(epoch, position)
+            return
+        held = [held[i] for i in slots.argsort().argsort().tolist() if i < len(held)]
         for pair in pairs:
             i = int(randint(SHUFFLE_BUFFER, (), generator=drawn))
             yield held[i]
             held[i] = pair
-        for i in randperm(len(held), generator=drawn).tolist():
+        for i in randperm(len(held), generator=drawn).tolist()[position - given :]:
             yield held[i]
 
-    def _decided(self, shards: list[int]) -> Iterator[NumberedRow]:
-        rows = self.source.rows
+    def _decided(self, shards: list[int], held: list[int]) -> Iterator[NumberedRow]:
+        """Read the decided pairs of shards: those whose numbers are `held`, ascending, and all
+        after them. A shard without any of these is not opened where its length is known."""
+        rows, known, wanted = self.source.rows, self.counts.known, set(held)
+        start, after = 0, held[-1] + 1
         for shard in shards:
+            end = start + known.get(shard, after + 1)
+            if end <= max(start, after) and bisect_left(held, start) == bisect_left(held, end):
+                start = end
+                continue
+            at = start
             for index, row in enumerate(self._read(shard)):
                 number = index if rows.num_shards == 1 else f"{index} of shard {shard}"
                 if is_wanted(row, number, self.config.data.dreamlike_pairs_only):
-                    yield number, row
+                    if at >= after or at in wanted:
+                        yield number, row
+                    at += 1
+            self.counts.note(shard, at - start)
+            start = at
 
     def _read(self, shard: int) -> Iterator[dict[str, Any]]:
         """Read the rows of one shard.
@@ -158,7 +192,7 @@ class OwnShards(StreamingPairs):
         # of files is no multiple of the processes.
         self.shards = self.shards[self.rank :: self.world_size]
         # Within its own files a process is alone: its stream has a step of one batch.
-        self.rank_of_run, self.stride_of_run = self.rank, self.stride
+        self.stride_of_run = self.stride
         self.rank, self.stride = 0, self.batch_size
         self.start = Place(0, self.start.position // self.stride_of_run * self.batch_size)
 
@@ -167,18 +201,25 @@ class OwnShards(StreamingPairs):
         of_run = step * self.stride_of_run + self.rank_of_run * self.batch_size + index
         return self.seed, epoch, of_run
 
-    def _pairs_of(self, epoch: int) -> Iterator[NumberedRow]:
+    def _pairs_of(self, epoch: int, position: int = 0) -> Iterator[NumberedRow]:
         """Read the own files in one order after another, without end."""
         for turn in count():
-            pairs = self._shuffled(turn)
-            first = next(pairs, None)
-            if first is None:
+            yield from self._shuffled(turn, position)
+            total = self.counts.total(self.shards)  # now that all are read
+            if not total:
                 raise UserError(
                     f"--stream_shards own: no usable pair in the files of process "
                     f"{self.rank_of_run}; use --stream_shards all"
                 )
-            yield first
-            yield from pairs
+            position = max(0, position - total)
+
+
+def held_after(draws: Tensor) -> Tensor:
+    """Tell which pairs, by the order in which they are read, the shuffle's slots hold after some
+    draws, (SHUFFLE_BUFFER,) int64. Draw t gives away the pair in slot draws[t], and pair
+    SHUFFLE_BUFFER + t takes the slot."""
+    taken_by = arange(SHUFFLE_BUFFER, SHUFFLE_BUFFER + len(draws))
+    return arange(SHUFFLE_BUFFER).scatter_reduce(0, draws, taken_by, "amax")
 
 
 def is_wanted(row: dict[str, Any], number: int | str, dreamlike_only: bool = False) -> bool:

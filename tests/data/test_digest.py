@@ -22,9 +22,9 @@ def described(make_config):
     return describe
 
 
-def stream_of(*names):
+def stream_of(*names, kind="files"):
     """A source as `open_pairs` gives one of the hub that is streamed, its columns chosen."""
-    files = SimpleNamespace(kwargs={"files": list(names)})
+    files = SimpleNamespace(kwargs={kind: list(names)})
     rows = SimpleNamespace(_ex_iterable=SimpleNamespace(ex_iterable=files))
     return SimpleNamespace(origin=None, rows=rows)
 
@@ -81,6 +81,7 @@ def test_files_of_the_hub_go_by_their_commit():
     assert changes(first, describe_pairs(stream_of(*names))) == "1 files, now 2"
     wrapped = describe_pairs(stream_of([names[0]]))  # as datasets 4.0 does
     assert wrapped == first
+    assert describe_pairs(stream_of(names[0], kind="tar_paths")) == first
 
 
 def test_a_stream_of_unknown_files_is_not_described(described, pairs_dir):
