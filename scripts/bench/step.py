@@ -33,7 +33,7 @@ from sdpo.common.flags import at_least, flag, flat, parse
 PLAIN, PUBLIC, BARE, EXAMPLE = "plain", "public", "bare", "example"
 REFERENCE = "reference_cache"
 # What ratios are taken to.
-BASELINES = (PLAIN, PUBLIC, BARE)
+BASELINES = (PLAIN, PUBLIC, BARE, f"{EXAMPLE}+lora")
 # The flags of train.py that each part of a variant's name stands for.
 PARTS: dict[str, dict[str, Any]] = {
     PLAIN: {},
