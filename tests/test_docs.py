@@ -81,7 +81,7 @@ def test_flags_exist(text):
     # Of other programs: the quickstart, prompts/build.py, and scripts/bench.
     other = {"--method", "--steps", "--out", "--repeats", "--no-NAME", "--source"}
     other |= {"--variants", "--pairs", "--step_json", "--rows", "--batches", "--turns"}
-    other |= {"--images", "--base", "--tiny", "--parts", "--tests"}
+    other |= {"--images", "--base", "--tiny", "--parts", "--tests", "--size", "--prompts"}
     named = set(re.findall(r"--[a-zA-Z][\w-]*", text))
     assert len(named) > 100
     assert named <= known | launcher | other, named - known - launcher - other
