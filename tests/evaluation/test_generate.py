@@ -133,6 +133,19 @@ def test_only_what_is_missing_or_broken_is_made_again(flags, made, tmp_path):
     assert (out / f"{STEM}.json").read_text() == (made / f"{STEM}.json").read_text()
 
 
+def test_offloaded_text_encoders_go_on_with_it(flags, made, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(made, out)
+    last = out / STEM / "4_32x32.png"
+    before = last.read_bytes()
+    last.unlink()
+    (out / f"{STEM}.json").unlink()
+    assert run_here("eval/generate.py", flags(out, "--offload_text_encoders")) == 0
+    # The last batch is of this image alone.
+    assert last.read_bytes() == before
+    assert (out / f"{STEM}.json").read_text() == (made / f"{STEM}.json").read_text()
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [

@@ -22,7 +22,7 @@ def base(request, tiny_sd15, tiny_sdxl):
     return get_family(request.param), {"sd15": tiny_sd15, "sdxl": tiny_sdxl}[request.param]
 
 
-def build(name, base, dtype="fp32", steps=4, cfg=3.0, seed=0):
+def build(name, base, dtype="fp32", steps=4, cfg=3.0, seed=0, device="cpu", offload=False):
     family, directory = base
     source = ModelSource(base=str(directory))
     return PROTOCOLS[name](
@@ -31,7 +31,8 @@ def build(name, base, dtype="fp32", steps=4, cfg=3.0, seed=0):
         family.load_frozen(source),
         source,
         Sampling(steps, cfg, seed, SIZE, DTYPES[dtype]),
-        torch.device("cpu"),
+        torch.device(device),
+        offload,
     )
 
 
@@ -160,6 +161,50 @@ def test_batch_does_not_matter(base, name, dtype):
     difference = np.abs(together - alone)
     assert difference.max() <= (1 if dtype == "fp32" else 24)
     assert difference.mean() < (0.01 if dtype == "fp32" else 1)
+
+
+@pytest.mark.parametrize("name", PROTOCOL_NAMES)
+def test_offloaded_text_encoders_make_the_same_images(base, name):
+    wanted = array(build(name, base, "bf16")(PROMPTS, [0, 1, 2]))
+    offloaded = build(name, base, "bf16", offload=True)
+    for _ in range(2):
+        assert np.array_equal(array(offloaded(PROMPTS, [0, 1, 2])), wanted)
+
+
+def test_text_encoders_are_on_the_device_while_prompts_are_encoded(base, monkeypatch):
+    """A copy stands for what would be the device's."""
+    family, _ = base
+    protocol = build("paper", base, offload=True)
+    weights = [p for model in protocol.frozen.text_encoders for p in model.parameters()]
+
+    def places():
+        return {p.data_ptr() for p in weights}
+
+    home, seen = places(), {"encode_text": [], "predict": []}
+    for method, found in seen.items():
+        called = getattr(family, method)
+
+        def watched(*arguments, called=called, found=found):
+            found.append(places())
+            return called(*arguments)
+
+        monkeypatch.setattr(family, method, watched)
+    moved = torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda *a, **options: moved(*a, **options).clone())
+    protocol(PROMPTS, [0, 1, 2])
+    assert len(seen["encode_text"]) == 1 and seen["encode_text"][0].isdisjoint(home)
+    assert len(seen["predict"]) == 4 and all(place == home for place in seen["predict"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", PROTOCOL_NAMES)
+def test_offloaded_on_an_accelerator(base, name, device):
+    wanted = array(build(name, base, "bf16", device=device)(PROMPTS, [0, 1, 2]))
+    offloaded = build(name, base, "bf16", device=device, offload=True)
+    encoders = offloaded.frozen.text_encoders
+    for _ in range(2):
+        assert np.array_equal(array(offloaded(PROMPTS, [0, 1, 2])), wanted)
+        assert {encoder.device.type for encoder in encoders} == {"cpu"}
 
 
 def test_names():

@@ -106,6 +106,11 @@ class GenerationConfig:
     )
     batch_size: int = flag(8, "images at a time", metavar="N", check=at_least(1))
     dtype: str = flag("bf16", "of UNet and text encoders", choices=DTYPE_NAMES)
+    offload_text_encoders: bool = flag(
+        False,
+        "keep the text encoders in the host's memory, on the device only while prompts are "
+        "encoded; with --protocol diffusers every part while it is asked",
+    )
     limit: int | None = flag(
         None, "only the first N prompts of each suite", metavar="N", check=at_least(1)
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from sdpo.common.errors import UserError
 from sdpo.models.base import Conditions, Family, Frozen, ModelSource, joined, repeat
+from sdpo.models.offload import Offloaded
 
 DECODED_PIXELS = 2**21  # at a time: 8 images of 512 px
 
@@ -33,7 +35,8 @@ class Sampling:
 
 
 class Protocol(ABC):
-    """Samples images from prompts by models that lie on their device.
+    """Samples images from prompts by models that lie on `device`; with `offload_text` the text
+    encoders lie in the host's memory, and are there only while prompts are encoded.
 
     Class attributes:
         noise_used: where an image's noise comes from, in words.
@@ -49,12 +52,16 @@ class Protocol(ABC):
         source: ModelSource,
         sampling: Sampling,
         device: torch.device,
+        offload_text: bool = False,
     ) -> None:
         self.family, self.frozen, self.sampling, self.device = family, frozen, sampling, device
+        self.offload_text = offload_text
         self.scheduler: Any = None
         self.vae: Any = frozen.vae
-        self.unet: Any = unet.to(device, sampling.dtype).eval()
-        frozen.to(device, sampling.dtype, self.vae_dtype())
+        # The device need not have room for all parts at once.
+        home = torch.device("cpu") if offload_text else device
+        self.unet: Any = unet.to(home, sampling.dtype).eval()
+        frozen.to(home, sampling.dtype, self.vae_dtype())
         self.prepare(source)
 
     @abstractmethod
@@ -63,7 +70,8 @@ class Protocol(ABC):
 
     @abstractmethod
     def prepare(self, source: ModelSource) -> None:
-        """Build `scheduler` and whatever else is the same for all prompts."""
+        """Build `scheduler` and whatever else is the same for all prompts, and bring to the device
+        what belongs there of parts that are offloaded."""
 
     @abstractmethod
     def __call__(self, prompts: Sequence[str], indices: Sequence[int]) -> list[Image.Image]:
@@ -113,6 +121,12 @@ class Paper(Protocol):
         from diffusers import EulerDiscreteScheduler
 
         sampling = self.sampling
+        sampling = self.sampling
+        self.text: Offloaded | None = None
+        if self.offload_text:
+            self.text = Offloaded(nn.ModuleList(self.frozen.text_encoders), self.device)
+            self.unet.to(self.device)
+            self.vae.to(self.device)
         config = self.family.load_sampler(source).config
         self.scheduler = EulerDiscreteScheduler.from_config(config)
         generator = torch.Generator(self.device).manual_seed(sampling.seed)
@@ -124,7 +138,8 @@ class Paper(Protocol):
 
     def encode(self, prompts: Sequence[str]) -> Conditions:
         """Encode prompts to the UNet's conditions."""
-        return self.family.encode_captions(self.frozen, list(prompts), self.sampling.resolution)
+        with self.text.on_device() if self.text else nullcontext():
+            return self.family.encode_captions(self.frozen, list(prompts), self.sampling.resolution)
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str], indices: Sequence[int]) -> list[Image.Image]:
@@ -167,8 +182,11 @@ class Diffusers(Protocol):
         return self.sampling.cfg
 
     def prepare(self, source: ModelSource) -> None:
-        """Build the pipeline."""
+        """Build the pipeline; offloaded, its parts take turns on the device, as diffusers does
+        it."""
         self.pipeline = self.family.pipeline(self.unet, self.frozen, source)
+        if self.offload_text and self.device.type != "cpu":
+            self.pipeline.enable_model_cpu_offload(device=self.device)
         self.pipeline.set_progress_bar_config(disable=True)
         self.scheduler = self.pipeline.scheduler
 

@@ -143,8 +143,10 @@ def build_protocol(
     sampling = Sampling(
         config.steps, config.cfg, config.seed, config.resolution, DTYPES[config.dtype]
     )
-    build = PROTOCOLS[config.protocol]
-    return build(family, unet, frozen, source, sampling, accelerator.device), model
+    protocol = PROTOCOLS[config.protocol](
+        family, unet, frozen, source, sampling, accelerator.device, config.offload_text_encoders
+    )
+    return protocol, model
 
 
 def settings_of(
