@@ -1,5 +1,5 @@
 """Computed, not measured: what the six recipes cost on 8 GPUs of 80 GB, in FLOPs, bytes and hours,
-and what a pair costs of every base.
+what a pair costs of every base, and what share of an evaluation is scoring.
 
     python scripts/bench/cost_model.py [--out FILE.json] [--utilisation 0.4]
 
@@ -14,6 +14,8 @@ counts:
   caption;
 - a cache is built once, every image in two views (flipped or not), every caption once; it then
   serves a run;
+- an image of an evaluation is its caption, two UNet samples a step and a VAE decoding; its scores
+  are a forward pass of each of the five published scorers, without the heads of linear maps;
 - hours are FLOPs / (GPUs x the peak in bf16 x --utilisation): data loading, exchange of gradients
   and checkpoints are taken to hide behind computation. The utilisation is an assumption, the same
   for every row: ratios between rows do not depend on it.
@@ -53,6 +55,7 @@ TOKENS = 77
 TEXT_WIDTH = {"sd15": 768, "sdxl": 2048 + 1280 / TOKENS}  # per token; SDXL's pooled output once
 # What of a UNet sees neither noise nor image.
 COMMON = ("attn2.to_k", "attn2.to_v", ".time_embedding", ".time_emb_proj", ".add_embedding")
+IMAGE_STEPS = 50  # of the published evaluation
 METHODS = ("diffusion-dpo", "dspo", "dmpo")
 RECIPES = {f"{family} {method}": family for family in TEXT_WIDTH for method in METHODS}
 # Name, with a cache, with LoRA.
@@ -98,6 +101,60 @@ def count(name: str) -> Flops:
         vae=flops_of(lambda: vae.encode(pixels)),
         text=sum(2.0 * base.tokens * linear_weights(encoder) for encoder in encoders),
     )
+
+
+def image_flops(name: str, f: Flops, steps: int = IMAGE_STEPS) -> float:
+    """Count what it costs to make an image at a base's resolution, guided."""
+    import torch
+
+    base = BASES[name]
+    with torch.device("meta"):
+        vae = build_vae(name)
+        latents = torch.empty(1, base.channels, base.resolution // 8, base.resolution // 8)
+    return f.text + steps * 2 * f.unet + flops_of(lambda: vae.decode(latents))
+
+
+def scorer_flops() -> dict[str, float]:
+    """Count what it costs to score an image, by published scorer."""
+    import open_clip
+    import torch
+    from transformers import (
+        BlipTextConfig,
+        BlipTextModel,
+        BlipVisionConfig,
+        BlipVisionModel,
+        CLIPVisionConfig,
+        CLIPVisionModelWithProjection,
+    )
+
+    large = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24}
+    large |= {"num_attention_heads": 16, "image_size": 224}
+    with torch.device("meta"):
+        huge = open_clip.CLIP(**open_clip.get_model_config("ViT-H-14"))
+        clip = CLIPVisionModelWithProjection(CLIPVisionConfig(**large, patch_size=14))
+        vision = BlipVisionModel(BlipVisionConfig(**large, patch_size=16))
+        reading = BlipTextConfig(
+            hidden_size=768,
+            intermediate_size=3072,
+            num_hidden_layers=12,
+            num_attention_heads=12,
+            encoder_hidden_size=1024,
+            is_decoder=True,
+        )
+        text = BlipTextModel(reading, add_pooling_layer=False)
+        pixels = torch.empty(1, 3, 224, 224)
+        tokens, words = (torch.zeros(1, n, dtype=torch.long) for n in (TOKENS, 35))
+
+    def read() -> None:
+        seen = vision(pixel_values=pixels).last_hidden_state
+        text(input_ids=words, encoder_hidden_states=seen)
+
+    in_vit_h = flops_of(lambda: huge(pixels, tokens))
+    return {
+        **dict.fromkeys(("pickscore", "hpsv2", "clip"), in_vit_h),
+        "aesthetics": flops_of(lambda: clip(pixel_values=pixels)),
+        "imagereward": flops_of(read),
+    }
 
 
 def linear_weights(encoder: Any) -> int:
@@ -226,6 +283,22 @@ def show_pairs(pairs: dict[str, dict[str, dict[str, float]]]) -> None:
     common.print_table(head, rows)
 
 
+def show_images(images: dict[str, dict[str, float]]) -> None:
+    """Print what an image of an evaluation costs, and its five scores."""
+    rows = [
+        [
+            BASES[name].label,
+            f"{cost['image'] / 1e12:.1f}",
+            f"{cost['scores'] / 1e12:.2f}",
+            f"{cost['scores'] / (cost['image'] + cost['scores']):.1%}",
+        ]
+        for name, cost in images.items()
+    ]
+    print()
+    head = [f"an image, {IMAGE_STEPS} steps", "TFLOP", "five scores", "share of both"]
+    common.print_table(head, rows)
+
+
 def show(flops: dict[str, Flops], costs: dict[str, Any], utilisation: float) -> None:
     """Print the tables."""
     print(f"Computed. {GPUS} GPUs at {utilisation:.0%} of peak bf16, {PAIRS:,} pairs a run.\n")
@@ -270,6 +343,12 @@ def main() -> int:
     show(flops, costs, options.utilisation)
     pairs = {name: pair_costs(name, f, options.utilisation) for name, f in flops.items()}
     show_pairs(pairs)
+    scores = scorer_flops()
+    images = {
+        name: {"image": image_flops(name, flops[name]), "scores": sum(scores.values())}
+        for name in TEXT_WIDTH
+    }
+    show_images(images)
     shares = {name: common_share(name) for name in TEXT_WIDTH}
     told = ", ".join(f"{name} {share:.2%}" for name, share in shares.items())
     print(f"\nof a UNet's forward pass hangs on caption and time alone: {told}")
@@ -281,6 +360,8 @@ def main() -> int:
         "recipes": {name: costs[family] for name, family in RECIPES.items()},
         "pair": pairs,
         "common_share": shares,
+        "scorers": scores,
+        "evaluation": images,
     }
     common.write_result(options.out, "cost_model.py", result)
     return 0

@@ -38,6 +38,20 @@ def ignore_accelerates_settings() -> None:
             del os.environ[name]
 
 
+# By which a launcher (torch's, MPI's) tells a process of the others.
+_LAUNCHERS = (
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    *("PMI_RANK", "PMI_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    *("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE"),
+)
+
+
+def leave_launcher() -> None:
+    """Take a launcher's variables out of the environment, so that `start` runs alone."""
+    for name in _LAUNCHERS:
+        os.environ.pop(name, None)
+
+
 def start() -> Accelerator:
     """Join the launcher's other processes, or run alone on the best device there is."""
     from accelerate import Accelerator

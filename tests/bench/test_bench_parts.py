@@ -9,8 +9,9 @@ import json
 import pytest
 from e2e.harness import run_here
 
-from scripts.bench import cost_model, score, score_worker
+from scripts.bench import cost_model, evaluate, score, score_worker
 from sdpo.common.errors import UserError
+from sdpo.evaluation import evaluate as evaluate_program
 
 ABOUT = {"benchmark", "machine", "command", "date", "versions"}
 SPREAD = {"median", "quartile_1", "quartile_3", "least", "largest", "count"}
@@ -99,6 +100,21 @@ def test_score(tmp_path, monkeypatch):
     assert one["seconds"].keys() == SPREAD
 
 
+def test_evaluate(tmp_path, monkeypatch):
+    seen = []
+
+    def here(argv, outdir):
+        """One that does not start processes, of which tests/evaluation/test_beside.py are."""
+        assert evaluate_program.parse_args([*argv, "--outdir", str(outdir)])
+        seen.append("--score_beside" in argv)
+
+    monkeypatch.setattr(evaluate, "evaluate", here)
+    found = run("evaluate", tmp_path / "x.json", "--images", 2, "--turns", 2, "--scorers", "oracle")
+    assert seen == [False, True, True, False]
+    assert found["ways"]["scored beside"]["to_afterwards"].keys() == SPREAD
+    assert found["ways"]["scored afterwards"]["to_afterwards"]["median"] == 1
+
+
 def test_cost_model_agrees_with_known_counts():
     flops = cost_model.count("sd15")
     # Published multiply-adds of SD1.5's UNet at 64 x 64 latents are about 0.4e12 a sample.
@@ -115,6 +131,24 @@ def test_what_a_pair_s_samples_have_in_common():
     time = 2 * (320 * 1280 + 1280 * 1280 + 1280 * 20_160)
     share = cost_model.common_share("sd15")
     assert share == pytest.approx((keys + time) / cost_model.count("sd15").unet, rel=0.02)
+
+
+def test_what_scoring_costs():
+    found = cost_model.scorer_flops()
+    # ViT-H/14: 257 patches through 632 M weights, 77 tokens through the 302 M of the text's layers,
+    # and in each layer the products of queries with keys and of shares with values.
+    attention = 32 * 4 * 257**2 * 1280 + 24 * 4 * 77**2 * 1024
+    expected = 2 * 257 * 632e6 + 2 * 77 * 302e6 + attention
+    assert found["clip"] == found["pickscore"] == found["hpsv2"]
+    assert found["clip"] == pytest.approx(expected, rel=0.02)
+    assert found["aesthetics"] == pytest.approx(2 * 257 * 303e6 + 24 * 4 * 257**2 * 1024, rel=0.02)
+    # ViT-L/16, and BERT-base over 35 tokens, whose cross attention takes keys of all patches.
+    vision = 2 * 197 * 303e6 + 24 * 4 * 197**2 * 1024
+    text = 12 * (2 * 35 * (6 * 768**2 + 2 * 768 * 3072) + 2 * 197 * 2 * 1024 * 768)
+    assert found["imagereward"] == pytest.approx(vision + text, rel=0.03)
+    f = cost_model.Flops(unet=10.0, vae=7.0, text=1.0)
+    one, two = (cost_model.image_flops("sd15", f, steps) for steps in (1, 2))
+    assert two - one == 20 and one > 1e12
 
 
 def test_cost_model_arithmetic():

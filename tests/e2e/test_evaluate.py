@@ -124,6 +124,45 @@ def test_two_processes_score_alike(two, whole, weights):
     assert len(json.loads((two / "summary.json").read_text())["rows"]) == 2
 
 
+def test_two_processes_and_one_that_scores_beside_them(flags, weights, two, tmp_path):
+    """Which scores every image: the two find nothing missing."""
+    out = tmp_path / "out"
+    argv = [*flags(out), "--scorers", "clip", "aesthetics", *weights, "--score_batch_size", 2]
+    ranks = [
+        Forked([*argv, "--score_beside"], tmp_path / f"stderr-{i}", own, "eval/evaluate.py")
+        for i, own in enumerate(rank_environments(2))
+    ]
+    assert [rank.wait() for rank in ranks] == [0, 0], "\n".join(r.stderr for r in ranks)
+    said = "".join(rank.stderr for rank in ranks)
+    assert "decoding" not in said and "ended early" not in said
+    assert "images, 0 to come" in (out / "score_beside.log").read_text()
+    tables = [json.loads((d / f"{STEM}_scores.json").read_text()) for d in (out, two)]
+    assert tables[0]["scorers"] == tables[1]["scorers"]
+    for name in ("clip", "aesthetics"):
+        one, other = (
+            np.array([{r["prompt"]: r[name] for r in t["scores"]}[f"prompt number {i}"]
+                      for i in range(COUNT)])
+            for t in tables
+        )  # fmt: skip
+        assert np.abs(one - other).max() < 1e-3 * max(1, np.ptp(one))
+
+
+def test_scoring_beside_ends_with_what_started_it(flags, weights, tmp_path):
+    import psutil
+
+    argv = [*flags(tmp_path / "out"), "--scorers", "clip", *weights, "--score_beside"]
+    fork = Forked(argv, tmp_path / "stderr", name="eval/evaluate.py")
+    deadline = time.monotonic() + 120
+    children = []
+    while not (tmp_path / "out" / "score_beside.log").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+        children = psutil.Process(fork.process.pid).children()
+    assert children
+    os.kill(fork.process.pid, signal.SIGKILL)
+    assert fork.wait() == -signal.SIGKILL
+    assert psutil.wait_procs(children, timeout=60)[1] == []
+
+
 def script(name, *arguments, **environment):
     env = {k: v for k, v in os.environ.items() if not k.startswith("SDPO_")}
     env |= {"SDPO_PYTHON": sys.executable, "SDPO_SKIP_INSTALL": "1", **environment}

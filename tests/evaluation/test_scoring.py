@@ -187,6 +187,22 @@ def test_mixed_precision_is_checked(manifests, weights, capsys):
         assert about["float32_difference"] <= 0.02 * spread
 
 
+def test_float32_that_took_over_is_not_scored_again(manifests, weights, counted, monkeypatch):
+    monkeypatch.setattr("sdpo.evaluation.score.checked_precision.TOLERANCE", 0.0)
+    (one, _) = score(manifests, ["aesthetics"], weights, mixed_precision="bf16")
+    assert one.about["aesthetics"]["precision"] == "no"
+    counted["scored"].clear()
+    score(manifests, ["aesthetics"], weights, mixed_precision="bf16")
+    assert counted["scored"] == {}
+    # Float32 that was asked for is another wish.
+    monkeypatch.undo()
+    for manifest in manifests:
+        parquet_path(manifest).unlink()
+    score(manifests, ["aesthetics"], weights, mixed_precision="no")
+    again = score(manifests, ["aesthetics"], weights, mixed_precision="bf16")
+    assert again[0].about["aesthetics"]["float32_difference"] is not None
+
+
 class Shifted:
     """A scorer that is off by `shift` under autocast."""
 

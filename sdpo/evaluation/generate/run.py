@@ -9,7 +9,7 @@ at any point, the same command makes only what is missing.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from sdpo.common.errors import UserError
 from sdpo.common.files import differences, file_sha256, write_json
 from sdpo.common.flags import parse
 from sdpo.evaluation.generate.config import GenerationConfig, check_steps, check_suites, fill_in
-from sdpo.evaluation.generate.manifest import write_manifest
+from sdpo.evaluation.generate.manifest import Entry, Manifest, write_manifest
 from sdpo.evaluation.generate.suites import Suite, digest, read_suite
 
 if TYPE_CHECKING:
@@ -71,19 +71,30 @@ def read_suites(config: GenerationConfig, accelerator: Accelerator) -> list[Suit
     return [Suite(suite.name, suite.prompts[: config.limit]) for suite in suites]
 
 
-def generate(config: GenerationConfig, suites: list[Suite], accelerator: Accelerator) -> list[Path]:
-    """Make what is missing of the suites' images; returns the paths of their manifests."""
+def generate(
+    config: GenerationConfig,
+    suites: list[Suite],
+    accelerator: Accelerator,
+    begun: Callable[[int], None] | None = None,
+) -> list[Path]:
+    """Make what is missing of the suites' images; returns the paths of their manifests.
+
+    The main process calls `begun` with a suite's number once its folder is known to be this
+    evaluation's, before images are made.
+    """
     protocol, model = build_protocol(config, accelerator)
     manifests = []
-    for suite in suites:
+    for number, suite in enumerate(suites):
         settings = settings_of(config, suite, protocol, model)
-        folder = config.outdir / stem_of(config, suite)
+        folder = folder_of(config, suite)
         if accelerator.is_main_process:
             claim(folder, settings)
+            if begun:
+                begun(number)
         accelerator.wait_for_everyone()
         make_missing(config, suite, folder, protocol, accelerator)
         accelerator.wait_for_everyone()
-        manifest = folder.with_name(f"{folder.name}.json")
+        manifest = manifest_of(folder)
         if accelerator.is_main_process:
             rows = manifest_rows(suite, folder, protocol, settings)
             check_all_there(rows, config.outdir)
@@ -93,11 +104,24 @@ def generate(config: GenerationConfig, suites: list[Suite], accelerator: Acceler
     return manifests
 
 
-def stem_of(config: GenerationConfig, suite: Suite) -> str:
-    """Name a suite's image folder and manifest."""
+def folder_of(config: GenerationConfig, suite: Suite) -> Path:
+    """Name a suite's image folder."""
     side, protocol = config.resolution, config.protocol
     stem = f"{suite.name}_seed{config.seed}_{side}x{side}_{config.steps}s_{config.cfg:g}cfg"
-    return stem if protocol == "paper" else f"{stem}_{protocol}"
+    return config.outdir / (stem if protocol == "paper" else f"{stem}_{protocol}")
+
+
+def planned(config: GenerationConfig, suite: Suite) -> Manifest:
+    """List the images that a suite will have, by the path of its manifest."""
+    folder = folder_of(config, suite)
+    paths = image_paths(suite, folder, config.resolution)
+    entries = [Entry(p.text, path) for p, path in zip(suite.prompts, paths, strict=True)]
+    return Manifest(manifest_of(folder), entries)
+
+
+def manifest_of(folder: Path) -> Path:
+    """Name the manifest of an image folder."""
+    return folder.with_name(f"{folder.name}.json")
 
 
 def build_protocol(
@@ -213,7 +237,7 @@ def make_missing(
     from sdpo.training.samples import save_image
 
     rank, processes = accelerator.process_index, accelerator.num_processes
-    paths = image_paths(suite, folder, protocol)
+    paths = image_paths(suite, folder, config.resolution)
     mine = range(rank, len(paths), processes)
     # Agreed on before any process begins, so that none takes an image for done or undone twice.
     missing = sorted(gather_object([i for i in mine if not is_whole(paths[i])]))
@@ -234,9 +258,8 @@ def make_missing(
             bar.update(min(len(indices) * processes, len(missing) - bar.n))
 
 
-def image_paths(suite: Suite, folder: Path, protocol: Protocol) -> list[Path]:
-    """Name the images of a suite as published: <index>_<H>x<W>.png."""
-    side = protocol.sampling.resolution
+def image_paths(suite: Suite, folder: Path, side: int) -> list[Path]:
+    """Name the images of a suite, `side` pixels square, as published: <index>_<H>x<W>.png."""
     return [folder / f"{index}_{side}x{side}.png" for index in range(len(suite.prompts))]
 
 
@@ -267,7 +290,7 @@ def manifest_rows(
 ) -> list[tuple[str, str, dict[str, Any]]]:
     """Make the rows of `write_manifest`; each holds all settings and its own index and seed."""
     rows = []
-    paths = image_paths(suite, folder, protocol)
+    paths = image_paths(suite, folder, protocol.sampling.resolution)
     for index, (prompt, path) in enumerate(zip(suite.prompts, paths, strict=True)):
         about = {**settings, "index": index, "seed": protocol.seed_of(index)}
         if prompt.category is not None:

@@ -1,7 +1,8 @@
 """Scoring manifests: every image is decoded once, every scorer loaded once, what is known is kept.
 
-Scorers are loaded one after another, so the largest decides how much memory is needed. Views of the
-images (small, 8 bit) wait for them in a temporary file.
+Scorers are loaded one after another, so the largest decides how much memory is needed; scoring
+beside the generation holds them all. Views of the images (small, 8 bit) wait for them in a
+temporary file.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -71,43 +73,94 @@ def score_manifests(
     Raises:
         UserError: weights that are not to be had, an image that cannot be decoded.
     """
-    from accelerate.utils.memory import clear_device_cache
-
-    options = options or ScoreOptions()
     accelerator = accelerator or start()
-    device = device_of(options.how.device, accelerator)
-    classes = {name: get_scorer(name) for name in scorers}
-    weights = {name: options.of(name, cls) for name, cls in classes.items()}
-    identities = {name: each.identity() for name, each in weights.items()}
-    tables = [read_scores(manifest) for manifest in manifests]
+    scoring = Scoring(scorers, options or ScoreOptions(), accelerator)
+    tables = [scoring.read(manifest) for manifest in manifests]
     accelerator.wait_for_everyone()  # nobody may read what another has already begun to write
-    for table in tables:
-        for name in table.about.keys() & identities.keys():
-            made = table.about[name]
-            # By other weights, or in a precision that is not the one asked for.
-            precise = options.how.mixed_precision in ("auto", made.get("precision"))
-            if made.get("weights") != identities[name] or not precise:
-                table.drop(name)
-    missing = {
-        name: {_Item(t, int(r)) for t, table in enumerate(tables) for r in table.missing(name)}
-        for name in scorers
-    }
-    items = sorted(set().union(*missing.values()))
-    shares = [items[rank :: accelerator.num_processes] for rank in range(accelerator.num_processes)]
-    mine = shares[accelerator.process_index]
-    needed = {name: cls.view for name, cls in classes.items() if missing[name]}
-    views = decode(tables, mine, set(needed.values()), options.workers, accelerator)
-    for name, view in needed.items():
-        todo = [(i, v) for i, v in zip(mine, views[view], strict=True) if i in missing[name]]
-        counts = [sum(item in missing[name] for item in share) for share in shares]
-        scorer = classes[name](weights[name], device)
-        about = {"label": scorer.label, "weights": identities[name]}
-        checked = CheckedPrecision(name, scorer, options.how.mixed_precision, device)
-        run = _Run(name, checked, about, tables, options.how.batch_size, accelerator)
-        run.score(todo, counts)
-        del scorer, checked, run
-        clear_device_cache(garbage_collection=True)
+    scoring.score(tables)
     return tables
+
+
+class Scoring:
+    """Scores by several scorers what is missing of tables.
+
+    Args:
+        beside: score again and again while images are made: scorers stay loaded, all at once, and
+            no bars are drawn.
+
+    Raises:
+        UserError: there is no such device, or a part of the weights that its scorer has not.
+    """
+
+    def __init__(
+        self,
+        scorers: list[str],
+        options: ScoreOptions,
+        accelerator: Accelerator,
+        beside: bool = False,
+    ) -> None:
+        self.options, self.accelerator, self.beside = options, accelerator, beside
+        self.device = device_of(options.how.device, accelerator)
+        self.classes = {name: get_scorer(name) for name in scorers}
+        self.weights = {name: options.of(name, cls) for name, cls in self.classes.items()}
+        self.identities = {name: each.identity() for name, each in self.weights.items()}
+        self.loaded: dict[str, CheckedPrecision] = {}
+
+    def read(self, manifest: Manifest) -> ScoreTable:
+        """Read the scores that a manifest has, without those by other weights, or in a precision
+        that is not the one asked for."""
+        table = read_scores(manifest)
+        for name in table.about.keys() & self.identities.keys():
+            made = table.about[name]
+            # Float32 also stands where the precision asked for was tried and found too coarse.
+            tried = made.get("precision") == "no" and made.get("float32_difference") is not None
+            precise = tried or self.options.how.mixed_precision in ("auto", made.get("precision"))
+            if made.get("weights") != self.identities[name] or not precise:
+                table.drop(name)
+        return table
+
+    def score(self, tables: list[ScoreTable], whole_batches: bool = False) -> None:
+        """Score what is missing, of `whole_batches` no more than fills them, and save.
+
+        Raises:
+            UserError: weights that are not to be had, an image that cannot be decoded.
+        """
+        options, accelerator = self.options, self.accelerator
+        missing = {
+            name: {_Item(t, int(r)) for t, table in enumerate(tables) for r in table.missing(name)}
+            for name in self.classes
+        }
+        items = sorted(set().union(*missing.values()))
+        if whole_batches:
+            items = items[: len(items) // options.how.batch_size * options.how.batch_size]
+            missing = {name: own.intersection(items) for name, own in missing.items()}
+        processes = accelerator.num_processes
+        shares = [items[rank::processes] for rank in range(processes)]
+        mine = shares[accelerator.process_index]
+        needed = {name: cls.view for name, cls in self.classes.items() if missing[name]}
+        bars = accelerator.is_main_process and not self.beside
+        views = decode(tables, mine, set(needed.values()), options.workers, bars)
+        for name, view in needed.items():
+            todo = [(i, v) for i, v in zip(mine, views[view], strict=True) if i in missing[name]]
+            counts = [sum(item in missing[name] for item in share) for share in shares]
+            about = {"label": self.classes[name].label, "weights": self.identities[name]}
+            with self._scorer(name) as scorer:
+                run = _Run(name, scorer, about, tables, options.how.batch_size, accelerator, bars)
+                run.score(todo, counts)
+
+    @contextmanager
+    def _scorer(self, name: str) -> Iterator[CheckedPrecision]:
+        """A scorer, loaded; gone afterwards unless they stay."""
+        from accelerate.utils.memory import clear_device_cache
+
+        if name not in self.loaded:
+            scorer = self.classes[name](self.weights[name], self.device)
+            wanted = self.options.how.mixed_precision
+            self.loaded[name] = CheckedPrecision(name, scorer, wanted, self.device)
+        yield self.loaded[name]
+        if not self.beside:
+            del self.loaded[name]
+            clear_device_cache(garbage_collection=True)
 
 
 def decode(
@@ -115,7 +168,7 @@ def decode(
     items: list[_Item],
     kinds: set[View],
     workers: int,
-    accelerator: Accelerator,
+    bar: bool,
 ) -> dict[View, np.ndarray]:
     """Decode images and keep every kind of view of them, (items, 3, H, W) in a temporary file.
 
@@ -143,7 +196,7 @@ def decode(
             total=len(items),
             desc="decoding",
             unit="image",
-            disable=not accelerator.is_main_process or not items,
+            disable=not bar or not items,
         )
         for place, each in enumerate(found):
             for kind, pixels in each.items():
@@ -179,6 +232,7 @@ class _Run:
     tables: list[ScoreTable]
     batch_size: int
     accelerator: Accelerator
+    bar: bool
 
     def score(self, todo: list[tuple[_Item, np.ndarray]], counts: list[int]) -> None:
         """Score this process's items by their views; `counts` are every process's numbers of them,
@@ -191,7 +245,7 @@ class _Run:
             total=sum(counts),
             desc=self.about["label"],
             unit="image",
-            disable=not self.accelerator.is_main_process,
+            disable=not self.bar,
         ) as bar:
             for first in range(0, max(counts), a_round):
                 self._enter(gather_object(self._some(todo[first : first + a_round], bar)))

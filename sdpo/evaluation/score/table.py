@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from sdpo.common.errors import UserError
 from sdpo.common.files import file_sha256, write_json, written_beside
-from sdpo.evaluation.generate.manifest import Manifest
+from sdpo.evaluation.generate.manifest import Entry, Manifest
 
 _METADATA_KEY = b"sdpo.scorers"
 _ROW_COLUMNS = ("prompt", "gen_image_path", "image_sha256")
@@ -66,6 +66,13 @@ class ScoreTable:
         if scorer not in self.columns:
             self.columns[scorer] = np.full(len(self.manifest), math.nan)
         self.columns[scorer][rows] = values
+
+    def add(self, entries: list[Entry]) -> None:
+        """Append images, which no scorer has scored."""
+        self.manifest = Manifest(self.manifest.path, [*self.manifest.entries, *entries])
+        self.digests += [file_sha256(entry.image) for entry in entries]
+        unknown = np.full(len(entries), math.nan)
+        self.columns = {name: np.append(v, unknown) for name, v in self.columns.items()}
 
     def drop(self, scorer: str) -> None:
         """Forget a scorer's scores."""
@@ -115,7 +122,7 @@ def read_scores(manifest: Manifest) -> ScoreTable:
     found = {key: number for number, key in enumerate(keys)}
     rows = [found.get(key, -1) for key in zip(manifest.prompts, digests, strict=True)]
     here, there = np.array([(i, r) for i, r in enumerate(rows) if r >= 0] or [(0, 0)]).T
-    if max(rows) < 0:
+    if max(rows, default=-1) < 0:
         return table
     for name in about:
         values = stored[name].to_numpy(zero_copy_only=False).astype(np.float64)
