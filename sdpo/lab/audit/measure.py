@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from sdpo.common import randomness
-from sdpo.common.jsonl import JsonLines, read_lines
+from sdpo.common.jsonl import CountedLines, read_lines
 from sdpo.common.processes import ignore_accelerates_settings, quieten_libraries
 from sdpo.data.loader import PairLoader
 from sdpo.data.order import FIRST
@@ -103,7 +103,7 @@ def measure(config: AuditConfig, out: Path) -> dict[str, list[dict[str, Any]]]:
     counts = (audit.steps, audit.jacobian_pairs, audit.spectrum_pairs)
     wanted = dict(zip(PARTS, counts, strict=True))
     with ExitStack() as stack:
-        files = {name: stack.enter_context(closing(JsonLines(p))) for name, p in paths.items()}
+        files = {name: stack.enter_context(closing(CountedLines(p))) for name, p in paths.items()}
         if any(files[name].count < wanted[name] for name in PARTS):
             subject = load(config)
             _measure_updates(subject, files["updates"])
@@ -145,7 +145,7 @@ def load(config: AuditConfig) -> Subject:
     return Subject(config, models, loader, moments)
 
 
-def _measure_updates(subject: Subject, lines: JsonLines) -> None:
+def _measure_updates(subject: Subject, lines: CountedLines) -> None:
     config, steps = subject.config, subject.config.audit.steps
     if lines.count >= steps:
         return
@@ -210,7 +210,7 @@ def _estimated_moments(subject: Subject, batches: Iterator[Batch]) -> Moments:
 
 def _measure_pairs(
     subject: Subject,
-    lines: JsonLines,
+    lines: CountedLines,
     total: int,
     what: str,
     measured: Callable[[Sample, Sample], dict[str, Any]],
