@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,8 @@ def read_scores(manifest: Manifest) -> ScoreTable:
         UserError: there is a score file and it cannot be read; an image cannot be read.
     """
     try:
-        digests = [file_sha256(entry.image) for entry in manifest.entries]
+        with ThreadPoolExecutor() as threads:  # hashing and reading leave Python to others
+            digests = list(threads.map(file_sha256, [e.image for e in manifest.entries]))
     except OSError as error:
         raise UserError(f"{manifest.path}: cannot read an image: {error}") from None
     table = ScoreTable(manifest, digests)
