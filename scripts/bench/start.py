@@ -1,12 +1,14 @@
 """A run's start: its phases up to the first step, and how what it does at the start grows.
 
-    bash scripts/bench/start.sh [--rows 10000 100000 1000000] [--steps 10000 100000]
+    bash scripts/bench/start.sh [--rows 10000 100000 1000000] [--steps 10000 100000 1000000]
+                                [--pairs 500 5000]
 
 The phases are of the tiny model on 64 pairs in a fresh process, and of the recipe's script whole.
 Growth is of rows of 64 random bytes an image: opening and choosing them for the first time
 (datasets converts them) and again, describing them for the checkpoint, drawing an epoch's order,
 going on 90 % through an epoch, by row and by stream (before and after its files are counted, see
-sdpo/data/stream_rows.py); and of taking metrics.jsonl up again after so many steps.
+sdpo/data/stream_rows.py); and of taking metrics.jsonl up again after so many steps. Last, the
+comparison of two models on so many pairs, and its page in a browser.
 """
 
 from __future__ import annotations
@@ -16,13 +18,14 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from scripts.bench import common
+from scripts.bench import common, report
+from scripts.bench.browser import NEEDED, start_browser
 from sdpo.common.cli import as_argv
 from sdpo.common.errors import run_main
 from sdpo.common.flags import at_least, flag, parse
@@ -43,11 +46,14 @@ class Options:
         shown="10000 100000 1000000",
     )
     steps: tuple[int, ...] = flag(
-        (10_000, 100_000),
+        (10_000, 100_000, 1_000_000),
         "lines of metrics.jsonl",
         metavar="N",
         check=at_least(1),
-        shown="10000 100000",
+        shown="10000 100000 1000000",
+    )
+    pairs: tuple[int, ...] = flag(
+        (500, 5000), "pairs of a comparison", metavar="N", check=at_least(1), shown="500 5000"
     )
     out: Path = flag(Path("output/bench/start.json"), "the figures", record=False)
 
@@ -185,9 +191,32 @@ def time_metrics(work: Path, count: int) -> float:
     work.mkdir()
     bins = {"by_timestep": {"winner_drift": [0.1] * 10, "loser_scale": [0.5] * 10}}
     entry = {**ENTRY, **bins, **{f"metric_{i}": 0.123456789 for i in range(20)}}
-    lines = (json.dumps({"step": i + 1, **entry}) + "\n" for i in range(count))
-    (work / METRICS_FILE).write_text("".join(lines))
+    rest = json.dumps(entry)[1:]
+    with open(work / METRICS_FILE, "w") as file:
+        file.writelines(f'{{"step": {i + 1}, {rest}\n' for i in range(count))
     return common.seconds_of(lambda: RunLog(work, count).close())
+
+
+def time_reports(work: Path, counts: Sequence[int]) -> dict[int, dict[str, float]]:
+    """Time the comparison of two models on so many pairs, and its page where there is a browser."""
+    found = {count: report.time_compare(work / f"pairs-{count}", count) for count in counts}
+    browser = start_browser(work / "profile")
+    if browser is None:
+        print(f"the page is not opened: that needs {NEEDED}")
+        return found
+    try:
+        for count in counts:
+            found[count] |= report.time_page(browser, work / f"pairs-{count}" / report.PAGE)
+    finally:
+        browser.quit()
+    return found
+
+
+def _print_growth(of: str, found: dict[int, dict[str, float]]) -> None:
+    names = list(next(iter(found.values())))
+    cells = [[n, *(f"{found[count][n]:.2f}" for count in found)] for n in names]
+    print()
+    common.print_table(["s", *(f"{count:,} {of}" for count in found)], cells)
 
 
 def main() -> int:
@@ -204,15 +233,13 @@ def main() -> int:
         for count in options.rows:
             (work / str(count)).mkdir()
             rows[count] = time_rows(work / str(count), count)
-        names = list(rows[options.rows[0]])
-        cells = [[n, *(f"{rows[count][n]:.2f}" for count in rows)] for n in names]
-        print()
-        common.print_table(["s", *(f"{count:,} rows" for count in rows)], cells)
+        _print_growth("rows", rows)
         steps = {n: time_metrics(work / f"steps-{n}", n) for n in options.steps}
-        print()
-        cells = [[f"{n:,}", f"{seconds:.2f}"] for n, seconds in steps.items()]
-        common.print_table(["steps in metrics.jsonl", "s"], cells)
-    result = {"phases": start, "rows": rows, "metrics_steps": steps}
+        taken_up = {n: {"metrics.jsonl taken up": seconds} for n, seconds in steps.items()}
+        _print_growth("steps", taken_up)
+        reports = time_reports(work, options.pairs)
+        _print_growth("pairs", reports)
+    result = {"phases": start, "rows": rows, "metrics_steps": steps, "reports": reports}
     common.write_result(options.out, "start.py", result)
     return 0
 

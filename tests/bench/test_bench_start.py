@@ -10,10 +10,10 @@ from scripts.bench import common, start
 from sdpo.common.cli import as_argv
 
 
-def test_growth(tmp_path, monkeypatch):
+def test_growth(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(start, "time_start", lambda work: {"import torch": 1.0})
     out = tmp_path / "x.json"
-    argv = ["--rows", 100, 200, "--steps", 3, "--out", out]
+    argv = ["--rows", 100, 200, "--steps", 3, "--pairs", 4, "--out", out]
     assert run_here("scripts/bench/start.py", argv) == 0
     found = json.loads(out.read_text())
     assert found["phases"] == {"import torch": 1.0}
@@ -23,6 +23,10 @@ def test_growth(tmp_path, monkeypatch):
         *("go on by stream, no file counted yet", "go on by stream"),
     }
     assert all(seconds > 0 for seconds in found["rows"]["200"].values())
+    reports = found["reports"]["4"]
+    assert reports.keys() >= {"compare.py, whole", "align, resample", "page, MB"}
+    assert ("browser: usable" in reports) == ("is not opened" not in capsys.readouterr().out)
+    assert all(figure > 0 for figure in reports.values())
 
 
 def test_phases_end_with_a_step(tmp_path, pairs_dir, tiny_sd15):
