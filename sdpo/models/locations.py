@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -194,15 +195,20 @@ def reader_of(name: str, revision: str | None, cache_dir: str | None) -> Reader:
 
     def read(file: str) -> Config | None:
         try:
-            from huggingface_hub import hf_hub_download
-
-            path = hf_hub_download(name, file, revision=revision, cache_dir=cache_dir)
+            path = _from_hub(name, file, revision, cache_dir)
         # Hub and network errors come in many classes; all mean that the file is not there.
         except Exception:
             return None
-        return read_config(Path(path))
+        return read_config(path)
 
     return read
+
+
+@cache  # the hub is asked again at every call, and several checks read the same files
+def _from_hub(name: str, file: str, revision: str | None, cache_dir: str | None) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(name, file, revision=revision, cache_dir=cache_dir))
 
 
 def check_component_dir(name: str, flag: str, needed: str) -> None:
