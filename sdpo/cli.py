@@ -10,9 +10,7 @@ launcher, as the scripts of the checkout do; SDPO_LAUNCH_ARGS holds further argu
 from __future__ import annotations
 
 import inspect
-import os
 import runpy
-import shlex
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -21,6 +19,7 @@ from typing import NamedTuple
 
 from sdpo.common.errors import UserError, run_main
 from sdpo.common.files import IN_CHECKOUT, PACKAGE, ROOT
+from sdpo.launch import further_arguments, launch
 
 RECIPES_DIR = ROOT / "scripts" / "recipes" if IN_CHECKOUT else PACKAGE / "recipes"
 LAUNCH_DIR = ROOT / "scripts" / "configs" if IN_CHECKOUT else PACKAGE / "launch"
@@ -70,7 +69,7 @@ def main() -> int:
         raise UserError(f"{name or 'no command'}: give one of {', '.join(PROGRAMS)}")
     if here or not PROGRAMS[name].launched:
         return run(name, argv)
-    return launch(name, argv)
+    return run_on_devices(name, argv)
 
 
 def help_text() -> str:
@@ -90,7 +89,7 @@ def help_text() -> str:
     )
 
 
-def launch(name: str, argv: list[str]) -> int:
+def run_on_devices(name: str, argv: list[str]) -> int:
     """Check a program's flags, then run it once per device: here where there is one.
 
     Raises:
@@ -102,7 +101,7 @@ def launch(name: str, argv: list[str]) -> int:
         if recipe:
             path = named_file("--recipe", recipe, RECIPES_DIR)
             argv = ["--config_file", str(path), "--output_dir", f"output/{path.stem}", *argv]
-    launch_argv = shlex.split(os.environ.get("SDPO_LAUNCH_ARGS", ""))
+    launch_argv = further_arguments()
     if config:
         path = named_file("--config", config, LAUNCH_DIR)
         launch_argv = ["--config_file", str(path), *launch_argv]
@@ -111,13 +110,8 @@ def launch(name: str, argv: list[str]) -> int:
     if "--check_only" in argv:
         return code
 
-    import torch
-
-    processes = max(1, torch.cuda.device_count())
-    if processes == 1 and not launch_argv:
-        return run(name, argv)
-    command = [*launcher(processes, launch_argv), "-m", "sdpo.cli", HERE, name, *argv]
-    return os.execv(sys.executable, [sys.executable, *command])
+    program = ["-m", "sdpo.cli", HERE, name, *argv]
+    return launch(program, lambda: run(name, argv), launch_argv)
 
 
 def run(name: str, argv: list[str]) -> int:
@@ -172,28 +166,6 @@ def named_file(option: str, name: str, directory: Path) -> Path:
             return path
     known = ", ".join(names(directory))
     raise UserError(f"{option}: there is no {name}; there are {known}, or give a file")
-
-
-def launcher(processes: int, launch_argv: list[str]) -> list[str]:
-    """accelerate's launcher and its arguments, as scripts/_launch.sh has them.
-
-    Args:
-        processes: the CUDA devices of this machine, at least 1.
-        launch_argv: further arguments, which win.
-    """
-    given = {argument.split("=")[0] for argument in launch_argv}
-    own: list[str] = []
-    # Said outright: left to guess, accelerate starts a single process where a machine has one GPU
-    # of several machines. A configuration says it all, and arguments would win over it.
-    if "--config_file" not in given:
-        kinds = {"--multi_gpu", "--cpu", "--tpu"} & given or any(
-            argument.startswith("--use_") for argument in given
-        )
-        if not kinds and (processes > 1 or "--num_machines" in given):
-            own = ["--multi_gpu"]
-        own += ["--num_processes", str(processes), "--num_machines", "1"]
-    own += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    return ["-m", "accelerate.commands.launch", *own, *launch_argv]
 
 
 def start() -> None:

@@ -11,13 +11,14 @@ import time
 import zipfile
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from packaging.requirements import Requirement
 
 import sdpo
-from sdpo import cli
+from sdpo import cli, launch
 from sdpo.common.errors import UserError
 
 if sys.version_info >= (3, 11):
@@ -25,6 +26,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+REPO = Path(__file__).resolve().parents[1]
 RECIPES = sorted(path.stem for path in cli.RECIPES_DIR.glob("*.yaml"))
 
 
@@ -226,11 +228,9 @@ def test_unknown_programs_are_refused(monkeypatch, given, named):
         (1, "--debug", "--num_processes 1 --num_machines 1"),
     ],
 )
-def test_processes_are_launched_as_the_scripts_do(gpus, given, expected):
-    """The cases of tests/e2e/test_scripts.py."""
+def test_how_processes_are_launched(gpus, given, expected):
     fixed = "--mixed_precision no --dynamo_backend no"
-    command = f"-m accelerate.commands.launch {expected} {fixed} {given}"
-    assert cli.launcher(gpus, given.split()) == command.split()
+    assert launch.launcher(gpus, given.split()) == f"{expected} {fixed} {given}".split()
 
 
 def test_the_command_runs_from_anywhere(installed, repo, tmp_path):
@@ -284,13 +284,28 @@ def test_set_up_installs_the_checkout_itself(repo, tmp_path):
     assert found() == f"{moved}/sdpo/__init__.py\n"
 
 
-@pytest.mark.parametrize(("gpus", "started"), [(8, True), (1, False)])
-def test_training_is_checked_once_and_started_on_every_device(monkeypatch, gpus, started):
-    ran, launched = [], []
-    monkeypatch.setattr(cli, "run", lambda *call: ran.append(call) or 0)
-    monkeypatch.setattr(os, "execv", lambda program, argv: launched.append(argv) or 0)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+@pytest.fixture
+def launched(monkeypatch) -> list[list[str]]:
+    """What accelerate's launcher is given, instead of starting it; 8 CUDA devices are counted."""
+    from accelerate.commands import launch as accelerates
+
+    calls = []
+    monkeypatch.setattr(accelerates, "launch_command", lambda args: calls.append(args))
+    monkeypatch.setattr(
+        accelerates,
+        "launch_command_parser",
+        lambda: SimpleNamespace(parse_args=lambda argv: argv),
+    )
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     monkeypatch.delenv("SDPO_LAUNCH_ARGS", raising=False)
+    return calls
+
+
+@pytest.mark.parametrize(("gpus", "started"), [(8, True), (1, False)])
+def test_training_is_checked_once_and_started_on_every_device(monkeypatch, launched, gpus, started):
+    ran = []
+    monkeypatch.setattr(cli, "run", lambda *call: ran.append(call) or 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     recipe = ["--config_file", str(cli.RECIPES_DIR / "sd15_dspo.yaml")]
     argv = [*recipe, "--output_dir", "output/sd15_dspo", "--seed", "3"]
     monkeypatch.setattr(sys, "argv", ["sdpo", "train", "--recipe", "sd15_dspo", "--seed", "3"])
@@ -298,28 +313,52 @@ def test_training_is_checked_once_and_started_on_every_device(monkeypatch, gpus,
     expected = [("train", ["--check_only", *argv])]
     here = ["-m", "sdpo.cli", "--here", "train", *argv]
     if started:
-        assert launched == [[sys.executable, *cli.launcher(gpus, []), *here]]
+        assert launched == [[*launch.launcher(gpus, []), *here]]
     else:
         expected.append(("train", argv))
         assert launched == []
     assert ran == expected
 
 
-def test_a_launch_configuration_says_it_all(monkeypatch):
-    launched = []
+def test_a_launch_configuration_says_it_all(monkeypatch, launched):
     monkeypatch.setattr(cli, "run", lambda *call: 0)
-    monkeypatch.setattr(os, "execv", lambda program, argv: launched.append(argv) or 0)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: pytest.fail("devices are counted"))
     monkeypatch.setenv("SDPO_LAUNCH_ARGS", "--machine_rank 1")
     monkeypatch.setattr(sys, "argv", ["sdpo", "evaluate", "--config=2x8gpu", "--unet", "base"])
     assert cli.main() == 0
     given = ["--config_file", str(cli.LAUNCH_DIR / "2x8gpu.yaml"), "--machine_rank", "1"]
     here = ["-m", "sdpo.cli", "--here", "evaluate", "--unet", "base"]
-    assert launched == [[sys.executable, *cli.launcher(8, given), *here]]
+    assert launched == [[*launch.launcher(8, given), *here]]
     assert "--num_processes" not in launched[0]
     monkeypatch.setattr(sys, "argv", ["sdpo", "evaluate", "--config", "16gpu"])
     with pytest.raises(UserError, match="--config: there is no 16gpu; there are 1gpu, 2x8gpu"):
         cli.main()
+
+
+@pytest.mark.parametrize("by", ["file", "module"])
+def test_one_process_finds_what_python_itself_would_give_it(tmp_path, by):
+    """Arguments, its own name and the first place of imports, a folder of the caller's."""
+    (tmp_path / "beside").mkdir()
+    for place in (tmp_path, tmp_path / "beside"):
+        (place / "near.py").write_text(f"PLACE = {str(place)!r}")
+    text = "import sys, near; print(near.PLACE, __name__, sys.argv); sys.exit(3)"
+    (tmp_path / "beside" / "program.py").write_text(text)
+    (tmp_path / "module.py").write_text(text)
+    program = ["beside/program.py"] if by == "file" else ["-m", "module"]
+    environment = {**os.environ, "PYTHONPATH": str(REPO)}
+    environment.pop("SDPO_LAUNCH_ARGS", None)
+    found = [
+        subprocess.run(
+            [sys.executable, *command, *program, "--a", "b c"],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        for command in ([], [str(REPO / "sdpo" / "launch.py")])
+    ]
+    assert found[0].stdout and found[0].stdout == found[1].stdout
+    assert [done.returncode for done in found] == [3, 3]
 
 
 def test_recipes_from_anywhere(installed, tiny_sd15, pairs_dir, tmp_path):

@@ -15,6 +15,7 @@ train() {
   "$PYTHON" -c 'import yaml' 2>/dev/null || install_requirements requirements.txt
   # Their mistakes are answered here, once, and not by every process.
   "$PYTHON" "${AT}train.py" --check_only "${arguments[@]}" || exit
+  case " ${arguments[*]} " in *" --check_only "*) return ;; esac
   install_requirements requirements.txt
   launch "${AT}train.py" "${arguments[@]}"
 }
