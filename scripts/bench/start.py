@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -27,7 +28,7 @@ from typing import Any
 from scripts.bench import common, report
 from scripts.bench.browser import NEEDED, start_browser
 from sdpo.common.cli import as_argv
-from sdpo.common.errors import run_main
+from sdpo.common.errors import UserError, run_main
 from sdpo.common.flags import at_least, flag, parse
 
 PHASES = "phases"  # the argument that makes this program the process that is measured
@@ -111,12 +112,40 @@ def time_start(work: Path) -> dict[str, float]:
     program = [sys.executable, "-m", "scripts.bench.start", PHASES, *flags]
     done = subprocess.run(program, cwd=common.ROOT, check=True, capture_output=True, text=True)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    script = ["bash", "scripts/train/sd15_diffusion_dpo.sh", *flags, "--check_only"]
+    script = ["bash", "scripts/train/sd15_diffusion_dpo.sh", *flags]
     environment = {**os.environ, "SDPO_SKIP_INSTALL": "1", "SDPO_PYTHON": sys.executable}
     check = partial(
-        subprocess.run, script, cwd=common.ROOT, check=True, capture_output=True, env=environment
+        subprocess.run,
+        [*script, "--check_only"],
+        cwd=common.ROOT,
+        check=True,
+        capture_output=True,
+        env=environment,
     )
-    return {"script with --check_only": common.seconds_of(check), **found}
+    return {
+        "script: flags and places": common.seconds_of(check),
+        **found,
+        "the script, to its first step": _seconds_to_first_step(work, script, environment),
+    }
+
+
+def _seconds_to_first_step(work: Path, script: list[str], environment: dict[str, str]) -> float:
+    """Time a recipe's script until the first line of metrics.jsonl is there; the run ends then."""
+    from sdpo.training.runlog import METRICS_FILE
+
+    out, began = work / "first", time.perf_counter()
+    as_phases = {"resolution": 64, "gradient_accumulation_steps": 1, "dataloader_num_workers": 0}
+    argv = [*script, *as_argv({"output_dir": out, "max_train_steps": 1, **as_phases})]
+    quiet = subprocess.DEVNULL
+    with subprocess.Popen(
+        argv, cwd=common.ROOT, env=environment, stdout=quiet, stderr=quiet
+    ) as run:
+        log = out / METRICS_FILE
+        while not (log.is_file() and log.stat().st_size):
+            if run.poll() is not None:
+                raise UserError(f"{shlex.join(argv)} ended with exit code {run.returncode}")
+            time.sleep(0.01)
+        return time.perf_counter() - began
 
 
 def write_rows(path: Path, count: int) -> None:
@@ -163,6 +192,9 @@ def time_rows(work: Path, count: int) -> dict[str, float]:
         return pairs
 
     def order() -> None:
+        order_of(source, 0, 1).row(Place(1, 0))
+
+    def going_on() -> None:
         pairs = order_of(source, 0, 1)
         source.row(pairs.row(next(pairs.steps(place))))
 
@@ -174,7 +206,8 @@ def time_rows(work: Path, count: int) -> dict[str, float]:
     source = opened()
     tasks: dict[str, Callable[[], Any]] = {
         "describe": lambda: describe_pairs(source),
-        "go on by row": order,
+        "an epoch's order": order,
+        "go on by row": going_on,
         "go on by stream, no file counted yet": stream,
     }
     Path(streaming.run.output_dir).mkdir()

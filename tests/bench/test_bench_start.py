@@ -19,7 +19,7 @@ def test_growth(tmp_path, monkeypatch, capsys):
     assert found["phases"] == {"import torch": 1.0}
     assert found["rows"].keys() == {"100", "200"} and found["metrics_steps"].keys() == {"3"}
     assert found["rows"]["100"].keys() == {
-        *("open, first time", "open again", "describe", "go on by row"),
+        *("open, first time", "open again", "describe", "an epoch's order", "go on by row"),
         *("go on by stream, no file counted yet", "go on by stream"),
     }
     assert all(seconds > 0 for seconds in found["rows"]["200"].values())
