@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -69,7 +70,8 @@ def weights_digest(module: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, weight in sorted(module.state_dict().items()):
         flat = weight.detach().float().cpu().contiguous().flatten()
-        bits = int(flat.view(torch.int32).sum(dtype=torch.int64))
+        # By numpy: torch widens all of it first, which takes ten times as long.
+        bits = int(flat.view(torch.int32).numpy().sum(dtype=np.int64))
         digest.update(f"{name} {tuple(weight.shape)} {bits} ".encode())
         digest.update(flat[:: max(1, len(flat) // 64)].contiguous().numpy().tobytes())
     return digest.hexdigest()

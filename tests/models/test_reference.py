@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import struct
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from sdpo.models.encoding import ModelEncoder
 from sdpo.models.forward import noise_pairs, predict_reference
 from sdpo.models.lora import AdaptersOff
 from sdpo.models.offload import Offloaded
-from sdpo.models.reference import build_reference
+from sdpo.models.reference import build_reference, weights_digest
 
 CPU = torch.device("cpu")
 FORMS = [{}, {"offload_reference": True}, {"lora_rank": 2}]
@@ -67,3 +69,14 @@ def test_which_form_is_built(base, make_config):
             assert not any(p.requires_grad for p in held.parameters())
             assert not held.training
     assert kinds == [type(base[1]), Offloaded, AdaptersOff]
+
+
+def test_the_digest_is_of_the_bits_of_all_weights():
+    layer = torch.nn.Linear(3, 2)
+    digest = hashlib.sha256()
+    for name, weight in [("bias", layer.bias), ("weight", layer.weight)]:
+        values = weight.flatten().tolist()
+        bits = sum(struct.unpack(f"<{len(values)}i", struct.pack(f"<{len(values)}f", *values)))
+        digest.update(f"{name} {tuple(weight.shape)} {bits} ".encode())
+        digest.update(struct.pack(f"<{len(values)}f", *values))
+    assert weights_digest(layer) == digest.hexdigest()
