@@ -39,6 +39,7 @@ from sdpo.common.cli import as_argv
 from sdpo.common.errors import UserError, first_line, run_main
 from sdpo.common.files import make_directory, write_json, write_text
 from sdpo.common.flags import ABOVE_ZERO, flag, parse
+from sdpo.common.signals import terminable
 from sdpo.config import parse_train
 
 if TYPE_CHECKING:
@@ -361,7 +362,11 @@ class Steps:
         self, flags: dict[str, Any], variant: str, whole: bool = False
     ) -> Iterator[dict[str, Any]]:
         """Give the entries of a run's steps, of as many as there is time for unless it is to go to
-        its end; the last one has its FLOPs and no telling time."""
+        its end; the last one has its FLOPs and no telling time.
+
+        Raises:
+            KeyboardInterrupt: a signal, which a run takes for a wish to stop, ends the program.
+        """
         from torch.utils.flop_counter import FlopCounterMode
 
         from scripts.bench.training import STYLES, open_run
@@ -379,6 +384,8 @@ class Steps:
                 break
             one = next(steps)
             take(one)
+            if run.stop:
+                raise KeyboardInterrupt
             run.after(one)
             yield one.entry
         counter = FlopCounterMode(display=False)
@@ -407,7 +414,7 @@ def start_anew(device: torch.device) -> None:
     from accelerate.state import AcceleratorState, GradientState
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, until a run takes it
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
     torch._dynamo.reset()
@@ -493,7 +500,7 @@ def main() -> int:
     make_directory(options.out, "--out")
     clock, device = Clock(60 * options.minutes - RESERVE), find_device(options.tiny)
     report = Report(options.out, device)
-    with common.scratch() as work, bases_of(scenes, work) as writers:
+    with terminable(), common.scratch() as work, bases_of(scenes, work) as writers:
         if "tests" in options.parts:
             tests = Tests(options.tests, device.type, options.out / "tests.txt")
             for scene in scenes:  # which takes seconds on the CPU

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import time
 import weakref
 from contextlib import suppress
@@ -138,6 +140,16 @@ def test_nothing_of_a_run_is_left_in_memory(tmp_path, monkeypatch, fails):
     assert bool(found["failed"]) == fails and len(left) == 1 + fails
     gpu.start_anew(torch.device("cpu"))
     assert [reference() for reference in left] == [None] * len(left)
+
+
+def test_a_signal_ends_the_program(tmp_path, monkeypatch):
+    def style(run):
+        return lambda step: os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setitem(training.STYLES, "own", style)
+    argv = ["--tiny", "--parts", "speed", "--out", tmp_path, "--variants", "plain"]
+    with pytest.raises(KeyboardInterrupt):
+        run_here(KIT, argv)
 
 
 def test_a_variant_is_ended_at_the_limit(tmp_path, monkeypatch):
