@@ -62,6 +62,7 @@ def written_beside(path: Path) -> Iterator[Path]:
     beside = path.with_name(path.name + ".tmp")
     try:
         yield beside
+        _open_as_usual(beside)
         os.replace(beside, path)
     except Exception as error:
         is_full = disk_is_full(error)
@@ -73,6 +74,15 @@ def written_beside(path: Path) -> Iterator[Path]:
             raise UserError(full_disk(path.parent, error)) from error
         assert isinstance(error, OSError)
         raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _open_as_usual(file: Path) -> None:
+    """Give a new file the permissions that any has here: safetensors and Arrow leave some of theirs
+    for their owner alone."""
+    umask = os.umask(0o022)
+    os.umask(umask)
+    with suppress(OSError):  # a file system without permissions
+        file.chmod(0o666 & ~umask)
 
 
 def _cannot_be_written(beside: Path, error: Exception) -> bool:
@@ -119,6 +129,7 @@ def rename_complete(beside: Path, path: Path) -> None:
     """Flush every file of the directory `beside` to disk and rename it to `path`."""
     for file in beside.rglob("*"):
         if file.is_file():
+            _open_as_usual(file)
             descriptor = os.open(file, os.O_RDONLY)
             try:
                 os.fsync(descriptor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import threading
 from collections.abc import Iterator, Mapping
@@ -32,23 +33,30 @@ class Programs:
         self._stopped = False
         self._guard = threading.Lock()
 
-    def run(self, command: list[str], log: Path | None = None) -> int:
-        """Run one program to its end, its output added to `log`; returns its exit code.
+    def run(
+        self, command: list[str], log: Path | None = None, env: Mapping[str, str] | None = None
+    ) -> int:
+        """Run one program to its end, its output added to `log`, with further variables in its
+        environment; returns its exit code.
 
         Raises:
             Stopped: `stop` was called.
         """
+        options = dict(self._options)
+        if env:
+            options["env"] = {**options.get("env", os.environ), **env}
         if log is None:
-            return self._run(command, {})
+            return self._run(command, options)
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "ab") as file:
-            return self._run(command, {"stdout": file, "stderr": subprocess.STDOUT})
+            options |= {"stdout": file, "stderr": subprocess.STDOUT}
+            return self._run(command, options)
 
-    def _run(self, command: list[str], output: dict[str, Any]) -> int:
+    def _run(self, command: list[str], options: dict[str, Any]) -> int:
         with self._guard:
             if self._stopped:
                 raise Stopped
-            program = subprocess.Popen(command, **self._options, **output)
+            program = subprocess.Popen(command, **options)
             self._running.add(program)
         code = program.wait()
         with self._guard:

@@ -47,11 +47,11 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     # Truncated zips, pickles with code and foreign files each raise something else.
     except Exception as error:
         raise UserError(f"cannot read UNet weights from {path}: {first_line(error)}") from None
-    state = _unwrapped(found)
+    state, wrapper = _unwrapped(found)
     if state is None:
         raise UserError(f"{path} is not a plain state dict of a UNet (name to tensor)")
-    if state is not found:
-        log.info("%s: its state dict lies under one of %s", path, ", ".join(WRAPPERS))
+    if wrapper:
+        log.info("%s: its state dict lies under %s", path, wrapper)
     return state
 
 
@@ -67,15 +67,17 @@ def load_tensors(path: Path) -> Any:
     return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
 
 
-def _unwrapped(found: Any) -> dict[str, Tensor] | None:
+def _unwrapped(found: Any) -> tuple[dict[str, Tensor] | None, str]:
+    """The state dict in what a file holds, if there is one, and the keys under which it lies."""
     if not isinstance(found, Mapping) or not found:
-        return None
+        return None, ""
     if all(isinstance(value, Tensor) for value in found.values()):
-        return dict(found)
+        return dict(found), ""
     for key in WRAPPERS:
         if isinstance(found.get(key), Mapping):
-            return _unwrapped(found[key])
-    return None
+            state, inner = _unwrapped(found[key])
+            return state, f"{key}.{inner}" if inner else key
+    return None, ""
 
 
 def load_strictly(

@@ -12,7 +12,9 @@ from sdpo.common.files import (
     check_directory,
     claim_directory,
     make_directory,
+    rename_complete,
     write_text,
+    written_beside,
 )
 from sdpo.common.flags import defaults_of
 from sdpo.config import TrainConfig
@@ -73,3 +75,18 @@ def test_a_directory_of_before_a_flag_was_there(tmp_path):
     for changed, before in (({"losers_one_in": 2}, 1), ({"beta_dpo": 5000.0}, 500.0)):
         with pytest.raises(UserError, match=f"holds a run with --{min(changed)} {before}; give"):
             check_claim(tmp_path, {**flags, **changed}, "--out", "a run", defaults)
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_files_have_the_permissions_that_any_new_one_has(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        with written_beside(tmp_path / "one") as beside:
+            beside.touch(0o600)  # as safetensors makes them
+        (tmp_path / "many.tmp" / "unet").mkdir(parents=True)
+        (tmp_path / "many.tmp" / "unet" / "two").touch(0o600)
+        rename_complete(tmp_path / "many.tmp", tmp_path / "many")
+    finally:
+        os.umask(before)
+    for file in (tmp_path / "one", tmp_path / "many" / "unet" / "two"):
+        assert file.stat().st_mode & 0o777 == mode

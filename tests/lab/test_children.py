@@ -15,6 +15,7 @@ import pytest
 
 from sdpo.common.programs import Stopped
 from sdpo.lab.sweep import run as sweeps
+from sdpo.lab.sweep.devices import own_devices
 from sdpo.lab.sweep.run import last_line, run_all, sweep_programs
 from sdpo.lab.sweep.stages import Stage
 
@@ -44,7 +45,7 @@ class Nothing:
 def run(chains, children, out, monkeypatch, jobs=2):
     tables = []
     monkeypatch.setattr("sdpo.lab.sweep.results.write_results", lambda *args: tables.append(args))
-    failed = run_all(Nothing(), out, chains, children, jobs)
+    failed = run_all(Nothing(), out, chains, children, [{}] * jobs)
     assert len(tables) == len(chains)
     return failed
 
@@ -61,6 +62,47 @@ def test_programs_get_their_share_of_threads_and_a_log(lock, tmp_path, monkeypat
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     sweep_programs(3, lock.fileno()).run(python(code), log)
     assert log.read_text().endswith("more\n5\nto stderr\n")
+
+
+def test_runs_at_one_time_have_a_place_each(children, tmp_path, monkeypatch):
+    code = "import os, time; print(os.environ['PLACE'], time.time()); time.sleep(0.3);"
+    code += "print(os.environ['PLACE'], time.time())"
+
+    def chain():
+        commands = [python(code)]
+        return [Stage("stage", lambda: commands[:], commands.clear)]
+
+    monkeypatch.setattr("sdpo.lab.sweep.results.write_results", lambda *args: None)
+    places = [{"PLACE": "a"}, {"PLACE": "b"}]
+    chains = {name: chain() for name in "12345"}
+    assert not run_all(Nothing(), tmp_path, chains, children, places)
+    times: dict[str, list[float]] = {"a": [], "b": []}
+    for log in sorted((tmp_path / "logs").iterdir(), key=lambda log: log.stat().st_mtime):
+        for line in log.read_text().splitlines():
+            times[line.split()[0]].append(float(line.split()[1]))
+    assert len(times["a"] + times["b"]) == 10 and all(times.values())
+    # At one place one after the other.
+    assert all(found == sorted(found) for found in times.values())
+
+
+@pytest.mark.parametrize(
+    ("visible", "count", "places"),
+    [
+        (None, 0, []),
+        (None, 1, [{}]),
+        ("3", 1, [{}]),
+        (None, 2, ["0", "1"]),
+        ("5,GPU-8f", 2, ["5", "GPU-8f"]),
+    ],
+)
+def test_devices_are_those_that_the_sweep_may_use(visible, count, places, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: count > 0)
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: count)
+    named = [p if isinstance(p, dict) else {"CUDA_VISIBLE_DEVICES": p} for p in places]
+    assert own_devices() == named
 
 
 def test_last_line_is_the_last_that_says_something(tmp_path):
@@ -146,7 +188,7 @@ def test_sigterm_ends_a_sweep_and_its_programs(children, tmp_path, capsys):
     ]
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as raised:
-        run_all(Nothing(), tmp_path, {"a": stages}, children, 1)
+        run_all(Nothing(), tmp_path, {"a": stages}, children, [{}])
     assert raised.value.code == 143
     assert not late.exists()
     assert "the same command goes on" in capsys.readouterr().err

@@ -172,6 +172,18 @@ def test_wrappers_prefixes_and_the_old_format(trained, tiny_sd15, tmp_path, wrap
     assert all(torch.equal(v, want[k]) for k, v in unet.state_dict().items())
 
 
+def test_a_wrapper_is_told_where_there_is_one(tmp_path, caplog):
+    caplog.set_level("INFO")
+    state = {"x": torch.zeros(1)}
+    said = {"": state, "model.module": {"model": {"module": state}}, "unet": {"unet": state}}
+    for keys, content in said.items():
+        caplog.clear()
+        torch.save(content, tmp_path / "unet.pth")
+        assert read_state_dict(tmp_path / "unet.pth").keys() == {"x"}
+        assert caplog.text.count("lies under") == bool(keys)
+        assert not keys or caplog.text.rstrip().endswith(f"lies under {keys}")
+
+
 @pytest.mark.parametrize(
     ("state", "said"),
     [

@@ -36,13 +36,16 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from sdpo.common.files import check_claim, check_directory, claim_directory
 from sdpo.common.flags import at_least, defaults_of, flag, flat, parse
 from sdpo.common.programs import Programs
 from sdpo.config import TrainConfig
+from sdpo.lab.sweep.devices import own_devices
 from sdpo.lab.sweep.file import Sweep, read_sweep
 from sdpo.lab.sweep.stages import Stage, run_dir, stages_of
 
@@ -65,10 +68,11 @@ class SweepConfig:
     )
     jobs: int | None = flag(
         None,
-        "runs at a time; each gets its share of the cores, unless OMP_NUM_THREADS says how many",
+        "runs at a time; each gets one GPU, where there are any, and its share of the cores, "
+        "unless OMP_NUM_THREADS says how many",
         metavar="N",
         check=at_least(1),
-        shown="one a core; with one GPU give 1",
+        shown="one a GPU; without GPUs one a core",
     )
     dry_run: bool = flag(False, "check, and print the commands still to be run")
 
@@ -92,10 +96,11 @@ def main(argv: Sequence[str]) -> int:
         return 0
     for directory, flags, what, defaults in claims:
         claim_directory(directory, flags, "--out", what, defaults)
-    cores = available_cores()
-    jobs = min(config.jobs or cores, len(chains))
+    cores, devices = available_cores(), own_devices()
+    jobs = min(config.jobs or len(devices) or cores, len(chains))
+    places = list(islice(cycle(devices or [{}]), jobs))
     with _locked(out) as lock:
-        failed = run_all(sweep, out, chains, sweep_programs(max(1, cores // jobs), lock), jobs)
+        failed = run_all(sweep, out, chains, sweep_programs(max(1, cores // jobs), lock), places)
 
     from sdpo.lab.sweep.figures import draw
     from sdpo.lab.sweep.results import RESULTS_FILE
@@ -139,9 +144,16 @@ def print_missing(chains: dict[str, list[Stage]]) -> None:
 
 
 def run_all(
-    sweep: Sweep, out: Path, chains: dict[str, list[Stage]], programs: Programs, jobs: int
+    sweep: Sweep,
+    out: Path,
+    chains: dict[str, list[Stage]],
+    programs: Programs,
+    places: Sequence[dict[str, str]],
 ) -> list[str]:
-    """Run all chains, `jobs` at a time; the table is written anew at the end of each.
+    """Run all chains, one at each place at a time; the table is written anew at the end of each.
+
+    Args:
+        places: further variables of the environment of what runs there.
 
     Returns: the names of those that failed; why is said as it happens.
     """
@@ -151,23 +163,27 @@ def run_all(
 
     failed: list[str] = []
     writing = threading.Lock()
+    free: SimpleQueue[dict[str, str]] = SimpleQueue()
+    for place in places:
+        free.put(place)
     bar = tqdm(total=sum(map(len, chains.values())), desc=sweep.name, unit="stage")
 
     def run_chain(name: str) -> None:
-        log = out / "logs" / f"{name}.log"
+        log, place = out / "logs" / f"{name}.log", free.get()
         for done, stage in enumerate(chains[name]):
             bar.set_postfix_str(f"{name}: {stage.name}")
-            sentence = run_stage(stage, log, programs)
+            sentence = run_stage(stage, log, programs, place)
             if sentence is not None:
                 failed.append(name)
                 bar.write(f"{name}: {sentence}", file=sys.stderr)
                 bar.update(len(chains[name]) - done)
                 break
             bar.update()
+        free.put(place)
         with writing:
             write_results(sweep, out)
 
-    with bar, programs.threads(jobs) as pool:
+    with bar, programs.threads(len(places)) as pool:
         try:
             list(pool.map(run_chain, chains))
         except BaseException:
@@ -195,13 +211,14 @@ def last_line(log: Path) -> str:
     return next((line.strip() for line in reversed(lines) if line.strip()), "nothing")
 
 
-def run_stage(stage: Stage, log: Path, programs: Programs) -> str | None:
-    """Run what is missing of a stage; a sentence where that failed."""
+def run_stage(stage: Stage, log: Path, programs: Programs, place: dict[str, str]) -> str | None:
+    """Run what is missing of a stage, with `place` in its environment; a sentence where that
+    failed."""
     commands = stage.missing()
     if not commands:
         return None
     for command in commands:
-        code = programs.run(command, log)
+        code = programs.run(command, log, place)
         if code:
             return f"{stage.name} ended with exit code {code}: {last_line(log)} (see {log})"
     stage.finish()
