@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import time
 import weakref
 from contextlib import suppress
@@ -140,6 +141,25 @@ def test_nothing_of_a_run_is_left_in_memory(tmp_path, monkeypatch, fails):
     assert bool(found["failed"]) == fails and len(left) == 1 + fails
     gpu.start_anew(torch.device("cpu"))
     assert [reference() for reference in left] == [None] * len(left)
+
+
+def test_a_base_that_cannot_be_written_is_told_and_the_other_is_timed(tmp_path, monkeypatch):
+    def writing(name, path):
+        copy = f"import shutil; shutil.copytree({str(common.TINY_MODEL)!r}, {str(path)!r})"
+        return [sys.executable, "-c", copy if name == "sdxl" else "raise SystemExit(3)"]
+
+    bases = []
+    monkeypatch.setattr(gpu, "writing", writing)
+    monkeypatch.setattr(gpu, "find_device", lambda tiny: torch.device("cpu"))
+    monkeypatch.setattr(gpu, "computed_gib", lambda *_: None)
+    monkeypatch.setattr(
+        gpu.Steps, "measure", lambda self, variant: bases.append(self.bench.model) or entry(2.0)
+    )
+    argv = ["--parts", "speed", "--out", tmp_path, "--variants", "plain"]
+    assert run_here(KIT, argv) == 1
+    _, page = results(tmp_path)
+    assert "- its base failed: writing it ended with exit code 3" in page
+    assert [base.name for base in bases] == ["sdxl"] and not bases[0].exists()
 
 
 def test_a_signal_ends_the_program(tmp_path, monkeypatch):
