@@ -64,6 +64,9 @@ def main() -> int:
     """Run, print, write."""
     options = parse(Options, sys.argv[1:], "evaluate.py", __doc__)
     common.check_out(options.out)
+    from sdpo.common.processes import quieten_libraries
+
+    quieten_libraries()
     with common.scratch() as work:
         weights = options.weights or write_weights(work, options.scorers)
         flags = {
