@@ -228,7 +228,7 @@ class Run(Session):
         self.bar = tqdm(
             total=self.loader.max_train_steps,
             initial=self.progress.step,
-            desc=self.config.method.train_method,
+            desc=f"training {self.output_dir.resolve().name}",
             unit="step",
             disable=not self.accelerator.is_local_main_process,
         )

@@ -167,9 +167,12 @@ def kept(out):
     return {n: b for n, b in files(out).items() if n[:7] not in ("results", "figures")}
 
 
-def test_the_same_command_again_runs_nothing(swept, sweep):
+def test_the_same_command_again_runs_nothing(swept, sweep, capsys):
     before, table = kept(swept), read_results(swept / "results.parquet")
     assert sweep() == 0
+    head, *rows, wrote = capsys.readouterr().out.splitlines()
+    assert head.startswith("mean over seeds  runs  winner drift, %") and wrote.startswith("wrote ")
+    assert [row.split()[:2] for row in rows] == [[name, "1"] for name in VARIANTS]
     assert kept(swept) == before
     assert read_results(swept / "results.parquet").to_pylist() != []
     assert read_results(swept / "results.parquet").equals(table)

@@ -268,6 +268,7 @@ def test_what_is_missing_is_scored_first_and_kept(tmp_path, compare):
     pairs = load(tmp_path / "out/pair_oracle.json")["results"]
     assert pairs[0]["score_a"] == 0.25 and np.isfinite(pairs[1]["score_a"])
     assert load(tmp_path / "out/pair_clip.json")["wins_a"] == 1
+    assert "how well an image follows its caption" in (tmp_path / "out/report.html").read_text()
     for path in (a, b):
         assert "oracle" in read_scores(read_manifest(path)).complete()
 

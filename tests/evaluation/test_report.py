@@ -65,8 +65,10 @@ def manifests(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def two(manifests) -> list[Model]:
-    """Two of them."""
-    return read_models({label: manifests[label] for label in (LABEL, "base")})
+    """Two of them, whose scores say what one of the numbers is."""
+    models = read_models({label: manifests[label] for label in (LABEL, "base")})
+    models[0].table.about["oracle"]["meaning"] = "0 to 1"
+    return models
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +117,7 @@ def test_summary_charts_and_categories(opened):
     assert rows[0][0] == "Clip" and rows[0][2] == "59 / 1 / 60"
     assert rows[0][1].startswith("49.6%") and rows[0][-1] == "undecided"
     assert rows[1][2] == "0 / 120 / 0" and rows[1][3] == "1.000"
+    assert opened.texts("#summary-note")[0].endswith("number of metrics. Oracle: 0 to 1.")
     charts = opened.js("return [...document.querySelectorAll('#charts svg')].map(s => s.ariaLabel)")
     assert len(charts) == 2 * len(METRICS)
     assert "A wins 49.6% of the pairs" in charts[0]

@@ -63,6 +63,16 @@ def test_on_the_tiny_sd3(repo, tmp_path):
     assert (out / "compare" / "report.html").is_file()
 
 
+def test_the_console_says_which_of_the_stages_runs(quickstart):
+    text, _ = quickstart
+    lines = text.splitlines()
+    assert lines[0].startswith("5 stages: training without the safeguard; ")
+    begun = [line for line in lines if line[1:3] == "/5"]
+    assert [line[0] for line in begun] == list("12345")
+    assert begun[1] == "2/5 training with the safeguard"
+    assert "oracle: how well an image follows its caption and how clean it is, 0 to 1" in lines
+
+
 def test_summary_says_what_was_measured(quickstart):
     text, out = quickstart
     summary = json.loads((out / "summary.json").read_text())

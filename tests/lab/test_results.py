@@ -14,6 +14,7 @@ import scipy.stats
 from sdpo.common.errors import UserError
 from sdpo.lab.sweep.results import (
     collect,
+    console_table,
     curves,
     final_means,
     label_of,
@@ -105,6 +106,7 @@ def test_no_run_is_done(tmp_path):
     assert len(table) == 0
     assert curves(table, "heldout", "margin", ("variant",)) == {}
     assert summarise(table) == []
+    assert console_table(table, BY) == []
 
 
 def test_several_suites(tmp_path):
@@ -186,6 +188,26 @@ def test_summary_against_scipy(written):
     # The mean over all four steps, the same in every run.
     assert row["loser_scale"]["mean"] == pytest.approx(0.25)
     assert row["implicit_acc"]["mean"] == pytest.approx(0.4)
+
+
+def test_the_consoles_table_is_of_means_over_seeds(written):
+    _, _, table = written
+    head, *lines = console_table(table, BY)
+    assert head.split("  ")[0] == "mean over seeds" and head.endswith("oracle")
+    assert len(lines) == 2 * len(BETAS) * len(MUS) and {len(line) for line in lines} == {len(head)}
+    drift = statistics.mean(value("pair", 5000.0, 0.9, seed, 4) for seed in SEEDS)
+    shown = f"{drift:+.1f} {2 * drift:+.1f} 0.40 0.250 {0.5 + 0.01 * drift:.3f}"
+    assert lines[-1].startswith("pair, beta_dpo 5000, winner_preserving_mu 0.9 ")
+    assert lines[-1].split()[-6:] == ["3", *shown.split()]
+
+
+def test_the_consoles_table_without_held_out_pairs_and_images(tmp_path):
+    runs = planned(("none",))[:1]
+    write_all(tmp_path, runs)
+    (tmp_path / "runs" / runs[0].name / "heldout.jsonl").unlink()
+    sweep = replace(sweep_of(runs), heldout=None, images=None)
+    head, line = console_table(collect(sweep, tmp_path), ("variant",))
+    assert head.split()[-1] == "scale" and line.split() == ["none", "1", "-", "-", "-", "0.250"]
 
 
 def test_labels():

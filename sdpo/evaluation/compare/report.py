@@ -46,7 +46,10 @@ def write_report(path: Path, study: Study, *, inline_images: bool = False) -> No
         shown[number[c.a.label]].update(c.alignment.rows_a)
         shown[number[c.b.label]].update(c.alignment.rows_b)
     data = {
-        "metrics": [{"name": name, "label": models[0].title(name)} for name in metrics],
+        "metrics": [
+            {"name": name, "label": models[0].title(name), "meaning": models[0].meaning(name)}
+            for name in metrics
+        ],
         "models": [
             {
                 "label": model.label,

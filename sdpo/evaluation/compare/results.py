@@ -36,6 +36,10 @@ class Model:
         """Name a metric as people know it."""
         return str(self.table.about.get(metric, {}).get("label", metric))
 
+    def meaning(self, metric: str) -> str:
+        """Say what a metric's number is, "" where its title says it."""
+        return str(self.table.about.get(metric, {}).get("meaning", ""))
+
 
 @dataclass(frozen=True)
 class Comparison:

@@ -22,12 +22,14 @@ class BaseScorer(ABC):
 
     Class attributes:
         label: the column's title, e.g. "PickScore".
+        meaning: what the number says, where that is not known by the label.
         parts: what is loaded from where: part name to `Part`. The main part is named "model"; a
             user replaces it by `--weights SCORER=PATH`, any other by `--weights SCORER.PART=PATH`.
         view: PIL image to uint8 or int16 (3, H, W), once for all scorers that share the function.
     """
 
     label: ClassVar[str]
+    meaning: ClassVar[str] = ""
     parts: ClassVar[dict[str, Part]] = {}
 
     @staticmethod

@@ -143,7 +143,10 @@ class Scoring:
         for name, view in needed.items():
             todo = [(i, v) for i, v in zip(mine, views[view], strict=True) if i in missing[name]]
             counts = [sum(item in missing[name] for item in share) for share in shares]
-            about = {"label": self.classes[name].label, "weights": self.identities[name]}
+            kind = self.classes[name]
+            about = {"label": kind.label, "weights": self.identities[name]}
+            if kind.meaning:
+                about["meaning"] = kind.meaning
             with self._scorer(name) as scorer:
                 run = _Run(name, scorer, about, tables, options.how.batch_size, accelerator, bars)
                 run.score(todo, counts)

@@ -44,7 +44,8 @@ class ScoreTable:
     Attributes:
         digests: sha256 of every image.
         columns: of each scorer (n,) float64, NaN where not scored.
-        about: of each scorer, what made its scores: label, weights and precision.
+        about: of each scorer, what made its scores: label, weights and precision, and a meaning
+            where the label does not say it.
     """
 
     manifest: Manifest

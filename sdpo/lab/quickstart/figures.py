@@ -13,6 +13,7 @@ import numpy as np
 from sdpo.common.jsonl import read_lines
 from sdpo.evaluation.generate.manifest import read_manifest
 from sdpo.evaluation.heldout import read_heldout
+from sdpo.evaluation.score.scorers.oracle import Scorer
 from sdpo.evaluation.score.table import read_scores
 from sdpo.lab.drawing import BLUE, RED, plain, save, show_image, smooth, wrapped
 from sdpo.training.runlog import METRICS_FILE
@@ -66,6 +67,7 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
             f"{row['seconds']:.0f}" if trained else "-",
         ]
         print(" ".join(f"{c:>18}" for c in cells))
+    print(f"oracle: {Scorer.meaning}")
 
 
 def draw_curves(out: Path, path: Path, method: str) -> None:
@@ -85,7 +87,7 @@ def draw_curves(out: Path, path: Path, method: str) -> None:
     titles = (
         "winner: held-out error vs reference, %",
         "loser: held-out error vs reference, %",
-        "held-out margin (negative: preferred)",
+        "held-out margin (negative: preferred);\nlower is no gain while the winner's error rises",
         "scale of the loser's gradient",
     )
     for axis, title in zip(axes, titles, strict=True):
@@ -97,11 +99,11 @@ def draw_curves(out: Path, path: Path, method: str) -> None:
 
 
 def draw_samples(manifests: dict[str, Path], path: Path, columns: int = 8) -> None:
-    """Draw the same prompts and noises, a row for each model."""
+    """Draw the same prompts and noises, a row for each model, under a line that says so."""
     read = {name: read_manifest(manifest).entries for name, manifest in manifests.items()}
     prompts = [entry.prompt for entry in next(iter(read.values()))]
     columns = min(columns, len(prompts))
-    size = (1.55 * columns, 1.65 * len(read) + 0.5)
+    size = (1.55 * columns, 1.65 * len(read) + 1.0)
     figure, axes = plt.subplots(len(read), columns, figsize=size, squeeze=False)
     for row, (name, entries) in enumerate(read.items()):
         for column in range(columns):
@@ -110,5 +112,7 @@ def draw_samples(manifests: dict[str, Path], path: Path, columns: int = 8) -> No
             if row == 0:
                 axis.set_title(wrapped(prompts[column]), fontsize=7)
         axes[row, 0].set_ylabel(LABELS.get(name, name), fontsize=9)
+    about = "A column is one prompt and one noise. The base is tiny and was trained briefly."
+    figure.suptitle(wrapped(about, 14 * columns), fontsize=9)
     figure.tight_layout(pad=0.6)
     save(figure, path)

@@ -52,6 +52,13 @@ RECIPES = {
 FLOW_RECIPES = {**RECIPES, "diffusion-dpo": TinyRecipe(beta=2000, mu=0.9)}
 SUMMARY_FILE = "summary.json"
 VARIANTS = ("plain", "safeguard")
+STAGES = (
+    "training without the safeguard",
+    "training with the safeguard",
+    "images of the base and both results",
+    "scores of the images",
+    "comparison and pictures",
+)
 
 
 @dataclass(frozen=True)
@@ -109,13 +116,18 @@ def main(argv: Sequence[str]) -> int:
 
     from sdpo.tinyworld.pairs import ensure_pairs
 
+    print(f"{len(STAGES)} stages: {'; '.join(STAGES)}", flush=True)
     ensure_pairs(pairs, config.pairs, config.heldout, config.seed)
-    for variant in VARIANTS:
+    for number, variant in enumerate(VARIANTS):
+        announce(number)
         train(config, variant, pairs)
         evaluate_heldout(out / variant, pairs, config.steps)
 
+    announce(2)
     manifests = {model: generate(config, model) for model in ("base", *VARIANTS)}
+    announce(3)
     score(manifests, out / "eval")
+    announce(4)
     compare(manifests, out / "compare")
 
     from sdpo.lab.quickstart.figures import draw_curves, draw_samples, print_table, rows_of
@@ -130,6 +142,11 @@ def main(argv: Sequence[str]) -> int:
         f"{out / 'compare' / 'report.html'}"
     )
     return 0
+
+
+def announce(number: int) -> None:
+    """Say which stage begins, from 0 on."""
+    print(f"\n{number + 1}/{len(STAGES)} {STAGES[number]}", flush=True)
 
 
 def run(command: list[str], what: str, *values: object, **flags: Any) -> None:

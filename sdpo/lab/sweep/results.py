@@ -234,6 +234,41 @@ def summarise(table: pa.Table, by: Sequence[str] = ("variant",)) -> list[dict[st
     return list(rows.values())
 
 
+def console_table(table: pa.Table, by: Sequence[str]) -> list[str]:
+    """Lay out means over each group's runs, a line a group under a head; [] where no run is done.
+
+    The columns: held-out drifts in percent of the reference's error, implicit accuracy, scores over
+    all suites, each at a run's last step, and the mean scale; "-" where it was not measured.
+    """
+    rows = summarise(table, by)
+    if not rows:
+        return []
+    columns = {
+        "winner drift, %": ("winner_drift_percent", "+.1f"),
+        "loser drift, %": ("loser_drift_percent", "+.1f"),
+        "implicit acc.": ("implicit_acc", ".2f"),
+        "scale": ("loser_scale", ".3f"),
+    }
+    scores = table.filter(pc.field("kind") == "score")
+    names = [name for name in pc.unique(scores["metric"]).to_pylist() if "/" not in name]
+    columns |= {name: (name, ".3f") for name in names}
+
+    def cell(row: dict[str, Any], metric: str, form: str) -> str:
+        mean = row[metric]["mean"] if metric in row else None
+        return "-" if mean is None else format(mean, form)
+
+    lines = [["mean over seeds", "runs", *columns]]
+    for row in rows:
+        cells = (cell(row, metric, form) for metric, form in columns.values())
+        lines.append([row["group"], str(row["runs"]), *cells])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    first, *others = widths
+    return [
+        "  ".join([f"{name:{first}}", *(f"{c:>{w}}" for c, w in zip(rest, others, strict=True))])
+        for name, *rest in lines
+    ]
+
+
 def _spread(values: np.ndarray) -> dict[str, Any]:
     mean = float(np.mean(values)) if len(values) else None
     return {"mean": mean, "interval": t_interval(values), "n": len(values)}

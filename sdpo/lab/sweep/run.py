@@ -103,9 +103,11 @@ def main(argv: Sequence[str]) -> int:
         failed = run_all(sweep, out, chains, sweep_programs(max(1, cores // jobs), lock), places)
 
     from sdpo.lab.sweep.figures import draw
-    from sdpo.lab.sweep.results import RESULTS_FILE
+    from sdpo.lab.sweep.results import RESULTS_FILE, console_table, read_results
 
     drawn = draw(sweep, out)
+    for line in console_table(read_results(out / RESULTS_FILE), sweep.groups):
+        print(line)
     print(f"wrote {out / RESULTS_FILE}" + (f" and {out / 'figures'}" if drawn else ""))
     if failed:
         print(f"{len(failed)} of {len(chains)} failed: {', '.join(failed)}", file=sys.stderr)

@@ -115,9 +115,10 @@ function showSummary(comparison) {
     ["Mean ", tag(SIDE_A)], ["Mean ", tag(SIDE_B)], [tag(SIDE_A), " − ", tag(SIDE_B)], "Verdict",
   ];
   table(byId("summary"), head, rows);
+  const meanings = data.metrics.filter((m) => m.meaning).map((m) => ` ${m.label}: ${m.meaning}.`);
   byId("summary-note").textContent =
     `${comparison.rows_a.length} pairs. Ranges are 95% intervals. “Ahead” means a sign test p below ` +
-    "0.05, without correction for the number of metrics.";
+    `0.05, without correction for the number of metrics.${meanings.join("")}`;
 }
 
 function showCategories(comparison) {

@@ -19,6 +19,7 @@ class Scorer(BaseScorer):
     """0 to 1, larger is better."""
 
     label = "Oracle"
+    meaning = "how well an image follows its caption and how clean it is, 0 to 1"
 
     @staticmethod
     def view(image: Image.Image) -> Tensor:
