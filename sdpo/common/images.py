@@ -41,6 +41,10 @@ class UndecodableImage(Exception):
     """Say why an image cannot be read."""
 
 
+class MissingImage(UndecodableImage):
+    """Say where an image's file is not."""
+
+
 def open_image(value: Any, base: Path | None = None) -> Image.Image:
     """Decode a dataset's image value to RGB; see `as_rgb`.
 
@@ -82,6 +86,8 @@ def _opened(value: Any, base: Path | None, use: Callable[[Image.Image], T]) -> T
             return use(Image.open(value))
     except UndecodableImage:
         raise
+    except FileNotFoundError as error:
+        raise MissingImage(f"there is no file {error.filename}") from None
     # Pillow's own text would name the buffer by its address in memory.
     except UnidentifiedImageError:
         raise UndecodableImage("not in a known image format") from None

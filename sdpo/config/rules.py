@@ -249,7 +249,7 @@ def _check_weights(model: ModelConfig, data: DataConfig) -> None:
         "quantize_base",
     ):
         if getattr(model, name):
-            raise UserError(f"--{name} has no meaning without --lora_rank")
+            raise UserError(f"--{name} has no meaning without --lora_rank: give that too")
 
 
 def _check_reference_cache(data: DataConfig, method: MethodConfig) -> None:

@@ -186,21 +186,23 @@ def _is_text(feature: Any) -> bool:
 
 def as_pairs(
     rows: Any, layout: Layout, data: SourceConfig, others: Sequence[str] = ()
-) -> tuple[Any, Layout]:
+) -> tuple[Any, Layout, int]:
     """Give rows, undecoded, their label_0, and lists of images as image_0 and image_1.
 
     Args:
         rows: a `datasets.Dataset` or `IterableDataset` of the columns needed, and `others` to keep.
 
     Returns:
-        The rows, and how they are laid out now.
+        The rows, how they are laid out now, and how many have no label_0 for --min_agreement alone
+        (while streaming 0, since they are not known).
 
     Raises:
         UserError: a column of something else than its label says.
     """
     if layout.label == LABEL:
-        return rows, layout
-    log.info("columns: %s", layout)
+        return rows, layout, 0
+    shares = f", the winner's share of the votes by {layout.votes}" if layout.votes else ""
+    log.info("columns: %s%s", layout, shares)
     images = ["image_0", "image_1"] if layout.has_lists else []
     image_0, image_1 = images or (layout.image_0, layout.image_1)
     made = Layout(image_0, image_1, LABEL, layout.caption)
@@ -215,12 +217,15 @@ def as_pairs(
     if data.streaming:
         kept = {made.image_0, made.image_1, made.caption, *others}
         gone = [name for name in layout.needed if name not in kept]
-        return rows.map(derive, remove_columns=gone), made
+        return rows.map(derive, remove_columns=gone), made, 0
     telling = list(dict.fromkeys([*layout.label_columns, *([layout.image_0] if images else [])]))
     columns: dict[str, list[Any]] = {name: [] for name in (LABEL, *images)}
+    divided = 0
     for number, row in enumerate(rows.select_columns(telling) if telling else [{}] * len(rows)):
         try:
             derived = derive(row)
+            if data.min_agreement is not None and derived[LABEL] is None:
+                divided += judge(row, layout, None)[0] is not None
         except UserError as error:
             raise UserError(f"row {number}: {error}") from None
         for name, value in derived.items():
@@ -229,7 +234,7 @@ def as_pairs(
     rows = rows.select_columns(list(dict.fromkeys([*kept_images, layout.caption, *others])))
     for name, values in columns.items():
         rows = rows.add_column(name, values)
-    return rows, made
+    return rows, made, divided
 
 
 def judge(

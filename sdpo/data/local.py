@@ -64,7 +64,9 @@ def find_local_files(directory: Path, split: str, flag: str) -> LocalFiles:
             f"--split: {directory} has no split {split!r}; it has: {', '.join(elsewhere)}"
         )
     raise UserError(
-        f"{flag}: {directory} holds neither parquet files nor {' or '.join(METADATA_NAMES)}"
+        f"{flag}: {directory} holds nothing that is read as pairs: {' or '.join(METADATA_NAMES)}, "
+        "parquet files, tar files, one table (.jsonl, .csv, .json), folders w (winners) and l "
+        "(losers), or what save_to_disk of datasets wrote"
     )
 
 

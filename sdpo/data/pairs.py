@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from sdpo.common.errors import UserError
-from sdpo.common.images import UndecodableImage, open_image
+from sdpo.common.images import MissingImage, UndecodableImage, open_image
 from sdpo.common.randomness import Key, integer, uniform
 from sdpo.data.order import PairOrder, Place
 from sdpo.data.source import LABEL, SHAPE, Columns, PairSource, winner_of
@@ -225,16 +225,22 @@ def decode_first(decoder: Decoder, candidates: Iterable[NumberedRow], key: Key) 
         UserError: more than `MAX_REPLACEMENTS` of them, or all there are, cannot.
     """
     bad: list[BadRow] = []
+    advice = "check that the image columns hold encoded images"
     for number, row in candidates:
         try:
             pair = decoder(row, key)
         except UndecodableImage as error:
+            if not bad and isinstance(error, MissingImage):
+                advice = "paths of images are relative to the table they stand in; --image_root DIR"
+                advice += " names another place"
             bad.append(BadRow(number, str(error)))
         else:
             return replace(pair, bad_rows=tuple(bad))
         if len(bad) > MAX_REPLACEMENTS:
             break
-    raise UserError(
-        f"{len(bad)} rows one after another cannot be decoded, the first of them row {bad[0].row} "
-        f"({bad[0].reason}): check that the image columns hold encoded images"
-    )
+    # A small set's rows come more than once.
+    rows = len({each.row for each in bad})
+    which = f"row {bad[0].row} cannot be decoded"
+    if rows > 1:
+        which = f"{rows} rows cannot be decoded, the first of them row {bad[0].row}"
+    raise UserError(f"{which} ({bad[0].reason}): {advice}")

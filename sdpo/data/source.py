@@ -99,13 +99,13 @@ def open_pairs(data: SourceConfig, seed: int) -> PairSource:
     rows = rows.select_columns(list(dict.fromkeys([*layout.needed, *models])))
     check_images(rows.features, layout)
     check_captions(rows.features, layout.caption)
-    rows, layout = as_pairs(_without_decoding(rows), layout, data, models)
+    rows, layout, divided = as_pairs(_without_decoding(rows), layout, data, models)
     columns = Columns(layout.image_0, layout.image_1, layout.caption)
     if data.image_root:
         base = Path(data.image_root)
     if data.streaming:
         return PairSource(rows, columns, base)
-    chosen, origin = _choose_rows(rows, data, seed)
+    chosen, origin = _choose_rows(rows, data, seed, divided)
     _check_captions(rows, origin, columns.caption)
     return PairSource(chosen, columns, base, origin, given=rows)
 
@@ -188,11 +188,19 @@ def _without_decoding(rows: Any) -> Any:
     return rows
 
 
-def _choose_rows(rows: datasets.Dataset, data: SourceConfig, seed: int) -> tuple[Any, Any]:
+def _choose_rows(
+    rows: datasets.Dataset, data: SourceConfig, seed: int, divided: int
+) -> tuple[Any, Any]:
     """Drop ties and what else the flags exclude, in Arrow; images are not touched.
+
+    Args:
+        divided: how many rows have no label because of --min_agreement.
 
     Returns:
         The rows left, and their numbers in `rows`, (n,) int64, ascending.
+
+    Raises:
+        UserError: none is left; says why.
     """
     import numpy as np
     import pyarrow.compute as pc
@@ -200,10 +208,11 @@ def _choose_rows(rows: datasets.Dataset, data: SourceConfig, seed: int) -> tuple
     labels, missing = _checked_labels(arrow_column(rows, LABEL))
     ties = labels == 0.5
     keep = ~(ties | missing)
-    log.info(
-        "%d rows: %d decided pairs, %d ties dropped, %d without a label dropped",
-        *(len(labels), keep.sum(), ties.sum(), missing.sum()),
-    )
+    dropped = f"{ties.sum()} ties dropped, {missing.sum() - divided} without a label dropped"
+    if data.min_agreement is not None:
+        dropped += f", {divided} below --min_agreement {data.min_agreement:g} dropped"
+    counted = f"{len(labels)} rows: {keep.sum()} decided pairs, {dropped}"
+    log.info("%s", counted)
     if data.dreamlike_pairs_only:
         for model in MODELS:
             from_dreamlike = pc.match_substring(arrow_column(rows, model), DREAMLIKE)
@@ -211,7 +220,8 @@ def _choose_rows(rows: datasets.Dataset, data: SourceConfig, seed: int) -> tuple
         log.info("--dreamlike_pairs_only keeps %d of them", keep.sum())
     origin = np.flatnonzero(keep)
     if not len(origin):
-        raise UserError("no pair is left to train on: all rows are ties or excluded by the flags")
+        excluded = " and --dreamlike_pairs_only" if data.dreamlike_pairs_only else ""
+        raise UserError(f"no pair is left to train on after this{excluded}: {counted}")
     if data.max_train_samples is not None and data.max_train_samples < len(origin):
         import torch
 

@@ -11,6 +11,7 @@ import csv
 import hashlib
 import io
 import json
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ from typing import Any
 import pyarrow as pa
 
 from sdpo.common.errors import UserError, first_line
+
+log = logging.getLogger(__name__)
 
 LABEL = "label_0"
 # To be changed with what is made of a file's text.
@@ -254,6 +257,7 @@ def open_folders(base: Path, cache_dir: str | None) -> Any:
             )
     if not sides["w"]:
         raise UserError(f"{base / 'w'} holds no images")
+    log.info("folders: %s is preferred to %s by equal names", base / "w", base / "l")
     records = [
         {
             "caption": _caption_of(base, stem),

@@ -287,7 +287,7 @@ def test_paths_of_the_wrong_kind(make_config, tmp_path):
             make_config(**{name: empty})
     with pytest.raises(UserError, match=r"--train_data_dir: .* is a file"):
         make_config(train_data_dir=file)
-    with pytest.raises(UserError, match=r"--train_data_dir: .* neither parquet files nor metadata"):
+    with pytest.raises(UserError, match=r"--train_data_dir: .* nothing that is read as pairs"):
         make_config(train_data_dir=empty)
     with pytest.raises(UserError, match=r"--output_dir: .* not a directory"):
         make_config(output_dir=file)

@@ -126,7 +126,7 @@ def test_pairs_by_order_as_paths(trained, files, tmp_path, layout, kind, streami
 @pytest.mark.parametrize(
     "votes", ["votes_image{}", "weighted_results_image{}", "weighted_results_image{}_preference"]
 )
-def test_votes(trained, images, tmp_path, votes, streaming):
+def test_votes(trained, images, tmp_path, votes, streaming, caplog):
     # Row 0: 1 wins by 9 to 1; row 1: 2 wins by 6 to 4; row 2 is a tie; row 3 has none.
     counts = [(9, 1), (4, 6), (5, 5), (None, None)]
     rows = [
@@ -144,13 +144,16 @@ def test_votes(trained, images, tmp_path, votes, streaming):
     write(tmp_path, "train_0001-00000-of-00001.parquet", rows, ("image1", "image2"))
     assert trained(tmp_path, streaming) == expected(0, 1)
     assert trained(tmp_path, streaming, min_agreement=0.6) == expected(0, 1)
-    assert trained(tmp_path, streaming, min_agreement=0.7) == expected(0)
+    with caplog.at_level(logging.INFO, "sdpo"):
+        assert trained(tmp_path, streaming, min_agreement=0.7) == expected(0)
+    dropped = "1 ties dropped, 1 without a label dropped, 1 below --min_agreement 0.7 dropped"
+    assert (f"4 rows: 1 decided pairs, {dropped}" in caplog.text) != streaming
     assert trained(tmp_path, streaming, split="train_0001") == expected(0, 1)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("kind", ["train.json", "train.parquet", "metadata.jsonl"])
-def test_hpdv3_s_choices_are_partly_null(trained, files, tmp_path, kind, streaming):
+def test_hpdv3_s_choices_are_partly_null(trained, files, tmp_path, kind, streaming, caplog):
     choices = [[9, 1], None, [6, 4], None]
     rows = [
         {
@@ -167,6 +170,9 @@ def test_hpdv3_s_choices_are_partly_null(trained, files, tmp_path, kind, streami
     root = {"image_root": tmp_path / "elsewhere"}
     assert trained(tmp_path, streaming, **root) == expected(0, 1, 2, 3)
     assert trained(tmp_path, streaming, min_agreement=0.7, **root) == expected(0, 1, 3)
+    with caplog.at_level(logging.INFO, "sdpo"):
+        trained(tmp_path, streaming, **root)
+    assert "label=first, the winner's share of the votes by choice_dist" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -222,7 +228,7 @@ def test_hpdv2_s_lists(trained, files, tmp_path, kind, streaming):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_folders_w_and_l(trained, images, tmp_path, streaming):
+def test_folders_w_and_l(trained, images, tmp_path, streaming, caplog):
     for side, suffixes in (("w", [".png"] * 4), ("l", [".png", ".PNG", ".png", ".png"])):
         (tmp_path / "train" / side).mkdir(parents=True)
         for i, suffix in enumerate(suffixes):
@@ -231,7 +237,9 @@ def test_folders_w_and_l(trained, images, tmp_path, streaming):
     for i in range(4):
         name = f"w/{i}.txt" if i % 2 else f"l/{i}.caption"
         (tmp_path / "train" / name).write_text(f"caption {i}\n")
-    assert trained(tmp_path, streaming) == expected(0, 1, 2, 3)
+    with caplog.at_level(logging.INFO, "sdpo"):
+        assert trained(tmp_path, streaming) == expected(0, 1, 2, 3)
+    assert f"{tmp_path / 'train' / 'w'} is preferred to {tmp_path / 'train' / 'l'}" in caplog.text
     assert trained(tmp_path / "train", streaming) == expected(0, 1, 2, 3)
 
 

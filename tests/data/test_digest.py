@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from sdpo.data import digest
 from sdpo.data.digest import changes, describe_pairs
 from sdpo.data.source import open_pairs
 
@@ -72,6 +73,33 @@ def test_tar_shards_that_are_streamed(described, make_rows, tmp_path):
     assert found[0]["files"] == 1
     assert found[0]["sha256"] != found[1]["sha256"]
     assert found[1] == found[2]
+
+
+def test_a_picture_that_is_replaced_under_its_name(described, make_rows, tmp_path, monkeypatch):
+    count = 5
+    for i, row in enumerate(make_rows(count)):
+        for side in (0, 1):
+            (tmp_path / f"{i}_{side}.png").write_bytes(row[f"jpg_{side}"])
+    table = [
+        {"caption": "a", "image_0": f"{i}_0.png", "image_1": f"{i}_1.png", "label_0": 1}
+        for i in range(count)
+    ]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, table)))
+    before = described(tmp_path, streaming=False)
+    size = sum(path.stat().st_size for path in tmp_path.glob("*.png"))
+    assert before["bytes of image data"] == size
+    path = tmp_path / "3_1.png"
+    path.write_bytes(path.read_bytes() + b"more")
+    now = described(tmp_path, streaming=False)
+    assert changes(before, now) == f"{size} bytes of image data, now {size + 4}"
+    monkeypatch.setattr(digest, "ASKED_ROWS", 2)  # the first and the last
+    ends = sum((tmp_path / f"{i}_{side}.png").stat().st_size for i in (0, 4) for side in (0, 1))
+    some = described(tmp_path, streaming=False)
+    assert some["bytes of image data in 2 rows"] == ends
+    assert changes(before, some) is None
+    # A former version counted the lengths of paths.
+    former = {"pairs": 6, "bytes of images": 70, "sha256": "0"}
+    assert changes(former, some) == "6 pairs, now 5"
 
 
 def test_files_of_the_hub_go_by_their_commit():

@@ -7,7 +7,7 @@ import torch
 
 from sdpo.common.errors import UserError
 from sdpo.data.order import PairOrder, Place, epoch_permutation
-from sdpo.data.pairs import MAX_REPLACEMENTS, PairDataset, PairDecoder, collate
+from sdpo.data.pairs import PairDataset, PairDecoder, collate
 from sdpo.data.source import Columns, PairSource
 from sdpo.data.transforms import PairTransform
 
@@ -114,5 +114,15 @@ def test_a_broken_row_is_replaced_by_another_and_named(make_rows, rows_of):
 
 def test_when_every_row_is_broken_it_gives_up(make_rows):
     data = dataset(make_rows(3, bad={0, 1, 2}))
-    with pytest.raises(UserError, match=rf"^{MAX_REPLACEMENTS + 1} rows .* cannot be decoded"):
+    with pytest.raises(UserError, match=r"^3 rows cannot be decoded, .* hold encoded images$"):
         data[Place(0, 0)]
+
+
+def test_files_that_are_not_there_are_named_with_what_says_where(make_rows, tmp_path):
+    row = {**make_rows(1)[0], "jpg_0": str(tmp_path / "gone.png")}
+    with pytest.raises(UserError) as told:
+        dataset([row])[Place(0, 0)]
+    assert str(told.value) == (
+        f"row 0 cannot be decoded (there is no file {tmp_path / 'gone.png'}): paths of images are "
+        "relative to the table they stand in; --image_root DIR names another place"
+    )

@@ -67,6 +67,12 @@ def test_unknown_split_names_those_there_are(make_config, pairs_dir):
         make_config(split="test")
 
 
+def test_a_directory_of_nothing_that_is_read_is_told_what_is(make_config, tmp_path):
+    (tmp_path / "notes.txt").write_text("none")
+    with pytest.raises(UserError, match=r"metadata\.jsonl or .*parquet.*tar.*w.*l.*save_to_disk"):
+        make_config(train_data_dir=tmp_path)
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
 @pytest.mark.parametrize("in_split_folder", [False, True])
 def test_folder_with_metadata(opened, make_rows, tmp_path, kind, in_split_folder):

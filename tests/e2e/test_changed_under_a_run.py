@@ -90,7 +90,7 @@ def test_fewer_rows(train, begun, tmp_path):
     [
         ("caption", lambda text: text + " more", "characters of captions, now"),
         ("caption", lambda text: text[::-1], "pairs, but other rows, labels, captions or images"),
-        ("jpg_0", None, "bytes of images, now"),
+        ("jpg_0", None, "bytes of image data, now"),
     ],
 )
 def test_other_content(train, begun, tmp_path, column, value, said):

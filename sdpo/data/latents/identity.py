@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from sdpo.common.errors import UserError, first_line
 from sdpo.common.files import file_sha256, hub_sha256
+from sdpo.data.digest import images_on_disk
 from sdpo.data.source import PairSource, arrow_column
 from sdpo.models.base import BASE_FLAG, VAE_FLAG, Family, ModelSource
 
@@ -168,7 +167,7 @@ def dataset_digest(pairs: PairSource) -> str:
     given, base = pairs.given, pairs.base
     digest = hashlib.sha256(str(len(given)).encode())
     columns = (pairs.columns.image_0, pairs.columns.image_1)
-    found = [_images_on_disk(arrow_column(given, name), base) for name in columns]
+    found = [images_on_disk(arrow_column(given, name), base) for name in columns]
     for sizes, _ in found:
         digest.update(sizes.tobytes())
     rows = len(given)
@@ -181,38 +180,6 @@ def dataset_digest(pairs: PairSource) -> str:
         for name in columns:
             digest.update(_image_content(values[name], base))
     return digest.hexdigest()
-
-
-def _images_on_disk(column: pa.ChunkedArray, base: Path | None) -> tuple[np.ndarray, np.ndarray]:
-    """Count the bytes of every image of a column, and say when it was changed in nanoseconds, each
-    (rows,) int64; -1 where there is none. Of embedded images no byte is read, and they have no
-    time; of others the file system is asked."""
-    is_path = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
-    content, paths = (None, column) if is_path else (column, None)
-    if pa.types.is_struct(column.type):
-        names = {member.name for member in column.type}
-        content = pc.struct_field(column, "bytes") if "bytes" in names else None
-        paths = pc.struct_field(column, "path") if "path" in names else None
-    sizes, times = np.full((2, len(column)), -1, dtype=np.int64)
-    if content is not None and (
-        pa.types.is_binary(content.type) or pa.types.is_large_binary(content.type)
-    ):
-        sizes[:] = pc.fill_null(pc.binary_length(content), -1).to_numpy()
-    if paths is not None:
-        # An embedded image that came from a file keeps its name; the bytes are what counts.
-        apart = np.flatnonzero(sizes <= 0)
-        for i, path in zip(apart, paths.take(pa.array(apart)).to_pylist(), strict=True):
-            if path:
-                sizes[i], times[i] = _size_and_time(base / path if base else Path(path))
-    return sizes, times
-
-
-def _size_and_time(path: Path) -> tuple[int, int]:
-    try:
-        found = path.stat()
-    except OSError:
-        return -1, -1
-    return found.st_size, found.st_mtime_ns
 
 
 def _image_content(value: Any, base: Path | None) -> bytes:
