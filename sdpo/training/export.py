@@ -84,6 +84,7 @@ def main() -> int:
     run = checkpoint.resolve().parent
     if config.out is not None:
         _export(config, config.out, checkpoint)
+        print(f"wrote {config.out}")
     if config.out is None or (run / CONFIG_FILE).is_file():
         write_run_card(run)
     if not config.hub.push_to_hub:

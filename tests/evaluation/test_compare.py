@@ -193,7 +193,7 @@ def test_a_moved_folder_is_compared_as_before(two, tmp_path, compare):
 def test_manifest_score_file_or_image_folder_and_default_names(two, tmp_path, compare, monkeypatch):
     """Suites of one name are told apart by their folders, which are named after the models."""
     monkeypatch.chdir(tmp_path)
-    ways_a = two[0], parquet_path(two[0]), json_path(two[0]), two[0].with_suffix("")
+    ways_a = two[0], parquet_path(two[0]), json_path(two[0]), two[0].with_suffix(""), two[0].parent
     found = []
     for way in ways_a:
         code, _, err = compare("--json_a", way, "--json_b", two[1])
@@ -319,7 +319,12 @@ def test_refusals_of_flags(two, refused, tmp_path):
     assert "--json_a nowhere.json: there is no manifest" in refused(
         "--json_a", "nowhere.json", "--json_b", b
     )
-    assert "--json_b" in refused("--json_a", a, "--json_b", tmp_path)
+    nothing = refused("--json_a", a, "--json_b", tmp_path)
+    assert f"--json_b {tmp_path}: the folder holds no manifest of images" in nothing
+    make_model(a.parent, ["cat"], {"clip": [1]}, stem="other")
+    several = refused("--json_a", a.parent, "--json_b", b)
+    assert str(a) in several
+    assert str(a.with_name("other.json")) in several
 
 
 def test_refusals_of_the_output_directory(two, tmp_path, compare):

@@ -13,7 +13,7 @@ from PIL import Image
 
 from sdpo.common.errors import UserError
 from sdpo.evaluation.generate.manifest import read_manifest
-from sdpo.evaluation.generate.run import check_all_there
+from sdpo.evaluation.generate.run import check_all_there, claim
 
 PROMPTS = ["a red circle", " outer blanks ", "café 猫 <b>&amp;", "a red circle", "x" * 500]
 STEM = "mine_seed0_32x32_2s_7.5cfg"
@@ -167,6 +167,21 @@ def test_settings_are_not_mixed(flags, made, tmp_path, tiny_sd15, more, said):
     with pytest.raises(UserError, match=f"--outdir.*{said}"):
         run_here("eval/generate.py", flags(out, *more))
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+
+
+def test_the_same_base_by_another_path_goes_on(tmp_path, monkeypatch):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "inner" / "base").mkdir(parents=True)
+    folder = tmp_path / "out"
+    monkeypatch.chdir(tmp_path)
+    claim(folder, {"base": "base", "vae": "the base's own"})
+    (folder / "0.png").write_bytes(b"")
+    monkeypatch.chdir(tmp_path / "inner")
+    claim(folder, {"base": "../base", "vae": "the base's own"})
+    with pytest.raises(UserError, match=r"another base \(e\.g\. base: \.\./base, now base\)"):
+        claim(folder, {"base": "base", "vae": "the base's own"})
+    monkeypatch.chdir(tmp_path)
+    claim(folder, {"base": str(tmp_path / "base"), "vae": "the base's own"})
 
 
 def test_the_same_weights_by_another_name_go_on(flags, made, tmp_path, tiny_sd15):

@@ -8,14 +8,30 @@ import os
 import pytest
 import torch
 
+from scripts.parity.small_scorers import write_all
 from sdpo.common.errors import UserError
-from sdpo.evaluation.score.weights import Part, Weights, load_exactly, read_tensors
+from sdpo.evaluation.score.config import ScoreOptions
+from sdpo.evaluation.score.scorers import PUBLISHED
+from sdpo.evaluation.score.scoring import fetch_weights
+from sdpo.evaluation.score.weights import (
+    TOKENIZER_FILES,
+    Part,
+    Weights,
+    load_exactly,
+    read_tensors,
+)
 
 PARTS = {
     "model": Part(hub="someone/scorer", file="weights.pt"),
     "config": Part(hub="someone/scorer", file="config.json", beside="model"),
     "tokenizer": Part(hub="someone/tokenizer"),
 }
+
+
+@pytest.fixture(scope="module")
+def small_weights(tmp_path_factory):
+    """Tiny random weights of the published scorers, by scorer or part."""
+    return write_all(tmp_path_factory.mktemp("weights"))
 
 
 def weights(overrides=None, cache=None, parts=PARTS):
@@ -44,6 +60,51 @@ def test_a_large_file_of_the_hub_is_verified(tmp_path):
     # A small file is kept under git's own hash, which says nothing of sha256.
     cached(tmp_path / "small", content, "a" * 40)
     assert weights(cache=str(tmp_path / "small")).file().read_bytes() == content
+
+
+def repository(cache, name, *files):
+    """A repository of some files, as the hub's client keeps it."""
+    home = cache / f"models--{name.replace('/', '--')}"
+    snapshot = home / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text("0" * 40)
+    for file in files:
+        (snapshot / file).write_text("{}")
+
+
+def test_repositories_are_fetched_with_what_is_loaded_of_them(tmp_path):
+    parts = {
+        "model": Part(hub="someone/model"),
+        "tokenizer": Part(hub="someone/tokenizer", files=TOKENIZER_FILES),
+    }
+    repository(tmp_path, "someone/model", "config.json", "pytorch_model.bin")
+    repository(tmp_path, "someone/tokenizer", "config.json", "vocab.txt")
+    repository(tmp_path, "else/where", "config.json", "vocab.txt")
+    whole = weights(cache=str(tmp_path), parts=parts)
+    whole.fetch("model")
+    whole.fetch("tokenizer")
+    other = weights({"model": "else/where"}, str(tmp_path), parts)
+    with pytest.raises(UserError, match=r"mine: cannot get else/where \(it has no model\*\.safe"):
+        other.fetch("model")
+    (tmp_path / "local").mkdir()
+    local = weights({"tokenizer": tmp_path / "local"}, None, parts)
+    with pytest.raises(UserError, match=r"no tokenizer\.json or .* --weights mine\.tokenizer"):
+        local.fetch("tokenizer")
+    (tmp_path / "local" / "vocab.json").write_text("{}")
+    local.fetch("tokenizer")
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_scorer_of_which_anything_is_missing_is_told_before_it_is_loaded(
+    name, small_weights, tmp_path
+):
+    own = {k: v for k, v in small_weights.items() if k.partition(".")[0] == name}
+    fetch_weights([name], ScoreOptions(weights=own, cache_dir=str(tmp_path)))
+    for part in own:
+        others = {k: v for k, v in own.items() if k != part}
+        with pytest.raises(UserError, match=f"^{name}: cannot get .* give --weights {part}="):
+            fetch_weights([name], ScoreOptions(weights=others, cache_dir=str(tmp_path)))
 
 
 def test_overrides(tmp_path):

@@ -26,7 +26,9 @@ class CompareConfig:
     """compare.py's flags; those of the published script keep their names."""
 
     json_a: str | None = flag(
-        None, "manifest of model A (or its image folder or score file)", metavar="PATH"
+        None,
+        "manifest of model A (or its image folder, score file, or a folder of one manifest)",
+        metavar="PATH",
     )
     json_b: str | None = flag(None, "the same of model B", metavar="PATH")
     label_a: str | None = flag(None, "name of model A", shown="the manifest's, or its folder's")
@@ -106,16 +108,36 @@ def _read_manifests(config: CompareConfig) -> dict[str, Manifest]:
 
 
 def _manifest_path(given: str, flag: str) -> Path:
-    """The manifest itself, or that of the score file or image folder `given`."""
+    """The manifest itself, or that of the score file or image folder `given`, or the only one in
+    it."""
     path = Path(os.path.expanduser(given))
     for suffix in _SCORE_SUFFIXES:
         if path.name.endswith(suffix):
             path = path.with_name(path.name.removesuffix(suffix) + ".json")
     if path.is_dir():
-        path = Path(f"{os.path.abspath(path)}.json")
+        beside = Path(f"{os.path.abspath(path)}.json")
+        inside = [beside] if beside.is_file() else _manifests_in(path)
+        if len(inside) != 1:
+            there = f"several manifests ({', '.join(map(str, inside))}); give one of them"
+            raise UserError(
+                f"{flag} {given}: the folder holds "
+                f"{there if inside else 'no manifest of images'}, and none is called {beside.name} "
+                "beside it"
+            )
+        path = inside[0]
     if not path.is_file():
         raise UserError(f"{flag} {given}: there is no manifest {path}")
     return path
+
+
+def _manifests_in(folder: Path) -> list[Path]:
+    """The manifests in a folder: JSON files with their image folder or their scores beside them."""
+    return [
+        path
+        for path in sorted(folder.glob("*.json"))
+        if path.with_suffix("").is_dir()
+        or any(path.with_name(path.stem + suffix).is_file() for suffix in _SCORE_SUFFIXES)
+    ]
 
 
 def _check_outdir(outdir: Path) -> None:

@@ -8,6 +8,7 @@ at any point, the same command makes only what is missing.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from sdpo.evaluation.generate.protocols import Protocol
 
 SETTINGS_FILE = "settings.json"
+# In that file, where its relative paths are meant from.
+CALLED_FROM = "called_from"
 IMAGE_DESCRIPTION = 0x010E  # EXIF
 
 
@@ -47,7 +50,10 @@ def main() -> int:
     from sdpo.common.processes import start
 
     accelerator = start()
-    generate(config, read_suites(config, accelerator), accelerator)
+    manifests = generate(config, read_suites(config, accelerator), accelerator)
+    if accelerator.is_main_process:
+        for path in manifests:
+            print(f"wrote {path}")
     accelerator.end_training()
     return 0
 
@@ -212,7 +218,7 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
             "give another --outdir"
         )
     # The same weights may be named by another path.
-    names = sorted((changed or {}).keys() - {"unet", "lora"})
+    names = sorted((changed or {}).keys() - {"unet", "lora", CALLED_FROM, *_same(changed or {})})
     if changed and names:
         before, now = changed[names[0]]
         raise UserError(
@@ -220,7 +226,19 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
             f"{names[0]}: {before}, now {now}); give another --outdir, or delete that folder"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(path, settings)
+    write_json(path, {**settings, CALLED_FROM: os.getcwd()})
+
+
+def _same(changed: dict[str, tuple[Any, Any]]) -> set[str]:
+    """Which of the settings that changed name the same place on this machine as before."""
+    then = changed.get(CALLED_FROM, ("",))[0]
+    return {
+        name
+        for name in ("base", "vae")
+        if name in changed
+        and os.path.exists(now := str(changed[name][1]))
+        and os.path.realpath(os.path.join(then, str(changed[name][0]))) == os.path.realpath(now)
+    }
 
 
 def make_missing(

@@ -32,6 +32,11 @@ class BaseScorer(ABC):
     meaning: ClassVar[str] = ""
     parts: ClassVar[dict[str, Part]] = {}
 
+    @classmethod
+    def needed(cls, weights: Weights) -> list[str]:
+        """Name the parts that are loaded with these weights."""
+        return list(cls.parts)
+
     @staticmethod
     def view(image: Image.Image) -> Tensor:
         """Make the view of an RGB image, uint8 or int16 (3, H, W), H and W the same for all."""

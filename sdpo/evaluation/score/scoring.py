@@ -37,16 +37,16 @@ BATCHES_A_SAVE = 8
 
 
 def fetch_weights(scorers: list[str], options: ScoreOptions) -> None:
-    """Bring the single files of all scorers to this machine, whole.
+    """Bring all that scorers load to this machine, whole; nothing is loaded.
 
     Raises:
-        UserError: one of them is not to be had.
+        UserError: something is not to be had.
     """
     for name in scorers:
         scorer = get_scorer(name)
         weights = options.of(name, scorer)
-        for part, wanted in scorer.parts.items():
-            weights.file(part) if wanted.file else weights.source(part)
+        for part in scorer.needed(weights):
+            weights.fetch(part)
 
 
 View = Callable[[Image.Image], Tensor]

@@ -22,14 +22,20 @@ from sdpo.models.locations import HUB_ID
 
 log = logging.getLogger(__name__)
 
+# Of which files `from_pretrained` reads the first that are there, beside JSON and text.
+MODEL_FILES = ("model*.safetensors", "pytorch_model*.bin")
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt")
+_SMALL_FILES = ("*.json", "*.txt")
+
 
 @dataclass(frozen=True)
 class Part:
     """Names one thing that a scorer loads.
 
     `hub` is a repository id; with `file` the part is that one file of it, else the repository as a
-    whole (what `from_pretrained` takes). `url` is where a file that is not on the hub can be had.
-    A part that lies `beside` another is looked for there where a user has given only that other.
+    whole (what `from_pretrained` takes), one of whose `files` must be there. `url` is where a file
+    that is not on the hub can be had. A part that lies `beside` another is looked for there where a
+    user has given only that other.
     """
 
     hub: str | None = None
@@ -37,6 +43,7 @@ class Part:
     sha256: str | None = None
     url: str | None = None
     beside: str | None = None
+    files: tuple[str, ...] = MODEL_FILES
 
     @property
     def source(self) -> str:
@@ -127,12 +134,43 @@ class Weights:
         Raises:
             UserError: nothing of the kind there, no network and no cache, or weights are missing.
         """
-        advice = (
+        source, advice = self.source(part), self._advice(part)
+        return from_pretrained(cls, self.scorer, source, advice, cache_dir=self.cache_dir)
+
+    def fetch(self, part: str) -> None:
+        """Bring what is loaded of a part to this machine, without loading it.
+
+        Raises:
+            UserError: it is not to be had.
+        """
+        wanted = self.parts[part]
+        if wanted.file:
+            self.file(part)
+            return
+        source, why = self.source(part), f"it has no {' or '.join(wanted.files)}"
+        try:
+            for name in wanted.files:
+                if any(self._folder(source, name).glob(name)):
+                    return
+        # Hub and network errors come in many classes; all mean that the files are not there.
+        except Exception as error:
+            why = first_line(error)
+        raise UserError(f"{self.scorer}: cannot get {source} ({why}); {self._advice(part)}")
+
+    def _folder(self, source: str, name: str) -> Path:
+        """Give a directory, or that of a repository on the hub with what is so named in it."""
+        if Path(source).exists():
+            return Path(source)
+        from huggingface_hub import snapshot_download
+
+        wanted = [*_SMALL_FILES, name]
+        return Path(snapshot_download(source, allow_patterns=wanted, cache_dir=self.cache_dir))
+
+    def _advice(self, part: str) -> str:
+        return (
             "where the hub cannot be reached, put the files of "
             f"{self.parts[part].source} into a directory and give {self.flag(part)}=DIR"
         )
-        source = self.source(part)
-        return from_pretrained(cls, self.scorer, source, advice, cache_dir=self.cache_dir)
 
     def _download(self, wanted: Part, name: str) -> Path:
         if wanted.hub:

@@ -15,7 +15,13 @@ from sdpo.common.errors import UserError, first_line
 from sdpo.evaluation.score.base import BaseScorer, check_size, frozen
 from sdpo.evaluation.score.scorers.aesthetics import AestheticHead
 from sdpo.evaluation.score.views import clip_pixels
-from sdpo.evaluation.score.weights import Part, Weights, load_exactly, read_tensors
+from sdpo.evaluation.score.weights import (
+    TOKENIZER_FILES,
+    Part,
+    Weights,
+    load_exactly,
+    read_tensors,
+)
 
 if TYPE_CHECKING:
     from transformers import BertTokenizer, BlipTextModel, BlipVisionModel
@@ -56,7 +62,7 @@ class Scorer(BaseScorer):
     parts = {  # noqa: RUF012
         "model": Part(hub="zai-org/ImageReward", file="ImageReward.pt"),
         "config": Part(hub="zai-org/ImageReward", file=CONFIG_FILE, beside="model"),
-        "tokenizer": Part(hub="bert-base-uncased"),
+        "tokenizer": Part(hub="bert-base-uncased", files=TOKENIZER_FILES),
     }
 
     def __init__(self, weights: Weights, device: torch.device) -> None:

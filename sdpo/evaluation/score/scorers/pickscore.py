@@ -13,7 +13,7 @@ from sdpo.common.captions import for_tokenizer
 from sdpo.common.errors import UserError
 from sdpo.evaluation.score.base import BaseScorer, check_size, cosine, frozen
 from sdpo.evaluation.score.views import clip_pixels
-from sdpo.evaluation.score.weights import Part, Weights
+from sdpo.evaluation.score.weights import TOKENIZER_FILES, Part, Weights
 
 TOKENS = 77
 
@@ -35,23 +35,33 @@ def check_tokenizer(tokenizer: Any, config: Any, weights: Weights, part: str) ->
         )
 
 
+def tokenizer_part(weights: Weights) -> str:
+    """Name the part that the tokenizer is loaded from: a user's own model may have one."""
+    own = Path(weights.source("model"))
+    beside = any((own / name).is_file() for name in ("tokenizer.json", "vocab.json"))
+    return "model" if beside and "processor" not in weights.overrides else "processor"
+
+
 class Scorer(BaseScorer):
     """Larger is better; published models lie around 0.2."""
 
     label = "PickScore"
     parts = {  # noqa: RUF012
         "model": Part(hub="yuvalkirstain/PickScore_v1"),
-        "processor": Part(hub="laion/CLIP-ViT-H-14-laion2B-s32B-b79K"),
+        "processor": Part(hub="laion/CLIP-ViT-H-14-laion2B-s32B-b79K", files=TOKENIZER_FILES),
     }
+
+    @classmethod
+    def needed(cls, weights: Weights) -> list[str]:
+        """Name the model alone where the tokenizer lies beside it."""
+        return list(dict.fromkeys(["model", tokenizer_part(weights)]))
 
     def __init__(self, weights: Weights, device: torch.device) -> None:
         from transformers import AutoTokenizer, CLIPModel
 
         self.model = frozen(weights.pretrained(CLIPModel, "model"), device)
         check_size(self.model.config.vision_config.image_size, weights.flag())
-        own = Path(weights.source("model"))
-        beside = any((own / name).is_file() for name in ("tokenizer.json", "vocab.json"))
-        part = "model" if beside and "processor" not in weights.overrides else "processor"
+        part = tokenizer_part(weights)
         self.tokenizer = weights.pretrained(AutoTokenizer, part)
         check_tokenizer(self.tokenizer, self.model.config.text_config, weights, part)
         self.device = device
