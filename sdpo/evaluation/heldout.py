@@ -92,6 +92,7 @@ def main() -> int:
 
     from sdpo.data.buckets import in_buckets
     from sdpo.data.source import open_pairs
+    from sdpo.evaluation.score.summary import print_grid
     from sdpo.models import open_base
     from sdpo.models.encoding import ModelEncoder
     from sdpo.models.loading import load_strictly, read_state_dict
@@ -124,7 +125,10 @@ def main() -> int:
         errors = pair_errors(family, unet, inputs, config.timesteps)
         entries.append(summarise(step_of(path), *errors, *reference, beta))
     lines = "".join(json.dumps(entry) + "\n" for entry in entries)
-    write_text(config.run / (HELDOUT_EMA_FILE if config.ema else HELDOUT_FILE), lines)
+    out = config.run / (HELDOUT_EMA_FILE if config.ema else HELDOUT_FILE)
+    write_text(out, lines)
+    print_grid(grid(entries))
+    print(f"\nwrote {out}")
     if (config.run / CARD_FILE).is_file():
         write_run_card(config.run)
     return 0
@@ -268,6 +272,17 @@ def summarise(
         "margin": margin.mean().item(),
         "implicit_acc": (-0.5 * beta * margin > 0).float().mean().item(),
     }
+
+
+def grid(entries: list[dict[str, float]]) -> list[list[str]]:
+    """Lay lines of heldout.jsonl out as text, the first one the head."""
+    lines = [["step", "winner drift", "loser drift", "margin", "implicit accuracy"]]
+    for entry in entries:
+        winner, error = entry["winner_drift_percent"], entry["winner_drift_percent_se"]
+        cells = [f"{winner:+.2f} ± {error:.2f} %", f"{entry['loser_drift_percent']:+.2f} %"]
+        cells += [f"{entry['margin']:+.3g}", f"{entry['implicit_acc']:.3f}"]
+        lines.append([str(entry["step"]), *cells])
+    return lines
 
 
 def read_heldout(run: Path) -> list[dict[str, Any]]:

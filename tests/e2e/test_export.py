@@ -50,9 +50,10 @@ def test_a_file_in_the_original_layout_comes_back_to_the_bit(run, kind, train, t
         assert identical(a.state_dict(), b.state_dict())
 
 
-def test_half_precision_of_a_checkpoint_and_the_average(run, kind, train, tmp_path):
+def test_half_precision_of_a_checkpoint_and_the_average(run, kind, train, tmp_path, capsys):
     out = tmp_path / "half.safetensors"
     assert run_here(PROGRAM, [run.out / "checkpoint-1", "--out", out, "--half"]) == 0
+    assert f"wrote {out}\n" in capsys.readouterr().out
     assert {v.dtype for v in load_file(out).values()} == {torch.float16}
     found = from_single_file(kind, out, train.models[kind]).unet.state_dict()
     assert identical(

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from sdpo.common.randomness import generator
+from sdpo.evaluation.heldout import grid
 
 from .harness import Forked, files, program
 from .test_independent import coin, condition, draw, load, pixels
@@ -110,6 +111,10 @@ def test_values(run, train, pairs_dir):
         )
         assert entry["implicit_acc"] == pytest.approx((margin[i] < 0).mean(), abs=1.01 / 15)
     assert abs(entries[2]["winner_drift"]) > 1e-4
+    told = grid(entries)
+    assert [line[0] for line in told] == ["step", "0", "2", "3"]
+    assert told[3][1].startswith(f"{entries[2]['winner_drift_percent']:+.2f} ± ")
+    assert told[3][4] == f"{entries[2]['implicit_acc']:.3f}"
     # Another batch size splits the same draws otherwise; the numbers stay.
     assert evaluate(run, *flags, "--batch_size", 5).returncode == 0
     again = [json.loads(line) for line in path.read_text().splitlines()]

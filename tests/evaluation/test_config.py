@@ -39,6 +39,44 @@ def test_generation_is_filled_in(flags, expected):
         assert config.outdir == Path("x")
 
 
+@pytest.mark.parametrize("below", ["", "checkpoint-2", "checkpoint-2/unet.pth"])
+def test_the_base_is_that_of_the_run_that_the_unet_lies_in(
+    tiny_sd15, tiny_sdxl, tmp_path, monkeypatch, below
+):
+    start, elsewhere = tmp_path / "start", tmp_path / "elsewhere"
+    checkpoint = start / "output" / "run" / "checkpoint-2"
+    checkpoint.mkdir(parents=True)
+    elsewhere.mkdir()
+    for name in ("unet.pth", "state.json"):
+        (checkpoint / name).touch()
+    (checkpoint.parent / "metrics.jsonl").touch()
+    args = {"output_dir": "output/run", "pretrained_model_name_or_path": "tiny/base"}
+    args |= {"revision": "v2", "sdxl": True}
+
+    def flags(*more, **changed):
+        config = {"args": {**args, **changed}}
+        (checkpoint.parent / "config.json").write_text(json.dumps(config))
+        return generate.parse_args(["--unet", str(checkpoint.parent / below), *more])
+
+    monkeypatch.chdir(elsewhere)
+    # On the hub, for all that is known here.
+    with pytest.raises(UserError, match=r"^--unet: .* was trained from tiny/base: --pretrained"):
+        flags()
+    (start / "tiny").mkdir()
+    (start / "tiny" / "base").symlink_to(tiny_sdxl)
+    found = flags()
+    assert found.family == "sdxl"
+    assert found.pretrained_model_name_or_path == str(start / "tiny" / "base")
+    assert found.pretrained_vae_model_name_or_path is None  # the base's own, as the run had it
+    assert found.revision == "v2"
+    given = flags("--pretrained_model_name_or_path", str(tiny_sd15))
+    assert (given.family, given.revision) == ("sd15", None)
+    monkeypatch.chdir(start)
+    assert flags().pretrained_model_name_or_path == "tiny/base"
+    with pytest.raises(UserError, match=r"trained from \./gone, which is not there; give --pre"):
+        flags(pretrained_model_name_or_path="./gone")
+
+
 def test_batch_sizes_of_images_and_scores():
     flags = ["--unet", "base", "--batch_size", "3", "--score_batch_size", "5"]
     config = evaluate.parse_args(flags)

@@ -221,10 +221,11 @@ def test_diffusers_protocol(flags, made, tmp_path):
     assert not np.array_equal(first, fourth)
 
 
-def test_sdxl(flags, tmp_path, tiny_sdxl):
+def test_sdxl(flags, tmp_path, tiny_sdxl, capsys):
     more = ("--sdxl", "--pretrained_model_name_or_path", tiny_sdxl)
     more += ("--pretrained_vae_model_name_or_path", "base", "--limit", 2)
     assert run_here("eval/generate.py", flags(tmp_path, *more)) == 0
+    assert f"wrote {tmp_path / STEM}.json\n" in capsys.readouterr().out
     manifest = read_manifest(tmp_path / f"{STEM}.json")
     assert len(manifest) == 2
     assert manifest.entries[0].metadata["family"] == "sdxl"

@@ -14,6 +14,7 @@ from sdpo.common.flags import FINITE, Check, at_least, at_most, flag, multiple_o
 from sdpo.config import ModelConfig
 from sdpo.config.families import FAMILIES
 from sdpo.config.rules import BaseKind, check_resolution
+from sdpo.evaluation.generate.run_base import base_of_run
 from sdpo.evaluation.generate.suites import BUILT_SUITES, KNOWN_SUITES, read_suite
 from sdpo.evaluation.generate.unets import BASE, check_unet, label_of
 from sdpo.models.checks import SCHEDULER_FILE
@@ -55,7 +56,7 @@ class GenerationConfig:
         None,
         "base pipeline, for all but the UNet; as train.py's",
         metavar="ID_OR_PATH",
-        shown="SD1.5's official one, with --sdxl SDXL's",
+        shown="that of the run that --unet lies in, else SD1.5's official one, with --sdxl SDXL's",
     )
     single_file_config: str | None = flag(
         None,
@@ -67,7 +68,7 @@ class GenerationConfig:
         None,
         "VAE; `base`: the base's own",
         metavar="ID_OR_DIR",
-        shown="SD1.5's own; for SDXL madebyollin/sdxl-vae-fp16-fix",
+        shown="the run's too; else SD1.5's own; for SDXL madebyollin/sdxl-vae-fp16-fix",
     )
     revision: str | None = flag(None, "git revision of the base on the hub")
     cache_dir: str | None = flag(None, "where downloads are kept", metavar="DIR")
@@ -124,8 +125,8 @@ def fill_in(config: GenerationConfig) -> GenerationConfig:
     Raises:
         UserError: naming the flag and what would be right.
     """
+    config, kind = _with_base(config)
     vae = config.pretrained_vae_model_name_or_path
-    kind = _kind(config)
     family = FAMILIES[kind.family]
     published = kind.family in ("sd15", "sdxl") and kind.predicts == "epsilon"
     protocol = config.protocol or ("paper" if published else "diffusers")
@@ -159,6 +160,21 @@ def fill_in(config: GenerationConfig) -> GenerationConfig:
     filled = replace(filled, outdir=config.outdir or Path("output/eval") / label)
     check_directory(filled.outdir, "--outdir")
     return filled
+
+
+def _with_base(config: GenerationConfig) -> tuple[GenerationConfig, BaseKind]:
+    """Take the base of the run that --unet lies in, where none is given, and read its kind."""
+    run = {}
+    if not config.pretrained_model_name_or_path and config.unet != BASE:
+        run = base_of_run(config.unet)
+    config = replace(config, **{name: getattr(config, name) or run[name] for name in run})
+    try:
+        return config, _kind(config)
+    except UserError as error:
+        if not run:
+            raise
+        base = config.pretrained_model_name_or_path
+        raise UserError(f"--unet: {config.unet} was trained from {base}: {error}") from None
 
 
 def check_steps(steps: int, schedule: Mapping[str, Any]) -> None:
