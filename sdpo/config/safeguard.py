@@ -44,7 +44,7 @@ class SafeguardConfig:
     losers_one_in: int = flag(
         1,
         "of every N pairs train on the loser of one, drawn by chance, N times as much; the others' "
-        "losers go forward alone (an experiment: docs/LAB.md)",
+        "losers go forward alone; N must divide --train_batch_size (an experiment: docs/LAB.md)",
         metavar="N",
         check=at_least(1),
     )
