@@ -89,12 +89,23 @@ def help_text() -> str:
     )
 
 
+def options_text(name: str) -> str:
+    """The help of the options that the command adds to a launched program's own flags."""
+    recipe = f"--recipe NAME ({', '.join(names(RECIPES_DIR))}) and " if name == "train" else ""
+    return (
+        f"sdpo {name} takes {recipe}--config NAME|FILE of accelerate "
+        f"({', '.join(names(LAUNCH_DIR))}) beside these flags:"
+    )
+
+
 def run_on_devices(name: str, argv: list[str]) -> int:
     """Check a program's flags, then run it once per device: here where there is one.
 
     Raises:
         UserError: from the program, or there is no such --recipe or --config.
     """
+    if {"-h", "--help"} & {*argv}:
+        print(f"{options_text(name)}\n")
     config, argv = take_option("--config", argv)
     if name == "train":
         recipe, argv = take_option("--recipe", argv)

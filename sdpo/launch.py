@@ -6,12 +6,14 @@ several machines: "--num_machines 2 --num_processes 16 --machine_rank 0 --main_p
 
 from __future__ import annotations
 
+import argparse
 import os
 import runpy
 import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 def further_arguments() -> list[str]:
@@ -37,8 +39,9 @@ def launch(program: list[str], here: Callable[[], int], launch_argv: list[str]) 
             return here()
     from accelerate.commands.launch import launch_command, launch_command_parser
 
-    argv = [*launcher(processes, launch_argv), *program]
-    launch_command(launch_command_parser().parse_args(argv))
+    args = launch_command_parser().parse_args([*launcher(processes, launch_argv), *program])
+    start_all(args)
+    launch_command(args)
     return 0
 
 
@@ -68,6 +71,27 @@ def launcher(processes: int, launch_argv: list[str]) -> list[str]:
         own += ["--num_processes", str(processes), "--num_machines", "1"]
     own += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     return [*own, *launch_argv]
+
+
+def start_all(args: argparse.Namespace) -> None:
+    """Change the launcher's arguments so that it starts all processes that they ask for. By itself
+    accelerate starts one, without a word, for --cpu, for a configuration of several on CPUs and
+    where neither names a kind; all but MPI's."""
+    import torch
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    file: Any = load_config_from_file(args.config_file) if args.config_file else None
+    count = args.num_processes or getattr(file, "num_processes", None) or 1
+    if count == 1 or args.mpirun_hostfile or getattr(file, "mpirun_config", None):
+        return
+    kind = getattr(file, "distributed_type", "NO")
+    on_cpus = args.cpu or getattr(file, "use_cpu", False) or kind == "MULTI_CPU"
+    if on_cpus or not torch.accelerator.is_available():
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+        args.cpu, args.use_cpu = False, True  # the latter divides the threads
+    chosen = (args.multi_gpu, args.tpu, args.use_fsdp, args.use_deepspeed, args.use_megatron_lm)
+    if kind in ("NO", "MULTI_CPU") and not any(chosen):
+        args.multi_gpu = True  # whatever the device
 
 
 def run_program(program: list[str]) -> int:

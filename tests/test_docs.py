@@ -78,6 +78,7 @@ def test_flags_exist(text):
         known |= found
     launcher = {"--num_machines", "--num_processes", "--machine_rank", "--main_process_ip"}
     launcher |= {"--main_process_port", "--config", "--recipe"}
+    launcher |= {"--cpu", "--multi_gpu", "--nproc_per_node"}
     # Of other programs: the quickstart, prompts/build.py, and scripts/bench.
     other = {"--method", "--steps", "--out", "--repeats", "--no-NAME", "--source"}
     other |= {"--variants", "--pairs", "--step_json", "--rows", "--batches", "--turns"}

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from packaging.requirements import Requirement
 
 import sdpo
@@ -233,6 +234,57 @@ def test_how_processes_are_launched(gpus, given, expected):
     assert launch.launcher(gpus, given.split()) == f"{expected} {fixed} {given}".split()
 
 
+@pytest.mark.parametrize(
+    ("given", "config", "processes", "on_cpus"),
+    [
+        ("--num_processes 2", None, 2, True),
+        ("--cpu --num_processes=2", None, 2, True),
+        ("--multi_gpu --num_processes 2", None, 2, True),
+        ("--cpu", None, 1, True),
+        ("", {"distributed_type": "MULTI_CPU", "use_cpu": True, "num_processes": 3}, 3, True),
+        ("--num_processes 2", {"distributed_type": "NO", "num_processes": 1}, 2, True),
+        ("--cpu", {"distributed_type": "MULTI_GPU", "num_processes": 4}, 4, True),
+        ("", {"distributed_type": "FSDP", "num_processes": 2}, 2, True),
+        ("--num_processes 2", None, 2, False),  # on GPUs
+        ("--cpu --num_processes 2", None, 2, True),
+    ],
+)
+def test_all_processes_that_are_asked_for_start(
+    monkeypatch, tmp_path, given, config, processes, on_cpus
+):
+    """accelerate's own launcher starts one for most of these."""
+    from accelerate.commands import launch as accelerates
+
+    calls = []
+    for name, several in (("simple_launcher", False), ("multi_gpu_launcher", True)):
+
+        def note(args, several=several):
+            calls.append((args.num_processes if several else 1, args.use_cpu))
+
+        monkeypatch.setattr(accelerates, name, note)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: not on_cpus)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "unset")
+    argv = given.split()
+    if config:
+        file = tmp_path / "launch.yaml"
+        file.write_text(yaml.safe_dump({"num_machines": 1, "mixed_precision": "no", **config}))
+        argv = ["--config_file", str(file), *argv]
+    assert launch.launch(["train.py"], lambda: pytest.fail("runs here"), argv) == 0
+    assert calls == [(processes, on_cpus)]
+    expected = "true" if on_cpus and processes > 1 else "unset"
+    assert os.environ["ACCELERATE_USE_CPU"] == expected
+
+
+def test_help_of_a_launched_program_names_the_commands_own_options(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["sdpo", "train", "--help"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    own, _, flags = capsys.readouterr().out.partition("usage: ")
+    assert "--recipe NAME (" in own and "sd15_dspo" in own and "--config NAME|FILE" in own
+    assert "--max_train_steps" in flags
+
+
 def test_the_command_runs_from_anywhere(installed, repo, tmp_path):
     """From the wheel, in a folder that is not the checkout's."""
     done = answer(installed, "compare", "--json_a", "A.json", directory=tmp_path)
@@ -296,6 +348,7 @@ def launched(monkeypatch) -> list[list[str]]:
         "launch_command_parser",
         lambda: SimpleNamespace(parse_args=lambda argv: argv),
     )
+    monkeypatch.setattr(launch, "start_all", lambda args: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     monkeypatch.delenv("SDPO_LAUNCH_ARGS", raising=False)
     return calls

@@ -53,16 +53,44 @@ def leave_launcher() -> None:
 
 
 def start() -> Accelerator:
-    """Join the launcher's other processes, or run alone on the best device there is."""
+    """Join the launcher's other processes, or run alone on the best device there is.
+
+    Raises:
+        UserError: see `join`.
+    """
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     quieten_libraries()
-    ignore_accelerates_settings()
     handlers = [InitProcessGroupKwargs(timeout=WAIT_LIMIT)]
+    return join(lambda: Accelerator(mixed_precision="no", kwargs_handlers=handlers))
+
+
+def join(make: Callable[[], Accelerator]) -> Accelerator:
+    """Call `make` so that the accelerator joins all processes that the launcher started; where the
+    machine has no accelerator, on its CPUs, which accelerate itself does only when told.
+
+    Raises:
+        UserError: it would run alone, or one of accelerate's variables is wrong.
+    """
+    import torch
+
+    ignore_accelerates_settings()
+    size = os.environ.get("WORLD_SIZE", "1")
+    several = size.isdigit() and int(size) > 1
+    if several and "LOCAL_RANK" in os.environ and not torch.accelerator.is_available():
+        os.environ["ACCELERATE_USE_CPU"] = "true"
     with naming_variables():
-        return Accelerator(mixed_precision="no", kwargs_handlers=handlers)
+        accelerator = make()
+    if several and accelerator.num_processes != int(size):
+        raise UserError(
+            f"WORLD_SIZE={size} in the environment, but each process would run alone, on "
+            f"{accelerator.device}: start them by `accelerate launch --multi_gpu --num_processes "
+            f"{size}` or torchrun, on CPUs with ACCELERATE_USE_CPU=true; or start one process "
+            "without WORLD_SIZE"
+        )
+    return accelerator
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from sdpo.common.errors import UserError, first_line
+from sdpo.common.hub import look_for_hub
 from sdpo.config import SourceConfig
 from sdpo.config.data import MIRRORS
 from sdpo.data.tables import LABEL, open_text
@@ -47,6 +48,7 @@ def open_hub(name: str, data: SourceConfig) -> Any:
 
 def _open_one(name: str, data: SourceConfig) -> Any:
     """Open a dataset as a `datasets.Dataset`; while streaming as a stream, unless it is a table."""
+    look_for_hub()
     import datasets
     from datasets.packaged_modules.csv.csv import Csv
     from datasets.packaged_modules.json.json import Json

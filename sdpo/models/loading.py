@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from sdpo.common.errors import UserError, first_line
+from sdpo.common.hub import look_for_hub
 from sdpo.models.locations import WEIGHT_SUFFIXES
 
 log = logging.getLogger(__name__)
@@ -188,6 +189,8 @@ def from_pretrained(cls: Any, flag: str, name: str, advice: str = ADVICE, **kwar
     part = kwargs.get("subfolder")
     where = f"{part + ' from ' if part else ''}{name}"
     try:
+        if not Path(name).exists():
+            look_for_hub()
         if not (inspect.isclass(cls) and issubclass(cls, nn.Module)):
             return cls.from_pretrained(name, **kwargs)
         model, report = _with_report(cls, name, kwargs)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sdpo.common.errors import UserError, first_line
+from sdpo.common.hub import look_for_hub
 from sdpo.config import ModelConfig
 from sdpo.config.families import FAMILIES, PARTS, family_of_config
 from sdpo.models.checks import (
@@ -208,6 +209,7 @@ def reader_of(name: str, revision: str | None, cache_dir: str | None) -> Reader:
 def _from_hub(name: str, file: str, revision: str | None, cache_dir: str | None) -> Path:
     from huggingface_hub import hf_hub_download
 
+    look_for_hub()
     return Path(hf_hub_download(name, file, revision=revision, cache_dir=cache_dir))
 
 

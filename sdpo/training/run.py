@@ -151,6 +151,11 @@ class Run(Session):
             self.one_scale_a_step = guard.scope == "batch"
         if self.resume_from:
             log.info("resuming from %s", self.resume_from)
+            if self.progress.step >= loader.max_train_steps:
+                log.info(
+                    "step %d of %d is done: nothing is trained, the model is written again",
+                    *(self.progress.step, loader.max_train_steps),
+                )
         if self.accelerator.is_main_process:
             self._compare_data()
             resolved = self._resolved()

@@ -272,6 +272,8 @@ def test_bad_combinations(make_config, tiny_sd15, tmp_path):
         make_config(train_data_dir=None)
     with pytest.raises(UserError, match="unrecognized arguments: --made_up"):
         make_config(made_up=1)
+    with pytest.raises(UserError, match="did you mean --lora_rank or --learning_rate"):
+        make_config(lr=1)
     with pytest.raises(UserError, match="--pretrained_model_name_or_path"):
         parse_train(["--train_data_dir", str(tmp_path)])
 

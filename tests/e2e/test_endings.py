@@ -80,7 +80,8 @@ def test_signal_to_the_group_of_two_processes(train, tmp_path):
 def test_signal_to_a_launcher_and_all_that_it_started(train, tmp_path, processes):
     """The launcher passes the signal on as well, so that the processes get it twice."""
     out, log = tmp_path / "run", tmp_path / "log"
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1"]
+    kind = "--cpu" if processes == 1 else "--multi_gpu"
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", kind, "--num_machines", "1"]
     launcher += ["--num_processes", str(processes), "--mixed_precision", "no"]
     launcher += ["--dynamo_backend", "no", str(REPO / "train.py")]
     with open(log, "wb") as file:
@@ -99,6 +100,7 @@ def test_signal_to_a_launcher_and_all_that_it_started(train, tmp_path, processes
     while not list(out.glob("checkpoint-*[0-9]")) and time.monotonic() < deadline:
         time.sleep(0.1)
     check_saved(out, 3)
+    assert Run(out).config["resolved"]["processes"] == processes
 
 
 def test_later_signal_ends_at_once():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 import signal
@@ -107,12 +108,14 @@ def test_other_methods_and_options_share_it(train, first, tmp_path, request, nam
     same(train(tmp_path / "found", **flags, cache_reference=kept_in), plain)
 
 
-def test_what_is_missing_alone_is_computed(train, first, tmp_path, asked):
+def test_what_is_missing_alone_is_computed(train, first, tmp_path, asked, caplog):
     """A longer run; and one whose last record was torn by a kill, another damaged."""
     shutil.copytree(first[0], tmp_path / "kept")
     flags = {**FLAGS, "max_train_steps": 6, "cache_reference": tmp_path / "kept"}
+    caplog.set_level(logging.INFO, "sdpo")
     longer = train(tmp_path / "longer", **flags)
     assert asked == [2, 2]
+    assert f"{tmp_path / 'kept'}: of 12 micro-batches 10 are there, the rest is" in caplog.text
     paths, count = kept(tmp_path / "kept")
     assert len(paths) == 2 and count == PAIRS + 4
     same(longer, train(tmp_path / "plain", **{**flags, "cache_reference": None}))

@@ -177,6 +177,7 @@ def test_finished_run_stays_as_it_is(train, whole, tmp_path):
     assert after.keys() == before.keys()
     changed = {name for name in before if before[name] != after[name]}
     assert changed <= {"config.json"}
+    assert f"step {STEPS} of {STEPS} is done: nothing is trained" in fork.stderr
 
 
 @pytest.mark.parametrize(

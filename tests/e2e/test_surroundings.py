@@ -44,6 +44,23 @@ def test_which_variables_stay(monkeypatch):
     assert left == {"ACCELERATE_USE_CPU", "ACCELERATE_TORCH_DEVICE"}
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")
+def test_processes_join_on_cpus(train, tmp_path):
+    """torchrun tells them of each other and not that they are to run on CPUs."""
+    out = tmp_path / "run"
+    ranks = train.start_processes(out, 2, {"ACCELERATE_USE_CPU": "false"})
+    assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].stderr
+    assert Run(out).config["resolved"]["processes"] == 2
+
+
+def test_processes_that_would_run_alone_are_refused(train, tmp_path, monkeypatch):
+    """As with Apple's accelerator, or with no launcher at all."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"^WORLD_SIZE=2 in the environment, but each .* alone"):
+        train(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(("name", "value"), [("USE_CPU", "maybe"), ("TORCH_DEVICE", "junk")])
 def test_variables_that_are_wrong_are_named(train, tmp_path, monkeypatch, name, value):
     monkeypatch.setenv(f"ACCELERATE_{name}", value)

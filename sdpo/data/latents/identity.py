@@ -13,6 +13,7 @@ import numpy as np
 
 from sdpo.common.errors import UserError, first_line
 from sdpo.common.files import file_sha256, hub_sha256
+from sdpo.common.hub import look_for_hub
 from sdpo.data.digest import images_on_disk
 from sdpo.data.source import PairSource, arrow_column
 from sdpo.models.base import BASE_FLAG, VAE_FLAG, Family, ModelSource
@@ -70,6 +71,7 @@ class _Folder:
         from huggingface_hub.errors import EntryNotFoundError
 
         try:
+            look_for_hub()
             found = hf_hub_download(
                 self.name,
                 file,

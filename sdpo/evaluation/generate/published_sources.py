@@ -17,6 +17,7 @@ from typing import BinaryIO
 from urllib.request import urlopen
 
 from sdpo.common.errors import UserError, first_line
+from sdpo.common.hub import look_for_hub
 from sdpo.config.data import MIRRORS
 from sdpo.evaluation.generate.suites import Prompt, read_suite_file
 
@@ -138,6 +139,7 @@ def read_captions(file: BinaryIO) -> list[str | None]:
 def _papv2_of_hub(repo: str) -> list[Prompt]:
     from huggingface_hub import HfFileSystem
 
+    look_for_hub()
     hub = HfFileSystem()
     paths = sorted(hub.glob(f"datasets/{repo}/data/{PAPV2_FILES}"))
     if not paths:
@@ -170,6 +172,7 @@ def _papv2_of_files(paths: list[Path]) -> list[Prompt]:
 def _hpsv2_of_hub(repo: str, cache_dir: str | None) -> list[Prompt]:
     from huggingface_hub import hf_hub_download
 
+    look_for_hub()
     files = [
         hf_hub_download(repo, f"benchmark/{style}.json", repo_type="dataset", cache_dir=cache_dir)
         for style in HPSV2_STYLES

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdpo.common.errors import UserError, first_line
+from sdpo.common.hub import look_for_hub
 from sdpo.config.families import FAMILIES, PARTS
 from sdpo.models.checks import Config, check_start
 from sdpo.models.locations import (
@@ -89,6 +90,7 @@ def locate_unet(name: str, cache_dir: str | None) -> str | None:
 
     repo, file = match.groups()
     try:
+        look_for_hub()
         return hf_hub_download(repo, file, cache_dir=cache_dir)
     # Hub and network errors come in many classes; all mean that the file is not there.
     except Exception as error:

@@ -17,6 +17,7 @@ from torch import nn
 
 from sdpo.common.errors import UserError, first_line
 from sdpo.common.files import file_sha256, hub_sha256
+from sdpo.common.hub import look_for_hub
 from sdpo.models.loading import check_finite, from_pretrained, load_tensors
 from sdpo.models.locations import HUB_ID
 
@@ -163,6 +164,7 @@ class Weights:
             return Path(source)
         from huggingface_hub import snapshot_download
 
+        look_for_hub()
         wanted = [*_SMALL_FILES, name]
         return Path(snapshot_download(source, allow_patterns=wanted, cache_dir=self.cache_dir))
 
@@ -176,6 +178,7 @@ class Weights:
         if wanted.hub:
             from huggingface_hub import hf_hub_download
 
+            look_for_hub()
             return Path(hf_hub_download(wanted.hub, name, cache_dir=self.cache_dir))
         from torch.hub import download_url_to_file, get_dir
 

@@ -109,12 +109,10 @@ def open_errors(
     optim, done = config.optim, run.progress
     steps = (loader.max_train_steps - done.step) * optim.gradient_accumulation_steps
     coming = islice(loader.order.steps(done.place), max(0, steps))
-    there = all(records.has(*place, loader.stride) for place in coming)
-    complete = all(gather_object([there]))
-    log.info(
-        "%s %s: %s",
-        *(REFERENCE_FLAG, directory, "all is there" if complete else "what is missing is added"),
-    )
+    there = [records.has(*place, loader.stride) for place in coming]
+    complete = all(gather_object([all(there)]))
+    found = f"of {len(there)} micro-batches {sum(there)} are there, the rest is added"
+    log.info("%s %s: %s", REFERENCE_FLAG, directory, "all is there" if complete else found)
     # The reference of a divided UNet with adapters is that UNet: its processes compute together.
     alone = not (run.sharding and config.model.lora_rank)
     return CachedErrors(records, complete, alone)
