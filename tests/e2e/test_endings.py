@@ -88,6 +88,7 @@ def test_signal_to_a_launcher_and_all_that_it_started(train, tmp_path, processes
         launched = subprocess.Popen(
             launcher + train.argv(out, **FLAGS),
             cwd=REPO,
+            env={**os.environ, "ACCELERATE_USE_CPU": "true"},
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
