@@ -15,6 +15,13 @@ from torch import Tensor
 from sdpo.common import randomness
 from sdpo.common.randomness import Key
 
+# What of a scheduler's settings training depends on: the others are of sampling.
+SETTINGS = (
+    *("num_train_timesteps", "prediction_type", "beta_start", "beta_end", "beta_schedule"),
+    *("trained_betas", "rescale_betas_zero_snr", "shift", "flow_shift", "use_dynamic_shifting"),
+    *("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "time_shift_type"),
+)
+
 
 class NoiseProcess(Protocol):
     """What training, held-out evaluation and audits ask of a process. Times are (B,), latents

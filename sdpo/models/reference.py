@@ -14,6 +14,7 @@ from torch import nn
 
 from sdpo.common.precision import hold_frozen_products
 from sdpo.models.lora import AdaptersOff, add_adapters
+from sdpo.models.noise import SETTINGS
 from sdpo.models.offload import Offloaded
 
 if TYPE_CHECKING:
@@ -80,7 +81,11 @@ def weights_digest(module: nn.Module) -> str:
 def settings_of(unet: Any, scheduler: Any) -> dict[str, dict[str, Any]]:
     """List the settings of a denoiser and of the noise schedule that it is trained on, ready for
     JSON: by them the same weights are trained to something else."""
-    parts = {"denoiser": dict(unet.config), "scheduler": dict(scheduler.config)}
+    noised = {k: v for k, v in scheduler.config.items() if k in SETTINGS}
+    parts = {"denoiser": dict(unet.config), "scheduler": noised}
+    if type(unet).__name__ == "UNet2DConditionModel":
+        # It tells pipelines alone, and one that saves an old base again makes it 64.
+        parts["denoiser"].pop("sample_size")
     plain: dict[str, dict[str, Any]] = json.loads(json.dumps(parts, default=str))
     return {
         part: {k: v for k, v in config.items() if not k.startswith("_")}

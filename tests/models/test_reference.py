@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
+import shutil
 import struct
 
 import pytest
@@ -16,7 +18,8 @@ from sdpo.models.encoding import ModelEncoder
 from sdpo.models.forward import noise_pairs, predict_reference
 from sdpo.models.lora import AdaptersOff
 from sdpo.models.offload import Offloaded
-from sdpo.models.reference import build_reference, weights_digest
+from sdpo.models.reference import build_reference, settings_of, weights_digest
+from sdpo.training.checkpoint import check_reference
 
 CPU = torch.device("cpu")
 FORMS = [{}, {"offload_reference": True}, {"lora_rank": 2}]
@@ -80,3 +83,38 @@ def test_the_digest_is_of_the_bits_of_all_weights():
         digest.update(f"{name} {tuple(weight.shape)} {bits} ".encode())
         digest.update(struct.pack(f"<{len(values)}f", *values))
     assert weights_digest(layer) == digest.hexdigest()
+
+
+def settings(base):
+    family, source = get_family("sd15"), ModelSource(str(base))
+    return settings_of(family.load_unet(source), family.load_scheduler(source))
+
+
+@pytest.mark.parametrize("sampler", [None, "DPMSolverMultistepScheduler"])
+def test_an_old_base_that_a_pipeline_saved_again_is_the_same(tiny_sd15, tmp_path, sampler):
+    """Although diffusers puts old settings of sampling right, or another sampler was chosen."""
+    import diffusers
+
+    old, again = tmp_path / "old", tmp_path / "again"
+    shutil.copytree(tiny_sd15, old)
+    bare = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    for file, config in {
+        "scheduler/scheduler_config.json": {"_class_name": "PNDMScheduler", **bare},
+        "unet/config.json": {
+            **json.loads((old / "unet" / "config.json").read_text()),
+            "_diffusers_version": "0.6.0",
+            "sample_size": 32,
+        },
+    }.items():
+        (old / file).write_text(json.dumps(config))
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(old, safety_checker=None)
+    if sampler:
+        cls = getattr(diffusers, sampler)
+        pipeline.scheduler = cls.from_config(pipeline.scheduler.config)
+    pipeline.save_pretrained(again)
+    before = settings(old)
+    state = {"step": 1, "place": [0, 0], "args": {}, "reference": "same", "base": before}
+    (tmp_path / "state.json").write_text(json.dumps(state))
+    assert json.loads((again / "unet" / "config.json").read_text())["sample_size"] == 64
+    check_reference(tmp_path, "same", settings(again))
+    assert before["scheduler"]["beta_end"] == 0.012 and before["denoiser"]["norm_eps"] == 1e-5
