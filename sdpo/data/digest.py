@@ -55,6 +55,11 @@ def describe_pairs(source: PairSource) -> dict[str, Any] | None:
     }
 
 
+def last_writes(source: PairSource) -> list[int]:
+    """List when the files of a stream on this machine were last written, in ns since 1970."""
+    return [Path(n).stat().st_mtime_ns for n in _stream_files(source.rows) if "://" not in n]
+
+
 def _describe_files(names: list[str]) -> dict[str, Any] | None:
     """Count files and hash their content; of those of the hub the names, which hold the commit."""
     digest, size = hashlib.sha256(), 0

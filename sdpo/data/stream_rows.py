@@ -13,7 +13,7 @@ from typing import Any
 from sdpo.common.errors import UserError
 from sdpo.common.files import write_json
 from sdpo.config import TrainConfig
-from sdpo.data.digest import describe_pairs
+from sdpo.data.digest import describe_pairs, last_writes
 from sdpo.data.source import PairSource
 
 log = logging.getLogger(__name__)
@@ -33,8 +33,9 @@ class ShardCounts:
     """
 
     def __init__(self, source: PairSource, config: TrainConfig, rank: int) -> None:
-        data, described = config.data, None
+        data, described, written = config.data, None, []
         with suppress(OSError):  # which the reading of that file will tell
+            written = last_writes(source)
             described = describe_pairs(source)
         self.path = Path(config.run.output_dir) / ROWS_DIR / f"{rank}.json"
         self.of: dict[str, Any] | None = None  # where there is nothing to tell the files by
@@ -42,6 +43,8 @@ class ShardCounts:
         if described:
             self.of = {
                 "data": described,
+                # Of large files the description has samples alone.
+                "written": written,
                 "shards": source.rows.num_shards,
                 "columns": list(data.columns),
                 "min_agreement": data.min_agreement,

@@ -254,6 +254,23 @@ def test_facts_of_other_data_are_not_believed(load, make_rows, make_parquet, tmp
     assert known(directory) == {0: 6, 1: 6, 2: 6}
 
 
+def test_files_written_anew_are_counted_anew(load, make_rows, make_parquet, rows_of, monkeypatch):
+    """Also where what was sampled of large files is the same."""
+    monkeypatch.setattr("sdpo.data.stream_rows.describe_pairs", lambda source: {"bytes": 1})
+    directory = make_parquet(make_rows(48), shards=6)
+    list(islice(iter(load(directory)), 12))
+    now = make_rows(48, labels=[0.5 if i % 3 else 1.0 for i in range(48)])
+    make_parquet(now, shards=6, directory=directory)
+    first = load(directory)
+    counts = first._loader.dataset.counts
+    assert counts.known == {}
+    batches = list(islice(iter(first), 4))
+    assert set(counts.known.values()) <= {2, 3}
+    again = load(directory, first.place_after(batches[1]))
+    for expected, found in zip(batches[2:], again, strict=False):
+        assert rows_of(expected) == rows_of(found)
+
+
 def test_processes_learn_from_each_other(load, make_rows, make_parquet):
     directory = make_parquet(make_rows(32), shards=4)
     for rank in range(2):
