@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 from dataclasses import replace
 
@@ -17,7 +19,7 @@ from sdpo.evaluation.score.beside import Beside, score_arriving
 from sdpo.evaluation.score.checked_precision import CheckedPrecision
 from sdpo.evaluation.score.config import ScoreOptions, ScorerConfig
 from sdpo.evaluation.score.scoring import Scoring, score_manifests
-from sdpo.evaluation.score.table import parquet_path, read_scores
+from sdpo.evaluation.score.table import json_path, parquet_path, read_scores
 from sdpo.tinyworld import world
 
 NAMES = ["clip", "aesthetics"]
@@ -127,6 +129,11 @@ def test_images_are_scored_as_they_come(made, weights, batches, tmp_path):
     assert loaded == NAMES
     alone = score_manifests([read_manifest(path) for path in made], NAMES, options(weights))
     for table, other in zip(tables, alone, strict=True):
+        # In the files too, row by row, although images came in another order.
+        rows, others = (
+            json.loads(json_path(t.manifest.path).read_text())["scores"] for t in (table, other)
+        )
+        assert [r["image_sha256"] for r in rows] == [r["image_sha256"] for r in others]
         for name in NAMES:
             assert np.abs(table.columns[name] - other.columns[name]).max() < 1e-6
             assert np.ptp(other.columns[name]) > 1e-3
@@ -196,6 +203,22 @@ def test_it_may_die(argv, batches, monkeypatch, capfd):
     said = capfd.readouterr().out
     assert "--score_beside ended early (exit code -9, see " in said
     assert (out / "summary.json").is_file()
+
+
+def test_nothing_is_left_to_clean_up(made, weights, monkeypatch, tmp_path):
+    """Of what the process makes and the system keeps, whose owner ended early a warning would
+    tell."""
+    told, tracker = os.pipe()
+    monkeypatch.setattr("multiprocessing.resource_tracker.getfd", lambda: tracker)
+    manifests = copies(made, tmp_path / "place")
+    shutil.copytree(made[1].parent / "two", tmp_path / "place" / "two", dirs_exist_ok=True)
+    with Beside(manifests, ["clip"], options(weights), tmp_path / "log") as beside:
+        beside.begun(1)
+    os.close(tracker)
+    assert beside._process.exitcode == 0, (tmp_path / "log").read_text()
+    assert read_scores(manifests[1]).complete() == ["clip"]
+    with os.fdopen(told, "rb") as lines:
+        assert b"REGISTER" not in lines.read()
 
 
 def test_it_ends_with_an_error_of_the_generation(argv, monkeypatch):

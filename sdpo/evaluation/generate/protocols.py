@@ -121,7 +121,6 @@ class Paper(Protocol):
         from diffusers import EulerDiscreteScheduler
 
         sampling = self.sampling
-        sampling = self.sampling
         self.text: Offloaded | None = None
         if self.offload_text:
             self.text = Offloaded(nn.ModuleList(self.frozen.text_encoders), self.device)

@@ -16,6 +16,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tqdm import tqdm
+
 from sdpo.common.errors import UserError
 from sdpo.common.processes import leave_launcher, start
 from sdpo.evaluation.generate.manifest import Entry, Manifest
@@ -93,6 +95,8 @@ def _work(
         os.dup2(file.fileno(), 2)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     leave_launcher()
+    # Its own is a named semaphore, which a process that is ended leaves behind.
+    tqdm.set_lock(threading.RLock())
     from sdpo.evaluation.score.scoring import Scoring
 
     try:

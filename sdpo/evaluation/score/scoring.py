@@ -78,6 +78,10 @@ def score_manifests(
     tables = [scoring.read(manifest) for manifest in manifests]
     accelerator.wait_for_everyone()  # nobody may read what another has already begun to write
     scoring.score(tables)
+    if accelerator.is_main_process:
+        for table in tables:
+            if not table.in_order:  # but in that in which images came
+                table.save()
     return tables
 
 

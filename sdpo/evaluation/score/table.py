@@ -46,12 +46,14 @@ class ScoreTable:
         columns: of each scorer (n,) float64, NaN where not scored.
         about: of each scorer, what made its scores: label, weights and precision, and a meaning
             where the label does not say it.
+        in_order: the files have these rows, in this order.
     """
 
     manifest: Manifest
     digests: list[str]
     columns: dict[str, np.ndarray] = field(default_factory=dict)
     about: dict[str, dict[str, Any]] = field(default_factory=dict)
+    in_order: bool = False
 
     def missing(self, scorer: str) -> np.ndarray:
         """Number the rows without a score."""
@@ -95,6 +97,7 @@ class ScoreTable:
         with written_beside(path) as beside:
             pq.write_table(table, beside)
         write_json(json_path(manifest.path), {"scorers": self.about, "scores": table.to_pylist()})
+        self.in_order = True
 
 
 def read_scores(manifest: Manifest) -> ScoreTable:
@@ -123,7 +126,9 @@ def read_scores(manifest: Manifest) -> ScoreTable:
             f"{path} is not a score file ({error}); delete it to score the images again"
         ) from None
     found = {key: number for number, key in enumerate(keys)}
-    rows = [found.get(key, -1) for key in zip(manifest.prompts, digests, strict=True)]
+    wanted = list(zip(manifest.prompts, digests, strict=True))
+    table.in_order = keys == wanted
+    rows = [found.get(key, -1) for key in wanted]
     here, there = np.array([(i, r) for i, r in enumerate(rows) if r >= 0] or [(0, 0)]).T
     if max(rows, default=-1) < 0:
         return table
