@@ -203,7 +203,7 @@ def claim_directory(
     flags: dict[str, Any],
     flag: str,
     what: str,
-    defaults: Mapping[str, Any] | None = None,
+    defaults: Mapping[str, Any],
 ) -> None:
     """Make a directory and note its flags there, if it was not begun with others.
 
@@ -225,7 +225,7 @@ def check_claim(
     flags: dict[str, Any],
     flag: str,
     what: str,
-    defaults: Mapping[str, Any] | None = None,
+    defaults: Mapping[str, Any],
 ) -> None:
     """Refuse a directory that `claim_directory` would refuse, and leave everything as it is.
 

@@ -82,8 +82,8 @@ def main() -> int:
         paths = generate(config.generation, suites, accelerator, begun)
         # The generating models are gone before scorers come.
         clear_device_cache(garbage_collection=True)
-    accelerator.wait_for_everyone()
     if config.score_beside:
+        accelerator.wait_for_everyone()
         # What may be left is for every process's own device, as without it.
         options = replace(options, how=replace(options.how, device=None))
     score(read_manifests(paths), scorers, options, config.generation.outdir, accelerator)

@@ -25,7 +25,7 @@ from sdpo.common.processes import start
 from sdpo.config import TrainConfig
 from sdpo.training.checkpoint_paths import EMA_FILE, UNET_FILE, list_checkpoints, step_of
 from sdpo.training.places import check_bitsandbytes
-from sdpo.training.runlog import CONFIG_FILE, HELDOUT_EMA_FILE, HELDOUT_FILE
+from sdpo.training.runlog import CONFIG_FILE, HELDOUT_EMA_FILE, HELDOUT_FILE, read_config
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -137,7 +137,7 @@ def main() -> int:
 def run_config(config: HeldoutConfig) -> TrainConfig:
     """Read the run's own settings, its data replaced by the held-out split, without augmentation.
     Flags that an older run's config.json lacks have their defaults."""
-    values = json.loads((config.run / CONFIG_FILE).read_text(encoding="utf-8"))["args"]
+    values = read_config(config.run)["args"]
     if config.dataset_name or config.train_data_dir:
         values["dataset_name"] = config.dataset_name
         values["train_data_dir"] = config.train_data_dir

@@ -17,7 +17,7 @@ from sdpo.config.rules import fill_in
 from sdpo.models.checks import text_parts
 from sdpo.models.locations import hub_id
 from sdpo.training.checkpoint_paths import STATE_FILE, step_of
-from sdpo.training.runlog import CONFIG_FILE
+from sdpo.training.runlog import CONFIG_FILE, read_config
 
 CARD_FILE = "README.md"
 _LICENCE = ("license", "license_name", "license_link")
@@ -90,8 +90,8 @@ class Made:
 def read_made(checkpoint: Path, averaged: bool = False) -> Made:
     """Read what there is to tell about a complete checkpoint, or about its moving averages."""
     state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
-    path = checkpoint.resolve().parent / CONFIG_FILE
-    about = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    run = checkpoint.resolve().parent
+    about = read_config(run) if (run / CONFIG_FILE).is_file() else {}
     config = from_flat(TrainConfig, fill_in(state["args"]))
     pairs = (state.get("data") or {}).get("pairs")
     pairs = pairs or about.get("resolved", {}).get("pairs")

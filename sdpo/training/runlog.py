@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import resource
 import subprocess
@@ -110,3 +111,14 @@ class RunLog(JsonLines):
 def write_config(output_dir: Path, config: dict[str, Any]) -> None:
     """Write config.json."""
     write_json(output_dir / CONFIG_FILE, config)
+
+
+def read_config(output_dir: Path) -> dict[str, Any]:
+    """Read what `write_config` wrote.
+
+    Raises:
+        OSError: there is none.
+        ValueError: it is not JSON.
+    """
+    config: dict[str, Any] = json.loads((output_dir / CONFIG_FILE).read_text(encoding="utf-8"))
+    return config

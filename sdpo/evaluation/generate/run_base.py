@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from sdpo.common.errors import UserError
 from sdpo.models.checks import BASE_FLAG
 from sdpo.models.locations import HUB_ID
-from sdpo.training.runlog import CONFIG_FILE
+from sdpo.training.runlog import read_config
 
 _LEVELS = 3  # RUN/checkpoint-N/pipeline/unet
 _VAE = "pretrained_vae_model_name_or_path"
@@ -33,7 +32,7 @@ def base_of_run(unet: str) -> dict[str, Any]:
         return {}
     path = path.resolve()
     for folder in [path, *path.parents][: _LEVELS + 1]:
-        args = _args(folder / CONFIG_FILE)
+        args = _args(folder)
         if args:
             start = _start(folder, args.get("output_dir"))
             found = {name: _place(args.get(name), start, unet) for name in _PLACES}
@@ -42,10 +41,10 @@ def base_of_run(unet: str) -> dict[str, Any]:
     return {}
 
 
-def _args(path: Path) -> dict[str, Any]:
-    """A run's flags; {} of what is no run's config.json."""
+def _args(folder: Path) -> dict[str, Any]:
+    """A run's flags; {} of what has no run's config.json."""
     try:
-        args = json.loads(path.read_text(encoding="utf-8"))["args"]
+        args = read_config(folder)["args"]
         return args if args["pretrained_model_name_or_path"] else {}
     except (OSError, ValueError, LookupError, TypeError):
         return {}

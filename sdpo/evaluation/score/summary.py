@@ -103,8 +103,14 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
 
 def print_grid(lines: Sequence[Sequence[str]]) -> None:
     """Print a table on the console, the first column to the left."""
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    for line in lines:
-        cells = [line[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
-        print("  ".join(cells))
+    for line in aligned(lines):
+        print(line)
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Lay the cells of lines out in columns, the first one to the left, the others to the right."""
+    first, *others = (max(map(len, column)) for column in zip(*lines, strict=True))
+    return [
+        "  ".join([name.ljust(first), *(c.rjust(w) for c, w in zip(rest, others, strict=True))])
+        for name, *rest in lines
+    ]

@@ -26,7 +26,7 @@ from sdpo.common.files import written_beside
 from sdpo.common.jsonl import read_lines
 from sdpo.evaluation.compare.statistics import t_interval
 from sdpo.evaluation.heldout import read_heldout
-from sdpo.evaluation.score.summary import ALL
+from sdpo.evaluation.score.summary import ALL, aligned
 from sdpo.lab.sweep.file import PlannedRun, Sweep
 from sdpo.lab.sweep.stages import image_dirs, is_trained, read_summary, run_dir
 from sdpo.training.distributions import BINS
@@ -261,12 +261,7 @@ def console_table(table: pa.Table, by: Sequence[str]) -> list[str]:
     for row in rows:
         cells = (cell(row, metric, form) for metric, form in columns.values())
         lines.append([row["group"], str(row["runs"]), *cells])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    first, *others = widths
-    return [
-        "  ".join([f"{name:{first}}", *(f"{c:>{w}}" for c, w in zip(rest, others, strict=True))])
-        for name, *rest in lines
-    ]
+    return aligned(lines)
 
 
 def _spread(values: np.ndarray) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from sdpo.evaluation.heldout import read_heldout
 from sdpo.lab.sweep.file import PlannedRun, Sweep
 from sdpo.lab.sweep.reference import CACHES, shared_caches
 from sdpo.training.checkpoint_paths import UNET_FILE, latest_checkpoint, list_checkpoints, step_of
-from sdpo.training.runlog import CONFIG_FILE
+from sdpo.training.runlog import read_config
 
 BASE = "base"
 HELDOUT_FLAGS_FILE = "heldout_flags.json"
@@ -58,11 +58,7 @@ def is_trained(directory: Path) -> bool:
     newest = latest_checkpoint(directory)
     if newest is None or not (directory / "pipeline").is_dir():
         return False
-    return step_of(newest) >= _config(directory)["resolved"]["max_train_steps"]
-
-
-def _config(directory: Path) -> dict[str, Any]:
-    return json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+    return step_of(newest) >= read_config(directory)["resolved"]["max_train_steps"]
 
 
 def image_dirs(sweep: Sweep, run: PlannedRun, out: Path) -> dict[int, Path]:
@@ -73,7 +69,7 @@ def image_dirs(sweep: Sweep, run: PlannedRun, out: Path) -> dict[int, Path]:
     chosen = list_checkpoints(run_dir(out, run))
     if chosen:
         *earlier, newest = chosen
-        every = _config(run_dir(out, run))["args"]["checkpointing_steps"]
+        every = read_config(run_dir(out, run))["args"]["checkpointing_steps"]
         wanted = [c for c in earlier if step_of(c) % every == 0]
         chosen = [*(wanted if sweep.checkpoints == "all" else []), newest]
     own = {step_of(c): out / "images" / run.name / c.name for c in chosen}
